@@ -1,0 +1,68 @@
+"""Every error a user can cause, each with what was wrong, what was expected and what to do.
+
+The command line prints the message of any `CoachhookError` as one line and exits with status 2.
+"""
+
+
+class CoachhookError(Exception):
+    """Base of all errors that `coachhook` raises on purpose."""
+
+
+class ConfigError(CoachhookError, ValueError):
+    """A setting is out of range, or two settings exclude each other."""
+
+
+class RequestError(CoachhookError, ValueError):
+    """An edit request is unusable: empty subject or target, subject not in the prompt, ..."""
+
+
+class ContradictionError(RequestError):
+    """Two requests of one batch ask for different targets of the same prompt and subject."""
+
+
+class RecordError(CoachhookError, ValueError):
+    """A facts file cannot be read, or one of its records is malformed (file, line, reason)."""
+
+
+class ContextLengthError(RequestError):
+    """A prompt with its target does not fit the model's context."""
+
+
+class ModelError(CoachhookError):
+    """A model or tokenizer cannot be loaded or used."""
+
+
+class ArchitectureError(ModelError):
+    """The registry does not know where this architecture keeps its down-projection."""
+
+
+class StatisticsError(CoachhookError):
+    """Key statistics are missing, too small, not finite, or of another model."""
+
+
+class AttachError(CoachhookError, RuntimeError):
+    """Hooks cannot be attached to, or detached from, this model in its present state."""
+
+
+class BaseModelMismatchError(AttachError):
+    """The hooks were made for a model with other weights."""
+
+
+class FolderError(CoachhookError):
+    """A hooks folder cannot be read or written."""
+
+
+class CorruptFolderError(FolderError):
+    """A file of a hooks folder is missing, truncated or was changed after it was written."""
+
+
+class NewerFormatError(FolderError):
+    """A hooks folder was written by a newer version of the format."""
+
+
+class FolderLockedError(FolderError):
+    """Another process is editing this folder."""
+
+
+class SaveError(FolderError):
+    """Writing failed (no space left, no permission); what the folder held before is intact."""
