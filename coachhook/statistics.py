@@ -1,0 +1,183 @@
+"""Key statistics of the hooked layers: second moment and background keys, in one streaming pass."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from coachhook_kernels import key_covariance_
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coachhook import corpus
+from coachhook.embedded import cache_dir
+from coachhook.errors import ConfigError, StatisticsError
+from coachhook.forward import eval_mode, module_inputs
+from coachhook.models import Architecture, weight_checksums
+from coachhook.progress import track
+
+
+@dataclass(frozen=True)
+class StatisticsSource:
+    """Where ordinary text comes from: `path` (text, JSONL or Parquet), or the model's own samples.
+
+    n_tokens: how many tokens to read; also how many background keys are kept, at most 65,536.
+    """
+
+    path: str | None = None
+    n_tokens: int = 16_384
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 256:
+            raise ConfigError(f"statistics need at least 256 tokens, not {self.n_tokens}")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer. moment: mean of `k kᵀ`, float32 `(d_in, d_in)`; background: keys of ordinary
+    tokens, bfloat16 `(n, d_in)`."""
+
+    moment: Tensor
+    background: Tensor
+
+
+KeyStatistics = dict[int, LayerStatistics]
+
+_BACKGROUND = 65_536
+
+
+def key_statistics(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    layers: Sequence[int],
+    source: StatisticsSource | None = None,
+) -> KeyStatistics:
+    """Statistics of the keys of `layers`, from the cache or measured now (and then cached).
+
+    The cache file is named by a checksum of the model's weights below the last hooked layer's
+    output, the layers and the source. Raises `StatisticsError` on unusable text or non-finite keys.
+    """
+    source = source or StatisticsSource()
+    file = _cache_file(model, tokenizer, architecture, layers, source)
+    if file.is_file():
+        try:
+            return _load(file, layers)
+        except (SafetensorError, KeyError, OSError):
+            file.unlink(missing_ok=True)
+    with eval_mode(model):
+        found = _measure(model, tokenizer, architecture, layers, source)
+    _save(file, found)
+    return found
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    layers: Sequence[int],
+    source: StatisticsSource,
+) -> KeyStatistics:
+    if source.path is None:
+        with track("sampling text", source.n_tokens) as advance:
+            batches: Iterable[Tensor] = list(
+                corpus.sample_text(
+                    model, tokenizer, source.n_tokens, seed=source.seed, progress=advance
+                )
+            )
+    else:
+        batches = corpus.file_text(
+            Path(source.path),
+            tokenizer,
+            source.n_tokens,
+            device=model.device,
+            progress=lambda _: None,
+        )
+    modules = [architecture.down_projection(model, layer) for layer in layers]
+    moments: list[Tensor] = []
+    background: list[list[Tensor]] = [[] for _ in layers]
+    count = 0
+    with track("key statistics", source.n_tokens) as advance:
+        for ids in batches:
+            keys = module_inputs(model, modules, {"input_ids": ids})
+            for i, found in enumerate(keys):
+                rows = found.reshape(-1, found.shape[-1])
+                if not torch.isfinite(rows).all():
+                    raise StatisticsError(
+                        f"layer {layers[i]} has non-finite keys on ordinary text; load the model "
+                        "in bfloat16 or float32"
+                    )
+                if len(moments) == i:
+                    width = rows.shape[1]
+                    moments.append(torch.zeros(width, width, device=rows.device))
+                key_covariance_(moments[i], rows)
+                if count < _BACKGROUND:
+                    background[i].append(rows[: _BACKGROUND - count].to(torch.bfloat16).cpu())
+            count += ids.numel()
+            advance(ids.numel())
+    return {
+        layer: LayerStatistics((moments[i] / count).cpu(), torch.cat(background[i]))
+        for i, layer in enumerate(layers)
+    }
+
+
+def _cache_file(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    layers: Sequence[int],
+    source: StatisticsSource,
+) -> Path:
+    weights = [architecture.down_projection(model, layer).weight for layer in layers]
+    recipe = {
+        "weights": weight_checksums(weights)["bfloat16"],
+        "dtype": str(model.dtype),
+        "vocabulary": len(tokenizer),
+        "layers": list(layers),
+        "source": asdict(source),
+        "text": None if source.path is None else _file_checksum(Path(source.path)),
+        "length": corpus.SEQUENCE_LENGTH,
+    }
+    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_dir() / "statistics" / f"{name}.safetensors"
+
+
+def _file_checksum(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StatisticsError(f"cannot read text from {path}: {error.strerror}") from error
+
+
+def _save(file: Path, statistics: KeyStatistics) -> None:
+    tensors = {}
+    for layer, found in statistics.items():
+        tensors[f"moment.{layer}"] = found.moment
+        tensors[f"background.{layer}"] = found.background
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, staging = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
+    os.close(handle)
+    try:
+        save_file(tensors, staging)
+        os.replace(staging, file)
+    except BaseException:
+        Path(staging).unlink(missing_ok=True)
+        raise
+
+
+def _load(file: Path, layers: Sequence[int]) -> KeyStatistics:
+    with safe_open(file, framework="pt") as tensors:
+        return {
+            layer: LayerStatistics(
+                tensors.get_tensor(f"moment.{layer}"), tensors.get_tensor(f"background.{layer}")
+            )
+            for layer in layers
+        }

@@ -1,0 +1,34 @@
+"""The gated correction `Δ k` of a down-projection's output (paper Eq. 15; design section 2)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Delta(NamedTuple):
+    """`Δ = W_h - W_fc`, dense or as factors.
+
+    down: `(r, d_in)` factor `A`, or with `up` None the dense `Δ` of shape `(d_out, d_in)`.
+    up:   `(d_out, r)` factor `U` with orthonormal columns, so that `‖Δ k‖ = ‖A k‖`.
+    """
+
+    down: Tensor
+    up: Tensor | None = None
+
+    def project(self, keys: Tensor) -> Tensor:
+        """`A k` (or `Δ k` when dense) for keys `(..., d_in)`; its norm is that of `Δ k`."""
+        return F.linear(keys.to(self.down.dtype), self.down)
+
+    def expand(self, projected: Tensor) -> Tensor:
+        """`Δ k` of shape `(..., d_out)` from what `project` returned."""
+        return projected if self.up is None else F.linear(projected, self.up.to(projected.dtype))
+
+
+def hook_correction(output: Tensor, delta_keys: Tensor, is_open: Tensor) -> Tensor:
+    """`output + Δ k` where the gate is open, `output` itself, bit for bit, elsewhere.
+
+    output, delta_keys: `(..., d_out)`; is_open: bool `(...)`, a constant in the backward.
+    """
+    return torch.where(is_open.unsqueeze(-1), output + delta_keys.to(output.dtype), output)

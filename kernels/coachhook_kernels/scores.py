@@ -1,0 +1,42 @@
+"""Scores of the three gates: how much a token looks like an edited one (design section 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def difference_norm(projected: Tensor) -> Tensor:
+    """`‖Δ k‖` in float32, shape `(...)`, from `Delta.project` output `(..., r)` (Eq. 16-17)."""
+    return torch.linalg.vector_norm(projected, dim=-1, dtype=torch.float32)
+
+
+def fingerprint_similarity(
+    keys: Tensor, projection: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Largest cosine between `F k - offset` and the fingerprints, and which one it was.
+
+    keys `(..., d_in)`; projection `F` `(s, d_in)`; offset `(s,)`, the mean of `F k` over ordinary
+    tokens; fingerprints `(e, s)` with rows of unit length; enabled bool `(e,)`. Returns float32
+    `(...)` and int64 `(...)`. With no enabled fingerprint the similarity is -1 and the index -1.
+    """
+    projected = F.linear(keys.to(projection.dtype), projection).float() - offset.float()
+    if fingerprints.shape[0] == 0:
+        nothing = projected.new_full(projected.shape[:-1], -1.0)
+        return nothing, nothing.long()
+    cosines = F.linear(F.normalize(projected, dim=-1), fingerprints.float())
+    best, index = cosines.masked_fill(~enabled, -1.0).max(dim=-1)
+    return best, torch.where(enabled[index], index, -1)
+
+
+def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
+    """z-scores of `norms` `(b, t)` over the real tokens (`mask` true) of each sequence (Eq. 18-19).
+
+    Where a sequence has a single real token its deviation is undefined: z is NaN, as in the paper,
+    and no threshold is ever cleared. Padding gets NaN too.
+    """
+    norms = norms.float()
+    count = mask.sum(-1, keepdim=True)
+    mean = torch.where(mask, norms, 0).sum(-1, keepdim=True) / count
+    centred = norms - mean
+    variance = torch.where(mask, centred.square(), 0).sum(-1, keepdim=True) / (count - 1)
+    return torch.where(mask, centred / variance.sqrt(), torch.nan)
