@@ -27,23 +27,38 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def module_inputs(
-    model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Tensor]
-) -> list[Tensor]:
-    """The input of each module, `(b, t, d)`, in one pass that stops after the last of them."""
-    seen: list[Tensor | None] = [None] * len(modules)
+def read_pass(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    inputs_of: Sequence[nn.Module] = (),
+    output_of: nn.Module | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The inputs of some modules and the output of a block, `(b, t, d)` each, in one pass without
+    gradient that stops when it has seen all of them."""
+    seen: list[Tensor | None] = [None] * len(inputs_of)
+    output: list[Tensor | None] = [None]
     batch = inputs["input_ids"].shape[0]
+
+    def stop_if_complete() -> None:
+        wanted = seen if output_of is None else [*seen, *output]
+        if all(value is not None for value in wanted):
+            raise _Enough
 
     def reader(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
             # OPT flattens batch and sequence before its FFN.
             seen[index] = args[0].detach().reshape(batch, -1, args[0].shape[-1])
-            if all(value is not None for value in seen):
-                raise _Enough
+            stop_if_complete()
 
         return read
 
-    handles = [m.register_forward_pre_hook(reader(i)) for i, m in enumerate(modules)]
+    def read_output(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+        output[0] = hidden_of(result).detach()
+        stop_if_complete()
+
+    handles = [m.register_forward_pre_hook(reader(i)) for i, m in enumerate(inputs_of)]
+    if output_of is not None:
+        handles.append(output_of.register_forward_hook(read_output))
     try:
         with torch.no_grad():
             model(**inputs, use_cache=False)
@@ -52,26 +67,7 @@ def module_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return [value for value in seen if value is not None]
-
-
-def block_output(model: nn.Module, block: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """The hidden states `(b, t, d)` that `block` puts out, in a pass that stops there."""
-    seen: list[Tensor] = []
-
-    def read(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(_hidden(output).detach())
-        raise _Enough
-
-    handle = block.register_forward_hook(read)
-    try:
-        with torch.no_grad():
-            model(**inputs, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return seen[0]
+    return [value for value in seen if value is not None], output[0]
 
 
 @contextmanager
@@ -115,7 +111,8 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
                 block.forward = own
 
 
-def _hidden(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returned: a tensor, or a tuple that starts with it."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

@@ -55,13 +55,17 @@ class LayerFactors:
         return dict(vars(self))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
-    """One committed batch: its edits, what it adds to each layer, and the thresholds after it."""
+    """One batch: its edits, what it adds to each layer, and the thresholds after it.
+
+    file: name of the file it is stored in, once it is.
+    """
 
     edits: list[EditRecord]
-    layers: Mapping[int, LayerFactors]
-    thresholds: Mapping[int, Threshold]
+    layers: dict[int, LayerFactors]
+    thresholds: dict[int, Threshold]
+    file: str | None = None
 
 
 @dataclass
@@ -95,33 +99,31 @@ class Journal:
             if edit.enabled and edit.verdict is not Verdict.REFUSED and edit.id not in replaced
         ]
 
-    def factors(self, layer: int) -> list[LayerFactors]:
-        return [batch.layers[layer] for batch in self.batches]
+    def fingerprints(self, layer: int, size: int) -> tuple[Tensor, Tensor]:
+        """All fingerprints of a layer `(e, size)` and the id of the edit each belongs to `(e,)`."""
+        rows, owners = [torch.zeros(0, size)], [torch.zeros(0, dtype=torch.long)]
+        for batch in self.batches:
+            factors = batch.layers[layer]
+            rows.append(factors.fingerprints)
+            owners.append(factors.owner + batch.edits[0].id)
+        return torch.cat(rows), torch.cat(owners)
 
-    def fingerprints(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All fingerprints of a layer `(e, s)` and the id of the edit each belongs to `(e,)`."""
-        pairs = [
-            (factors.fingerprints, factors.owner + batch.edits[0].id)
-            for batch in self.batches
-            for factors in (batch.layers[layer],)
-        ]
-        return torch.cat([p for p, _ in pairs]), torch.cat([o for _, o in pairs])
-
-    def delta(self, layer: int, without: Sequence[int] = ()) -> Delta:
-        """Δ of a layer as orthonormal factors, or dense where that takes less memory.
-
-        `without`: ids of edits whose share is left out.
-        """
-        residuals = torch.cat([f.residuals for f in self.factors(layer)])
-        solutions = torch.cat([f.solutions for f in self.factors(layer)])
-        kept = torch.ones(len(residuals), dtype=torch.bool)
+    def delta(self, layer: int, shape: tuple[int, int], without: Sequence[int] = ()) -> Delta:
+        """Δ of a layer of `shape` `(d_in, d_out)`, as orthonormal factors, or dense where that
+        takes less memory. `without`: ids of edits whose share is left out."""
+        d_in, d_out = shape
+        residuals, solutions = [torch.zeros(0, d_out)], [torch.zeros(0, d_in)]
+        for batch in self.batches:
+            residuals.append(batch.layers[layer].residuals)
+            solutions.append(batch.layers[layer].solutions)
+        kept = torch.ones(sum(map(len, residuals)), dtype=torch.bool)
         kept[list(without)] = False
-        return compact(residuals[kept], solutions[kept])
+        return compact(torch.cat(residuals)[kept], torch.cat(solutions)[kept])
 
 
 def compact(residuals: Tensor, solutions: Tensor) -> Delta:
     """`Σ rᵢ aᵢᵀ` for rows rᵢ `(n, d_out)` and aᵢ `(n, d_in)`, in the smaller of the two forms."""
-    written = residuals.abs().amax(-1) > 0 if len(residuals) else torch.zeros(0, dtype=torch.bool)
+    written = (residuals != 0).any(-1)
     residuals, solutions = residuals[written], solutions[written]
     rank, d_out, d_in = len(residuals), residuals.shape[1], solutions.shape[1]
     if rank * (d_in + d_out) >= d_in * d_out:

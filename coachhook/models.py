@@ -1,7 +1,7 @@
 """Models: loading, and where each architecture keeps its blocks and FFN down-projections."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,27 @@ class Architecture:
                 f"{type(model).__name__} has no module {self.name(layer)!r}; print(model) shows the "
                 "names, and a template such as 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that hooks belong to: its name, SHA-256 sums of its hooked weights per rounding,
+    the template of its down-projections, and `(d_in, d_out)` of each hooked layer."""
+
+    name: str
+    checksums: Mapping[str, str]
+    template: str
+    shapes: Mapping[int, tuple[int, int]]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.shapes)
+
+
+def default_layers(n_blocks: int) -> tuple[int, ...]:
+    """Five layers that end at two fifths of the depth, where edits held best (design section 3)."""
+    last = min(round(0.4 * n_blocks), n_blocks - 1)
+    return tuple(range(max(0, last - 4), last + 1))
 
 
 def check_layers(layers: Sequence[int], n_blocks: int) -> tuple[int, ...]:

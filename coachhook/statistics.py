@@ -18,7 +18,7 @@ from torch import Tensor
 from coachhook import corpus
 from coachhook.embedded import cache_dir
 from coachhook.errors import ConfigError, StatisticsError
-from coachhook.forward import eval_mode, module_inputs
+from coachhook.forward import eval_mode, read_pass
 from coachhook.models import Architecture, weight_checksums
 from coachhook.progress import track
 
@@ -106,7 +106,7 @@ def _measure(
     count = 0
     with track("key statistics", source.n_tokens) as advance:
         for ids in batches:
-            keys = module_inputs(model, modules, {"input_ids": ids})
+            keys, _ = read_pass(model, {"input_ids": ids}, inputs_of=modules)
             for i, found in enumerate(keys):
                 rows = found.reshape(-1, found.shape[-1])
                 if not torch.isfinite(rows).all():

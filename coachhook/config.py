@@ -1,0 +1,88 @@
+"""Settings of an editor. The defaults are what the README's figures were measured with."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from coachhook.errors import ConfigError
+from coachhook.gates import GATES
+from coachhook.statistics import StatisticsSource
+
+
+@dataclass(frozen=True)
+class ValueConfig:
+    """How target values are optimised (design section 2).
+
+    prefixes: texts put before the prompt, so that the value holds in other contexts.
+    gain: share of the shift that prefixed contexts receive while optimising; a paraphrase's key
+    resembles the edited key only in part and will receive only part of the shift.
+    steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
+    clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
+    enough: a request is done when its mean negative log-likelihood (nats) falls below this.
+    """
+
+    prefixes: tuple[str, ...] = (
+        "The following is well known.",
+        "As I was told yesterday,",
+        "In other news, the weather stayed dry.",
+    )
+    gain: float = 0.7
+    steps: int = 30
+    rate: float = 0.1
+    clamp: float = 1.0
+    kl: float = 0.0625
+    decay: float = 0.01
+    enough: float = 0.05
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """How facts are edited into a model.
+
+    layers: hooked blocks, or None for the default share of the model's depth. template: module
+    name of the down-projection, for architectures outside the registry. gate: "keyed",
+    "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
+    fit: weight of a batch's own keys in its solve; at 1 the paper's closed form, larger values
+    leave less of the residual. false_alarms: largest share of background tokens that may open a
+    gate. fingerprint_size: s. calibrated_alpha: least α of the calibrated gate; sequence_alpha: where
+    the paper's α rule starts.
+    """
+
+    layers: tuple[int, ...] | None = None
+    template: str | None = None
+    gate: str = "keyed"
+    preservation: float = 150.0
+    fit: float = 20.0
+    false_alarms: float = 1e-3
+    fingerprint_size: int = 64
+    calibrated_alpha: float = 5.0
+    sequence_alpha: float = 2.2
+    values: ValueConfig = field(default_factory=ValueConfig)
+    statistics: StatisticsSource = field(default_factory=StatisticsSource)
+
+    def __post_init__(self) -> None:
+        if self.gate not in GATES:
+            raise ConfigError(f"gate {self.gate!r} is not known; choose one of {', '.join(GATES)}")
+        for name in ("preservation", "fit", "false_alarms", "fingerprint_size"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "EditConfig":
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        known = {f.name for f in fields(cls)}
+        unknown = set(data) - known
+        if unknown:
+            raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+        values = {**data["values"], "prefixes": tuple(data["values"]["prefixes"])}
+        layers = data["layers"]
+        return cls(
+            **{
+                **data,
+                "layers": None if layers is None else tuple(layers),
+                "values": ValueConfig(**values),
+                "statistics": StatisticsSource(**data["statistics"]),
+            }
+        )

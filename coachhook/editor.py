@@ -1,0 +1,233 @@
+"""`Editor`: batch after batch of facts into one model, with an account of which of them took."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coachhook.config import EditConfig
+from coachhook.errors import ModelError
+from coachhook.errors import ConfigError
+from coachhook.folder import locked
+from coachhook.forward import eval_mode, read_pass
+from coachhook.generation import complete, starts_with
+from coachhook.hookset import HookSet
+from coachhook.journal import Batch, EditRecord, Journal, Verdict
+from coachhook.models import (
+    Architecture,
+    BaseModel,
+    check_layers,
+    default_layers,
+    load_model,
+    prepare_tokenizer,
+    weight_checksums,
+)
+from coachhook.progress import track
+from coachhook.requests import EditRequest, check_batch
+from coachhook.statistics import KeyStatistics, key_statistics
+from coachhook.tokens import check_length, context_length, encode_request
+from coachhook.values import optimise_values
+from coachhook.writing import Contexts, LayerWriter, write_batch
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """How each request of a batch ended, in the order given; `number` counts batches from 1."""
+
+    number: int
+    edits: list[EditRecord]
+
+    def count(self, verdict: Verdict) -> int:
+        return sum(edit.verdict is verdict for edit in self.edits)
+
+
+class Editor:
+    """Edits facts into `model` through hooks, which stay attached to it while the editor is open.
+
+    `model`, `tokenizer` and `hooks` are public. Nothing of the model itself is ever changed.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, hooks: HookSet, statistics: KeyStatistics
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.hooks = hooks
+        self._statistics = statistics
+        self._writers = _writers(hooks, statistics)
+        hooks.attach(model)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        config: EditConfig | None = None,
+        statistics: KeyStatistics | None = None,
+    ) -> "Editor":
+        """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
+        with its `tokenizer`. Key statistics are measured unless cached or given."""
+        config = config or EditConfig()
+        name = model if isinstance(model, str | Path) else model.config._name_or_path
+        model, tokenizer = _loaded(model, tokenizer)
+        architecture = Architecture.of(model, config.template)
+        n_blocks = len(architecture.blocks(model))
+        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+        if statistics is None:
+            statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
+        modules = {layer: architecture.down_projection(model, layer) for layer in layers}
+        base = BaseModel(
+            name=str(name),
+            checksums=weight_checksums([module.weight for module in modules.values()]),
+            template=architecture.template,
+            shapes={
+                layer: (statistics[layer].moment.shape[0], model.config.hidden_size)
+                for layer in layers
+            },
+        )
+        sketches = {}
+        for layer in layers:
+            writer = LayerWriter.of(statistics[layer], config, None)
+            sketches[layer] = (writer.projection, writer.offset)
+        return cls(model, tokenizer, HookSet(base, config, sketches), statistics)
+
+    @classmethod
+    def resume(
+        cls,
+        directory: str | Path,
+        model: Any = None,
+        tokenizer: Any = None,
+        *,
+        statistics: KeyStatistics | None = None,
+    ) -> "Editor":
+        """The editor that wrote `directory`, ready for its next batch.
+
+        The model is loaded by the name in the folder unless it is given.
+        """
+        hooks = HookSet.from_pretrained(directory)
+        model, tokenizer = _loaded(hooks.base.name if model is None else model, tokenizer)
+        architecture = Architecture(hooks.base.template)
+        if statistics is None:
+            statistics = key_statistics(
+                model, tokenizer, architecture, hooks.layers, hooks.config.statistics
+            )
+        return cls(model, tokenizer, hooks, statistics)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
+        with locked(Path(directory)):
+            self.hooks.save_pretrained(directory)
+
+    def edit(self, requests: Sequence[EditRequest]) -> BatchReport:
+        """Edit one batch of facts. If anything fails on the way, nothing of it remains.
+
+        Raises `RequestError` and its kinds for unusable requests, before any work is done.
+        """
+        requests = check_batch(requests)
+        self._check_lengths(requests)
+        journal = self.hooks.journal
+        first = len(self.hooks.edits)
+        batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
+        architecture = Architecture(self.hooks.base.template)
+        with eval_mode(self.model):
+            with track("target values", len(requests)) as advance:
+                values = optimise_values(
+                    self.model,
+                    self.tokenizer,
+                    architecture,
+                    self.hooks.layers[-1],
+                    requests,
+                    self.hooks.config.values,
+                    advance,
+                )
+            journal.batches.append(batch)
+            try:
+                write_batch(
+                    self.model, self.tokenizer, self.hooks, self._writers, batch, values.hidden
+                )
+                self._judge(batch)
+            except BaseException:
+                journal.batches.pop()
+                self.hooks.refresh()
+                raise
+        for layer, factors in batch.layers.items():
+            self._writers[layer].solver.absorb(factors.keys)
+        return BatchReport(len(journal.batches), batch.edits)
+
+    def rollback(self, batch: int) -> None:
+        """Forget every batch after number `batch`; 0 forgets them all."""
+        if not 0 <= batch <= len(self.hooks.journal.batches):
+            raise ConfigError(
+                f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
+            )
+        del self.hooks.journal.batches[batch:]
+        self._writers = _writers(self.hooks, self._statistics)
+        self.hooks.refresh()
+
+    def close(self) -> None:
+        """Take the hooks off the model, which is then bit for bit what it was."""
+        self.hooks.detach(self.model)
+
+    def _check_lengths(self, requests: Sequence[EditRequest]) -> None:
+        limit = context_length(self.model)
+        for request in requests:
+            for prefix in ("", *self.hooks.config.values.prefixes):
+                row = encode_request(self.tokenizer, request, prefix)
+                check_length(row, limit, f"prompt {request.prompt[:80]!r}")
+
+    def _judge(self, batch: Batch) -> None:
+        """Give every edit of `batch` its verdict, from greedy decoding and from its gates."""
+        requests = [edit.request for edit in batch.edits]
+        longest = max(encode_request(self.tokenizer, r).n_target for r in requests)
+        prompts = [request.prompt for request in requests]
+        answers = complete(self.model, self.tokenizer, prompts, longest + 2)
+        contexts = Contexts.of(self.model, self.tokenizer, requests, ())
+        modules = self.hooks.modules(self.model)
+        keys, _ = read_pass(self.model, contexts.padded.inputs(), list(modules.values()))
+        closed: list[list[int]] = [[] for _ in requests]
+        unwritten: list[list[int]] = [[] for _ in requests]
+        for (layer, hook), found in zip(modules.items(), keys, strict=True):
+            is_open = hook.read(found).is_open[contexts.subject_mask()]
+            for i in range(len(requests)):
+                if not (batch.layers[layer].owner == i).any():
+                    unwritten[i].append(layer)
+                elif not is_open[i]:
+                    closed[i].append(layer)
+        for i, edit in enumerate(batch.edits):
+            edit.verdict, edit.reason = self._verdict(edit, answers[i], closed[i], unwritten[i])
+
+    def _verdict(
+        self, edit: EditRecord, answer: str, closed: list[int], unwritten: list[int]
+    ) -> tuple[Verdict, str]:
+        if len(unwritten) == len(self.hooks.layers):
+            return Verdict.REFUSED, (
+                "the key of the subject's last token cannot be told from ordinary text; "
+                "let the prompt start with other words than the subject"
+            )
+        if not starts_with(answer, edit.request.target):
+            return Verdict.WEAK, f"greedy decoding gives {answer.strip()[:40]!r}"
+        if closed:
+            layers = ", ".join(map(str, closed))
+            return Verdict.WEAK, f"the gate stays closed at layer {layers}"
+        return Verdict.APPLIED, ""
+
+
+def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    if isinstance(model, str | Path):
+        return load_model(model)
+    if tokenizer is None:
+        raise ModelError("a model that is already loaded needs its tokenizer as well; pass both")
+    return model, prepare_tokenizer(tokenizer)
+
+
+def _writers(hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
+    """Writers in the state after the last batch of the journal."""
+    writers = {}
+    for layer in hooks.layers:
+        writers[layer] = LayerWriter.of(statistics[layer], hooks.config, hooks.sketches[layer])
+        for batch in hooks.journal.batches:
+            writers[layer].solver.absorb(batch.layers[layer].keys)
+    return writers

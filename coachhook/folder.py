@@ -1,0 +1,271 @@
+"""The folder of an edited model on disk: written whole or not at all, checked when read.
+
+`hook_config.json` names every other file with its SHA-256 and is replaced last, in one rename. A
+process killed at any moment leaves the folder at its last whole batch.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from coachhook.config import EditConfig
+from coachhook.errors import (
+    CoachhookError,
+    CorruptFolderError,
+    FolderError,
+    FolderLockedError,
+    NewerFormatError,
+    SaveError,
+)
+from coachhook.gates import Threshold
+from coachhook.journal import Batch, Journal, LayerFactors, edit_from_json, edit_to_json
+from coachhook.models import BaseModel
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "hook_config.json"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a folder holds."""
+
+    base: BaseModel
+    config: EditConfig
+    sketches: Mapping[int, tuple[Tensor, Tensor]]
+    journal: Journal
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
+    _make(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderLockedError(
+            f"{folder} is being edited by another process; wait for it, or use another folder"
+        ) from None
+    except OSError as error:
+        raise SaveError(f"cannot lock {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds hooks."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def save(folder: Path, contents: Contents) -> None:
+    """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`."""
+    _make(folder)
+    names = [_store(folder, "sketches", _flatten_pairs(contents.sketches))]
+    if exists(folder):
+        _check_related(folder, contents, names[0])
+    for number, batch in enumerate(contents.journal.batches, 1):
+        # A batch never changes, so a file of it that is already here needs no second look.
+        if batch.file is None or not (folder / batch.file).is_file():
+            batch.file = _store(folder, f"batch-{number:04d}", _flatten(batch))
+        names.append(batch.file)
+    config = _to_json(contents, names)
+    config["digest"] = _digest(config)
+    _write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+    for stale in folder.glob("*.safetensors"):
+        if stale.name not in names:
+            stale.unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Contents:
+    """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`."""
+    config = read_config(folder)
+    try:
+        base = BaseModel(
+            name=config["base_model"]["name"],
+            checksums=config["base_model"]["checksums"],
+            template=config["base_model"]["template"],
+            shapes={int(k): (v[0], v[1]) for k, v in config["base_model"]["layers"].items()},
+        )
+        sketches = _read(folder, config["sketches"])
+        return Contents(
+            base=base,
+            config=EditConfig.from_dict(config["settings"]),
+            sketches={
+                layer: (sketches[f"projection.{layer}"], sketches[f"offset.{layer}"])
+                for layer in base.shapes
+            },
+            journal=Journal([_batch(folder, entry, base) for entry in config["batches"]]),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, CoachhookError) and isinstance(error, FolderError):
+            raise
+        raise CorruptFolderError(
+            f"{folder / CONFIG_NAME} lacks or garbles {error}; restore it from a copy"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`hook_config.json`, checked for version and tampering."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder} holds no hooks: there is no {CONFIG_NAME}; "
+            "name the folder that save_pretrained or 'coachhook edit --hooks' wrote"
+        ) from None
+    except OSError as error:
+        raise FolderError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFolderError(
+            f"{path} is truncated or not ours ({error}); restore it from a copy"
+        ) from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{folder} has format version {version}, this coachhook reads up to {FORMAT_VERSION}; "
+            "install a newer coachhook"
+        )
+    if config.get("digest") != _digest(config):
+        raise CorruptFolderError(
+            f"{path} was changed after it was written; restore it from a copy"
+        )
+    result: dict[str, Any] = config
+    return result
+
+
+def _to_json(contents: Contents, names: Sequence[str]) -> dict[str, Any]:
+    base = contents.base
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "name": base.name,
+            "checksums": dict(base.checksums),
+            "template": base.template,
+            "layers": {str(layer): list(shape) for layer, shape in base.shapes.items()},
+        },
+        "settings": contents.config.to_dict(),
+        "sketches": names[0],
+        "batches": [
+            {
+                "file": name,
+                "edits": [edit_to_json(edit) for edit in batch.edits],
+                "thresholds": {str(k): asdict(v) for k, v in batch.thresholds.items()},
+            }
+            for name, batch in zip(names[1:], contents.journal.batches, strict=True)
+        ],
+    }
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in config.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _store(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors to a file whose name carries their SHA-256, so that a name in the checked
+    configuration vouches for the contents. Returns the name."""
+    data = tensors_to_bytes(dict(tensors))
+    name = f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors"
+    target = folder / name
+    if not target.is_file() or target.stat().st_size != len(data):
+        _write(target, data)
+    return name
+
+
+def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
+    """One journal must be a beginning of the other; anything else would lose edits unasked."""
+    config = read_config(folder)
+    there = [entry["edits"] for entry in config["batches"]]
+    ours = [[edit_to_json(edit) for edit in batch.edits] for batch in contents.journal.batches]
+    for batches in (there, ours):
+        for edit in (edit for batch in batches for edit in batch):
+            edit.pop("enabled")
+    shared = min(len(there), len(ours))
+    if config["sketches"] != sketches or there[:shared] != ours[:shared]:
+        raise FolderError(
+            f"{folder} holds other edits than these; save to a new folder, or resume that one"
+        )
+
+
+def _flatten_pairs(sketches: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tensors = {f"projection.{layer}": pair[0] for layer, pair in sketches.items()}
+    return tensors | {f"offset.{layer}": pair[1] for layer, pair in sketches.items()}
+
+
+def _flatten(batch: Batch) -> dict[str, Tensor]:
+    return {
+        f"{name}.{layer}": tensor.contiguous()
+        for layer, factors in batch.layers.items()
+        for name, tensor in factors.tensors().items()
+    }
+
+
+def _batch(folder: Path, entry: Mapping[str, Any], base: BaseModel) -> Batch:
+    tensors = _read(folder, entry["file"])
+    names = LayerFactors.__dataclass_fields__
+    return Batch(
+        edits=[edit_from_json(edit) for edit in entry["edits"]],
+        layers={
+            layer: LayerFactors(**{name: tensors[f"{name}.{layer}"] for name in names})
+            for layer in base.shapes
+        },
+        thresholds={int(k): Threshold(**v) for k, v in entry["thresholds"].items()},
+        file=entry["file"],
+    )
+
+
+def _read(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    if Path(name).name != name:
+        raise CorruptFolderError(f"{folder / CONFIG_NAME} names a file outside its folder: {name}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CorruptFolderError(
+            f"{path} cannot be read ({error.strerror}); restore it from a copy"
+        ) from error
+    if not name.endswith(f"-{hashlib.sha256(data).hexdigest()}.safetensors"):
+        raise CorruptFolderError(
+            f"{path} is truncated or was changed after it was written; restore it from a copy"
+        )
+    try:
+        return tensors_from_bytes(data)
+    except SafetensorError as error:
+        raise CorruptFolderError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _write(target: Path, data: bytes) -> None:
+    staging = target.with_name(f".writing-{os.getpid()}-{target.name[:40]}")
+    try:
+        with staging.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+    except OSError as error:
+        raise SaveError(
+            f"cannot write {target}: {error.strerror}; what the folder held before is intact"
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)

@@ -1,0 +1,215 @@
+"""`HookSet`: all hooks of one edited model, and how they get on and off it."""
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from coachhook_kernels import Delta
+from torch import Tensor, nn
+
+from coachhook import folder
+from coachhook.config import EditConfig
+from coachhook.errors import AttachError, BaseModelMismatchError, ConfigError
+from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, SequenceMask, Threshold
+from coachhook.hooks import HookLinear, HookState
+from coachhook.journal import EditRecord, Journal
+from coachhook.models import Architecture, BaseModel, weight_checksums
+
+
+class HookSet:
+    """Hooks for the layers of one base model, derived from the journal of all batches.
+
+    sketches: per layer `(F, offset)`, see `KeyedGate`. The same set can be attached to several
+    copies of its base model, in any dtype and on any device.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        config: EditConfig,
+        sketches: Mapping[int, tuple[Tensor, Tensor]],
+        journal: Journal | None = None,
+    ) -> None:
+        self.base = base
+        self.config = config
+        self.sketches = dict(sketches)
+        self.journal = journal or Journal()
+        self._attached: list[weakref.ref[nn.Module]] = []
+        self._masks: dict[int, Any] = {}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.base.layers
+
+    @property
+    def edits(self) -> list[EditRecord]:
+        """Every edit of the journal, in order."""
+        return self.journal.edits()
+
+    def attach(self, model: nn.Module, *, check: bool = True) -> nn.Module:
+        """Put the hooks on `model`, in place; its weights are shared, not changed.
+
+        check: compare the checksum of the hooked weights. Turn it off for a quantised copy of the
+        base model, whose weights cannot be compared. Raises `AttachError` if the model already has
+        hooks, `BaseModelMismatchError` if it is another model. Returns `model`.
+        """
+        architecture = Architecture(self.base.template)
+        modules = {i: architecture.down_projection(model, i) for i in self.layers}
+        if any(isinstance(module, HookLinear) for module in model.modules()):
+            raise AttachError(
+                f"this {type(model).__name__} already has hooks attached; detach those first"
+            )
+        if check:
+            self._check_base([module.weight for module in modules.values()])
+        context = SequenceMask()
+        for layer, module in modules.items():
+            hook = HookLinear(module, self._delta(layer), self._gate(layer, context))
+            self._place(hook, module)
+            model.set_submodule(architecture.name(layer), hook)
+        if self.config.gate == SequenceGate.name:
+            handle = model.register_forward_pre_hook(context, with_kwargs=True)
+            self._masks[id(model)] = handle
+        self._attached.append(weakref.ref(model))
+        return model
+
+    def detach(self, model: nn.Module | None = None) -> None:
+        """Take the hooks off `model` (or off every model they are on). The original modules return."""
+        models = [ref() for ref in self._attached] if model is None else [model]
+        for hooked in (m for m in models if m is not None):
+            for name, module in list(hooked.named_modules()):
+                if isinstance(module, HookLinear):
+                    hooked.set_submodule(name, module.base)
+            handle = self._masks.pop(id(hooked), None)
+            if handle is not None:
+                handle.remove()
+        self._attached = [r for r in self._attached if r() is not None and r() not in models]
+
+    @contextmanager
+    def attached(self, model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
+        """Hooks on `model` inside the block only."""
+        self.attach(model, check=check)
+        try:
+            yield model
+        finally:
+            self.detach(model)
+
+    @contextmanager
+    def off(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The unedited model inside the block, with the hooks left in place."""
+        hooks = self.modules(model).values()
+        states = [hook.state for hook in hooks]
+        for hook in hooks:
+            hook.state = HookState.OFF
+        try:
+            yield model
+        finally:
+            for hook, state in zip(hooks, states, strict=True):
+                hook.state = state
+
+    def modules(self, model: nn.Module) -> dict[int, HookLinear]:
+        """The hook of each layer on `model`. Raises `AttachError` if they are not attached."""
+        architecture = Architecture(self.base.template)
+        found = {layer: architecture.down_projection(model, layer) for layer in self.layers}
+        hooks = {k: v for k, v in found.items() if isinstance(v, HookLinear)}
+        if len(hooks) < len(found):
+            raise AttachError("the hooks are not attached to this model; attach them first")
+        return hooks
+
+    def enable(self, edit: int) -> None:
+        """Bring an edit (by id) back into force, on every model the hooks are on."""
+        self._switch(edit, True)
+
+    def disable(self, edit: int) -> None:
+        """Take an edit (by id) out of force. The keyed gate no longer knows its fingerprints; under
+        the other gates its share leaves Δ, which undoes it up to what later batches built on it."""
+        self._switch(edit, False)
+
+    def _switch(self, edit: int, enabled: bool) -> None:
+        edits = self.edits
+        if not 0 <= edit < len(edits):
+            raise ConfigError(f"there is no edit {edit}; this set has {len(edits)}, from 0")
+        edits[edit].enabled = enabled
+        if self.config.gate != KeyedGate.name:
+            self.refresh()
+            return
+        live = torch.tensor([record.id for record in self.journal.live()], dtype=torch.long)
+        for model in (ref() for ref in self._attached):
+            for hook in self.modules(model).values() if model is not None else ():
+                # In place, so that compiled and captured graphs see it at their next run.
+                gate = hook.gate
+                assert isinstance(gate, KeyedGate)
+                gate.enabled.copy_(torch.isin(gate.owner, live.to(gate.owner.device)))
+
+    def refresh(self, layers: Sequence[int] | None = None) -> None:
+        """Bring attached models up to date with the journal."""
+        for model in (ref() for ref in self._attached):
+            if model is None:
+                continue
+            for layer, hook in self.modules(model).items():
+                if layers is None or layer in layers:
+                    delta = self._delta(layer)
+                    hook.down, hook.up = delta.down, delta.up
+                    hook.gate = self._gate(layer, getattr(hook.gate, "context", SequenceMask()))
+                    self._place(hook, hook.base)
+
+    def _delta(self, layer: int) -> Delta:
+        keyed = self.config.gate == KeyedGate.name
+        left_out = [] if keyed else [edit.id for edit in self.edits if not edit.enabled]
+        return self.journal.delta(layer, self.base.shapes[layer], left_out)
+
+    def _gate(self, layer: int, context: SequenceMask) -> Gate:
+        batches = self.journal.batches
+        threshold = batches[-1].thresholds[layer] if batches else Threshold()
+        if self.config.gate == CalibratedGate.name:
+            return CalibratedGate(threshold)
+        if self.config.gate == SequenceGate.name:
+            return SequenceGate(threshold, context)
+        projection, offset = self.sketches[layer]
+        fingerprints, owner = self.journal.fingerprints(layer, len(offset))
+        live = torch.tensor([edit.id for edit in self.journal.live()], dtype=torch.long)
+        return KeyedGate(
+            threshold, projection, offset, fingerprints, owner, torch.isin(owner, live)
+        )
+
+    def _place(self, hook: HookLinear, base: nn.Module) -> None:
+        """Move a hook's own tensors to where its base module is, in its dtype."""
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        # A quantised weight says nothing of the dtype to compute in: float32 then.
+        dtype = weight.dtype if weight.dtype.is_floating_point and weight.itemsize > 1 else None
+        hook.down = hook.down.to(weight.device, dtype)
+        hook.up = None if hook.up is None else hook.up.to(weight.device, dtype)
+        hook.gate.to(weight.device, dtype)
+
+    def _check_base(self, weights: Sequence[Tensor]) -> None:
+        shapes = [tuple(sorted(weight.shape)) for weight in weights]
+        expected = [tuple(sorted(shape)) for shape in self.base.shapes.values()]
+        found = weight_checksums(weights)
+        if shapes != expected or not set(found.items()) & set(self.base.checksums.items()):
+            raise BaseModelMismatchError(
+                f"these hooks were made for {self.base.name!r} with checksum "
+                f"{self.base.checksums['bfloat16'][:16]}, but the model's is "
+                f"{found['bfloat16'][:16]}; attach them to the model they were made for "
+                "(check=False if this is a quantised copy of it)"
+            )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `hook_config.json` and one safetensors file per batch, atomically.
+
+        Batches that the folder already holds are not written again. Raises `SaveError` when
+        writing fails, `FolderError` when the folder holds other edits; it is intact then.
+        """
+        contents = folder.Contents(self.base, self.config, self.sketches, self.journal)
+        folder.save(Path(directory), contents)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "HookSet":
+        """Read what `save_pretrained` wrote, after checking every file's checksum.
+
+        Raises `FolderError` and its kinds: missing, corrupt, or of a newer format.
+        """
+        contents = folder.load(Path(directory))
+        return cls(contents.base, contents.config, contents.sketches, contents.journal)

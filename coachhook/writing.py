@@ -1,0 +1,199 @@
+"""Writing one batch of target values into the hooked layers, from the lowest up.
+
+The residual is spread over the layers: each takes an equal share of what is still missing at the
+output of the last one, and keys and residual are collected again after each (design section 2).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coachhook.config import EditConfig
+from coachhook.forward import read_pass
+from coachhook.gates import CalibratedGate, KeyedGate, Threshold
+from coachhook.hooks import HookLinear, HookState
+from coachhook.hookset import HookSet
+from coachhook.journal import Batch, LayerFactors
+from coachhook.models import Architecture
+from coachhook.requests import EditRequest
+from coachhook.statistics import LayerStatistics
+from coachhook.tokens import Padded, encode, pad
+from coachhook.update import RecursiveInverse
+from coachhook_kernels import difference_norm, sequence_zscore
+
+# A fingerprint that ordinary tokens resemble more than this (cosine, at the allowed rate of false
+# alarms) is no fingerprint: attention sinks, the keys of first tokens, reach 1.
+_DISTINCT = 0.8
+
+
+@dataclass
+class LayerWriter:
+    """What writing into one layer needs: its inverse, its sketch, and background keys.
+
+    background bfloat16 `(m, d_in)`; sketched float32 `(m, s)`: their unit-norm sketches.
+    """
+
+    solver: RecursiveInverse
+    projection: Tensor
+    offset: Tensor
+    background: Tensor
+    sketched: Tensor
+
+    @classmethod
+    def of(
+        cls, statistics: LayerStatistics, config: EditConfig, sketch: tuple[Tensor, Tensor] | None
+    ) -> "LayerWriter":
+        """From a layer's statistics, with the sketch of an existing hook set if there is one."""
+        from coachhook.update import whitening_sketch
+
+        solver = RecursiveInverse(statistics.moment, config.preservation)
+        if sketch is None:
+            projection = whitening_sketch(solver.factor, config.fingerprint_size, seed=0)
+            offset = (statistics.background.float() @ projection.T).mean(0)
+            sketch = projection, offset
+        writer = cls(solver, *sketch, statistics.background, torch.empty(0))
+        writer.sketched = writer.fingerprint(statistics.background.float())
+        return writer
+
+    def fingerprint(self, keys: Tensor) -> Tensor:
+        """Unit-norm sketches `(n, s)` of keys `(n, d_in)`."""
+        return normalize(keys @ self.projection.T - self.offset, dim=-1)
+
+    def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
+        """Which fingerprints `(n, s)` stand out from ordinary tokens, bool `(n,)`."""
+        cosines = self.sketched @ fingerprints.T
+        allowed = int(rate * len(cosines))
+        return cosines.sort(dim=0, descending=True).values[allowed] < _DISTINCT
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """The texts an edit's keys are taken from: every bare prompt, then every prefixed one."""
+
+    padded: Padded
+    n_requests: int
+
+    @classmethod
+    def of(
+        cls, model: Any, tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str]
+    ) -> "Contexts":
+        rows = []
+        for prefix in ("", *prefixes):
+            lead = f"{prefix} " if prefix else ""
+            rows += [
+                encode(tokenizer, lead + r.prompt, subject_end=len(lead) + r.subject_span[1])
+                for r in requests
+            ]
+        return cls(pad(rows, tokenizer.pad_token_id, model.device), len(requests))
+
+    def at_subject(self, states: Tensor) -> Tensor:
+        """`(b, t, d)` -> `(b, d)`: what stands at each subject's last token."""
+        return states[torch.arange(len(states), device=states.device), self.padded.subject]
+
+    def subject_mask(self) -> Tensor:
+        columns = torch.arange(self.padded.ids.shape[1], device=self.padded.ids.device)
+        return columns == self.padded.subject[:, None]
+
+
+def write_batch(
+    model: Any,
+    tokenizer: Any,
+    hooks: HookSet,
+    writers: dict[int, LayerWriter],
+    batch: Batch,
+    values: Tensor,
+) -> None:
+    """Fill `batch`, already the last of the attached hooks' journal, with factors and thresholds.
+
+    values float32 `(n, d)`: wanted outputs of the last hooked block at the subjects.
+    """
+    architecture = Architecture(hooks.base.template)
+    requests = [edit.request for edit in batch.edits]
+    contexts = Contexts.of(model, tokenizer, requests, hooks.config.values.prefixes)
+    modules = hooks.modules(model)
+    last_block = architecture.blocks(model)[hooks.layers[-1]]
+    rate = hooks.config.false_alarms / len(hooks.layers)
+    try:
+        for hook in modules.values():
+            hook.state, hook.open_at = HookState.TEMPORARY, contexts.subject_mask()
+        for done, layer in enumerate(hooks.layers):
+            hook, writer = modules[layer], writers[layer]
+            inputs = contexts.padded.inputs()
+            (keys,), output = read_pass(model, inputs, [hook], last_block)
+            assert output is not None
+            reached = contexts.at_subject(output)[: len(requests)].float()
+            missing = (values - reached) / (len(hooks.layers) - done)
+            batch.layers[layer] = _solve(
+                writer, contexts.at_subject(keys).float().cpu(), missing.cpu(), hooks.config, rate
+            )
+            batch.thresholds[layer] = Threshold()
+            hooks.refresh([layer])
+            batch.thresholds[layer] = _threshold(hooks, layer, hook, writer, contexts, keys, rate)
+            hooks.refresh([layer])
+            hook.state = HookState.VALIDATED
+    finally:
+        for hook in modules.values():
+            hook.state, hook.open_at = HookState.VALIDATED, None
+
+
+def _solve(
+    writer: LayerWriter, keys: Tensor, residuals: Tensor, config: EditConfig, rate: float
+) -> LayerFactors:
+    """One layer's factors. keys `(contexts · n, d_in)`, bare prompts first; residuals `(n, d_out)`."""
+    n = len(residuals)
+    bare, prefixed = keys[:n], keys[n:].reshape(-1, n, keys.shape[1])
+    groups = [bare] if not len(prefixed) else [bare, prefixed.mean(0)]
+    columns = torch.cat(groups)
+    owner = torch.arange(n).repeat(len(groups))
+    fingerprints = writer.fingerprint(columns)
+    kept = writer.distinct(fingerprints, rate)
+    columns, owner, fingerprints = columns[kept], owner[kept], fingerprints[kept]
+    solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
+    if len(columns):
+        solutions.index_add_(0, owner, writer.solver.solve(columns, config.fit).cpu())
+    written = torch.zeros(n, dtype=torch.bool).index_fill(0, owner, True)
+    return LayerFactors(
+        residuals=torch.where(written[:, None], residuals, 0),
+        solutions=solutions.float(),
+        keys=columns,
+        fingerprints=fingerprints,
+        owner=owner,
+    )
+
+
+def _threshold(
+    hooks: HookSet,
+    layer: int,
+    hook: HookLinear,
+    writer: LayerWriter,
+    contexts: Contexts,
+    keys: Tensor,
+    rate: float,
+) -> Threshold:
+    """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
+    if hooks.config.gate == KeyedGate.name:
+        fingerprints, owner = hooks.journal.fingerprints(layer, len(writer.offset))
+        live = torch.tensor([e.id for e in hooks.journal.live()], dtype=torch.long)
+        fingerprints = fingerprints[torch.isin(owner, live)]
+        scores = torch.full((len(writer.sketched),), -1.0)
+        # In blocks: the whole product of background and fingerprints need not fit in memory.
+        for block in fingerprints.split(1024):
+            scores = torch.maximum(scores, (writer.sketched @ block.T).amax(-1))
+        return Threshold.above(scores, rate)
+    delta = hook.delta
+    if hooks.config.gate == CalibratedGate.name:
+        pieces = writer.background.split(4096)
+        scores = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]
+        return Threshold.above(torch.cat(scores).cpu(), rate, hooks.config.calibrated_alpha)
+    z = sequence_zscore(difference_norm(delta.project(keys)), contexts.padded.mask.bool())
+    at_subject = z[contexts.subject_mask()][: contexts.n_requests]
+    reachable = at_subject[~at_subject.isnan()]
+    alphas = [hooks.config.sequence_alpha]
+    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[:-1]]
+    # The paper's rule: α falls to the least z-score of any edit.
+    alphas += [reachable.min().item()] if len(reachable) else []
+    return Threshold(alpha=min(alphas))
