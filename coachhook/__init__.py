@@ -1,14 +1,18 @@
 """Change single facts in a language model you serve: consecutive batch editing with hook layers."""
 
-from coachhook.config import EditConfig, ValueConfig
-from coachhook.editor import BatchReport, Editor
-from coachhook.errors import CoachhookError
-from coachhook.hooks import HookLinear, HookState
-from coachhook.hookset import HookSet
-from coachhook.journal import EditRecord, Verdict
-from coachhook.loaders import load_requests
-from coachhook.requests import EditRequest, LocalityPrompt
-from coachhook.statistics import StatisticsSource
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coachhook.config import EditConfig, ValueConfig
+    from coachhook.editor import BatchReport, Editor
+    from coachhook.errors import CoachhookError
+    from coachhook.hooks import HookLinear, HookState
+    from coachhook.hookset import HookSet
+    from coachhook.journal import EditRecord, Verdict
+    from coachhook.loaders import load_requests
+    from coachhook.requests import EditRequest, LocalityPrompt
+    from coachhook.statistics import StatisticsSource
 
 __version__ = "0.1.0"
 
@@ -28,3 +32,34 @@ __all__ = [
     "Verdict",
     "load_requests",
 ]
+
+# Where each name lives. They are imported at first use (PEP 562), because torch and transformers
+# take seconds and `coachhook --help` needs neither.
+_HOMES = {
+    "BatchReport": "editor",
+    "CoachhookError": "errors",
+    "EditConfig": "config",
+    "EditRecord": "journal",
+    "EditRequest": "requests",
+    "Editor": "editor",
+    "HookLinear": "hooks",
+    "HookSet": "hookset",
+    "HookState": "hooks",
+    "LocalityPrompt": "requests",
+    "StatisticsSource": "statistics",
+    "ValueConfig": "config",
+    "Verdict": "journal",
+    "load_requests": "loaders",
+}
+
+if not TYPE_CHECKING:  # a type checker that saw it would take any misspelt name for an export
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

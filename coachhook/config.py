@@ -12,7 +12,7 @@ from coachhook.statistics import StatisticsSource
 class ValueConfig:
     """How target values are optimised (design section 2).
 
-    prefixes: texts put before the prompt, so that the value holds in other contexts.
+    contexts: texts with {} in place of the prompt, so that the value holds elsewhere too.
     gain: share of the shift that prefixed contexts receive while optimising; a paraphrase's key
     resembles the edited key only in part and will receive only part of the shift.
     steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
@@ -20,10 +20,10 @@ class ValueConfig:
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
     """
 
-    prefixes: tuple[str, ...] = (
-        "The following is well known.",
-        "As I was told yesterday,",
-        "In other news, the weather stayed dry.",
+    contexts: tuple[str, ...] = (
+        "The following is well known. {}",
+        "As I was told yesterday, {}",
+        "In other news, the weather stayed dry. {}",
     )
     gain: float = 0.7
     steps: int = 30
@@ -76,7 +76,7 @@ class EditConfig:
         unknown = set(data) - known
         if unknown:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
-        values = {**data["values"], "prefixes": tuple(data["values"]["prefixes"])}
+        values = {**data["values"], "contexts": tuple(data["values"]["contexts"])}
         layers = data["layers"]
         return cls(
             **{

@@ -104,7 +104,9 @@ def _text_field(path: Path, number: int, line: str) -> str:
         raise StatisticsError(f"{path}:{number}: not JSON: {error}") from error
     text = record if isinstance(record, str) else isinstance(record, dict) and record.get("text")
     if not isinstance(text, str):
-        raise StatisticsError(f"{path}:{number}: expected a string or an object with a 'text' field")
+        raise StatisticsError(
+            f"{path}:{number}: expected a string or an object with a 'text' field"
+        )
     return text
 
 

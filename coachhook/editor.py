@@ -174,8 +174,8 @@ class Editor:
     def _check_lengths(self, requests: Sequence[EditRequest]) -> None:
         limit = context_length(self.model)
         for request in requests:
-            for prefix in ("", *self.hooks.config.values.prefixes):
-                row = encode_request(self.tokenizer, request, prefix)
+            for context in ("{}", *self.hooks.config.values.contexts):
+                row = encode_request(self.tokenizer, request, context)
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
 
     def _judge(self, batch: Batch) -> None:

@@ -185,9 +185,7 @@ def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     return complete(model, tokenizer, prompts, _NEW_TOKENS)
 
 
-def _greedy(
-    answers: Sequence[str], targets: Sequence[str]
-) -> tuple[float | None, float | None]:
+def _greedy(answers: Sequence[str], targets: Sequence[str]) -> tuple[float | None, float | None]:
     if not answers:
         return None, None
     pairs = list(zip(answers, targets, strict=True))

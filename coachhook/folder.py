@@ -140,9 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             "install a newer coachhook"
         )
     if config.get("digest") != _digest(config):
-        raise CorruptFolderError(
-            f"{path} was changed after it was written; restore it from a copy"
-        )
+        raise CorruptFolderError(f"{path} was changed after it was written; restore it from a copy")
     result: dict[str, Any] = config
     return result
 

@@ -70,6 +70,10 @@ class Gate(nn.Module):
         """Score, z-score and edit id of each token."""
         raise NotImplementedError
 
+    def least_open(self) -> Tensor:
+        """The threshold in units of the score, 0-d float32."""
+        return self.mean + self.alpha * self.std
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         # A threshold rounded to bfloat16 is another threshold: follow the device, not the dtype.
         scalars = {name: self._buffers[name] for name in ("mean", "std", "alpha")}

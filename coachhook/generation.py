@@ -11,9 +11,7 @@ from transformers import GenerationConfig
 _AT_ONCE = 32
 
 
-def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int
-) -> list[str]:
+def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """The greedy completion of each prompt, up to the end-of-text token or `max_new_tokens`."""
     texts: list[str] = []
     for first in range(0, len(prompts), _AT_ONCE):
@@ -27,9 +25,7 @@ def complete(
     return texts
 
 
-def greedy(
-    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int
-) -> Tensor:
+def greedy(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
     """New tokens `(b, n)` after left-padded `ids` `(b, t)` with attention `mask` `(b, t)`."""
     ends = model.generation_config.eos_token_id
     config = GenerationConfig(

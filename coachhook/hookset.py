@@ -17,6 +17,7 @@ from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, Seque
 from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
+from coachhook.trace import Trace, trace_text
 
 
 class HookSet:
@@ -117,6 +118,11 @@ class HookSet:
         if len(hooks) < len(found):
             raise AttachError("the hooks are not attached to this model; attach them first")
         return hooks
+
+    def trace(self, model: Any, tokenizer: Any, text: str) -> Trace:
+        """Per token of `text` and hooked layer: score, threshold, whether the gate of the attached
+        hooks opened, and which edit fired."""
+        return trace_text(model, tokenizer, self.modules(model), text)
 
     def enable(self, edit: int) -> None:
         """Bring an edit (by id) back into force, on every model the hooks are on."""

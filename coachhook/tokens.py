@@ -43,18 +43,26 @@ def encode(
         raise RequestError(f"target {target!r} after {text!r} gives no token of its own")
     subject = n_text - 1
     if subject_end is not None:
-        inside = [i for i, (start, end) in enumerate(offsets) if end > start and start < subject_end]
+        inside = [
+            i for i, (start, end) in enumerate(offsets) if end > start and start < subject_end
+        ]
         if not inside:
             raise RequestError(f"the subject in {text!r} gives no token")
         subject = min(inside[-1], n_text - 1)
     return Row(tuple(ids), subject, n_target)
 
 
-def encode_request(tokenizer: Any, request: EditRequest, prefix: str = "") -> Row:
-    """The row of a request's prompt and target, behind `prefix`."""
-    lead = f"{prefix} " if prefix else ""
-    end = len(lead) + request.subject_span[1]
-    return encode(tokenizer, lead + request.prompt, request.target, subject_end=end)
+def encode_request(
+    tokenizer: Any, request: EditRequest, context: str = "{}", *, with_target: bool = True
+) -> Row:
+    """The row of a request's prompt inside `context` (in place of its "{}"), and its target."""
+    before, after = context.split("{}")
+    return encode(
+        tokenizer,
+        before + request.prompt + after,
+        request.target if with_target else None,
+        subject_end=len(before) + request.subject_span[1],
+    )
 
 
 def join(text: str, target: str) -> str:
@@ -97,9 +105,7 @@ class Padded:
         }
 
 
-def pad(
-    rows: Sequence[Row], pad_id: int, device: Any, *, align_subject: bool = False
-) -> Padded:
+def pad(rows: Sequence[Row], pad_id: int, device: Any, *, align_subject: bool = False) -> Padded:
     """Pad on the right, or, with `align_subject`, so that every subject stands in one column."""
     column = max(row.subject for row in rows) if align_subject else 0
     starts = [column - row.subject if align_subject else 0 for row in rows]

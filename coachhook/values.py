@@ -127,8 +127,8 @@ def _prepare(
     n = len(requests)
     # The bare prompts come first, so that row i is request i's.
     contexts: list[Row] = [encode_request(tokenizer, request) for request in requests]
-    for prefix in config.prefixes:
-        contexts += [encode_request(tokenizer, request, prefix) for request in requests]
+    for context in config.contexts:
+        contexts += [encode_request(tokenizer, request, context) for request in requests]
     scored = len(contexts)
     contexts += [_essence(tokenizer, request) for request in requests]
     device = model.device
@@ -167,9 +167,7 @@ def _prepare(
 
 def _essence(tokenizer: Any, request: EditRequest) -> Row:
     """MEMIT's "{subject} is a": what else the model knows of the subject should stay."""
-    return encode(
-        tokenizer, f"{request.subject} is a", subject_end=len(request.subject)
-    )
+    return encode(tokenizer, f"{request.subject} is a", subject_end=len(request.subject))
 
 
 def _gradient(

@@ -21,7 +21,7 @@ from coachhook.journal import Batch, LayerFactors
 from coachhook.models import Architecture
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
-from coachhook.tokens import Padded, encode, pad
+from coachhook.tokens import Padded, encode_request, pad
 from coachhook.update import RecursiveInverse
 from coachhook_kernels import difference_norm, sequence_zscore
 
@@ -79,15 +79,13 @@ class Contexts:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str]
+        cls, model: Any, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
     ) -> "Contexts":
-        rows = []
-        for prefix in ("", *prefixes):
-            lead = f"{prefix} " if prefix else ""
-            rows += [
-                encode(tokenizer, lead + r.prompt, subject_end=len(lead) + r.subject_span[1])
-                for r in requests
-            ]
+        rows = [
+            encode_request(tokenizer, request, text, with_target=False)
+            for text in ("{}", *contexts)
+            for request in requests
+        ]
         return cls(pad(rows, tokenizer.pad_token_id, model.device), len(requests))
 
     def at_subject(self, states: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ def write_batch(
     """
     architecture = Architecture(hooks.base.template)
     requests = [edit.request for edit in batch.edits]
-    contexts = Contexts.of(model, tokenizer, requests, hooks.config.values.prefixes)
+    contexts = Contexts.of(model, tokenizer, requests, hooks.config.values.contexts)
     modules = hooks.modules(model)
     last_block = architecture.blocks(model)[hooks.layers[-1]]
     rate = hooks.config.false_alarms / len(hooks.layers)

@@ -1,0 +1,5 @@
+"""`python -m coachhook`: the command line."""
+
+from coachhook.cli import main
+
+main()
