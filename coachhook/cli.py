@@ -117,6 +117,8 @@ def edit(
                 else Editor.resume(hooks, *load_model(model))
             )
             for batch in batches:
+                editor.check(batch)
+            for batch in batches:
                 outcome = editor.edit(batch)
                 editor.hooks.save_pretrained(hooks)
                 edited.append(report.batch_document(outcome.number, outcome.edits))

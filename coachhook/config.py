@@ -21,13 +21,12 @@ class ValueConfig:
     """
 
     contexts: tuple[str, ...] = (
-        "The following is well known. {}",
         "As I was told yesterday, {}",
-        "In other news, the weather stayed dry. {}",
+        "In other news, {} what? The answer is",
     )
-    gain: float = 0.7
-    steps: int = 30
-    rate: float = 0.1
+    gain: float = 0.9
+    steps: int = 20
+    rate: float = 0.2
     clamp: float = 1.0
     kl: float = 0.0625
     decay: float = 0.01
@@ -43,8 +42,9 @@ class EditConfig:
     "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
     fit: weight of a batch's own keys in its solve; at 1 the paper's closed form, larger values
     leave less of the residual. false_alarms: largest share of background tokens that may open a
-    gate. fingerprint_size: s. calibrated_alpha: least α of the calibrated gate; sequence_alpha: where
-    the paper's α rule starts.
+    gate. fingerprint_size: s. resemblance: least cosine
+    that opens the keyed gate. calibrated_alpha: least α of the calibrated gate; sequence_alpha:
+    where the paper's α rule starts.
     """
 
     layers: tuple[int, ...] | None = None
@@ -54,6 +54,7 @@ class EditConfig:
     fit: float = 20.0
     false_alarms: float = 1e-3
     fingerprint_size: int = 64
+    resemblance: float = 0.62
     calibrated_alpha: float = 5.0
     sequence_alpha: float = 2.2
     values: ValueConfig = field(default_factory=ValueConfig)

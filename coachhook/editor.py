@@ -1,20 +1,17 @@
 """`Editor`: batch after batch of facts into one model, with an account of which of them took."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from coachhook.config import EditConfig
-from coachhook.errors import ModelError
-from coachhook.errors import ConfigError
+from coachhook.errors import ConfigError, ModelError
 from coachhook.folder import locked
 from coachhook.forward import eval_mode, read_pass
 from coachhook.generation import complete, starts_with
 from coachhook.hookset import HookSet
-from coachhook.journal import Batch, EditRecord, Journal, Verdict
+from coachhook.journal import Batch, EditRecord, Verdict
 from coachhook.models import (
     Architecture,
     BaseModel,
@@ -81,7 +78,7 @@ class Editor:
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=str(name),
-            checksums=weight_checksums([module.weight for module in modules.values()]),
+            checksums=weight_checksums([modules[layer].weight for layer in layers]),
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], model.config.hidden_size)
@@ -109,6 +106,8 @@ class Editor:
         """
         hooks = HookSet.from_pretrained(directory)
         model, tokenizer = _loaded(hooks.base.name if model is None else model, tokenizer)
+        # Before the statistics, which take a while.
+        hooks.check_base(model)
         architecture = Architecture(hooks.base.template)
         if statistics is None:
             statistics = key_statistics(
@@ -127,7 +126,7 @@ class Editor:
         Raises `RequestError` and its kinds for unusable requests, before any work is done.
         """
         requests = check_batch(requests)
-        self._check_lengths(requests)
+        self.check(requests)
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
@@ -171,7 +170,8 @@ class Editor:
         """Take the hooks off the model, which is then bit for bit what it was."""
         self.hooks.detach(self.model)
 
-    def _check_lengths(self, requests: Sequence[EditRequest]) -> None:
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Raise `RequestError` or its kinds where a request does not fit tokenizer or context."""
         limit = context_length(self.model)
         for request in requests:
             for context in ("{}", *self.hooks.config.values.contexts):

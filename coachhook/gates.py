@@ -5,13 +5,14 @@ fingerprints of edited keys, `calibrated` is the paper's difference norm taken p
 `sequence` is the paper's own, standardised over the tokens of one sequence (Eq. 16-20).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from coachhook_kernels import difference_norm, fingerprint_similarity, sequence_zscore
 from torch import Tensor, nn
+
+from coachhook_kernels import difference_norm, fingerprint_similarity, sequence_zscore
 
 
 class GateReading(NamedTuple):
@@ -80,7 +81,8 @@ class Gate(nn.Module):
         super()._apply(fn, recurse)
         for name, value in scalars.items():
             moved = self._buffers[name]
-            assert value is not None and moved is not None
+            assert value is not None
+            assert moved is not None
             self._buffers[name] = value.to(moved.device)
         return self
 
@@ -134,23 +136,34 @@ class CalibratedGate(Gate):
 
 
 class SequenceMask:
-    """Forward pre-hook of a model that keeps the attention mask of the running pass for its gates."""
+    """Forward pre-hook of a base model that tells its gates which tokens of a pass are real.
 
-    def __init__(self) -> None:
+    parameters: names of the base model's forward parameters, in order.
+    """
+
+    def __init__(self, parameters: Sequence[str] = ()) -> None:
+        self.parameters = tuple(parameters)
         self.mask: Tensor | None = None
+        self.batch: int | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        mask = given.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        self.batch = inputs.shape[0] if isinstance(inputs, Tensor) else None
 
     def of(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         """`norms` as `(b, t)` and the bool mask of its real tokens. Some architectures flatten
         batch and sequence before the FFN, and a cached pass brings only the last `t` tokens."""
+        batch = self.batch if self.mask is None else self.mask.shape[0]
+        if batch is None:
+            batch = norms.shape[0] if norms.ndim > 1 else 1
+        rows = norms.reshape(batch, norms.numel() // max(batch, 1))
         if self.mask is None:
-            rows = norms.reshape(-1, norms.shape[-1])
             return rows, torch.ones_like(rows, dtype=torch.bool)
-        rows = norms.reshape(self.mask.shape[0], -1)
-        return rows, self.mask[:, -rows.shape[1] :].bool()
+        return rows, self.mask[:, self.mask.shape[1] - rows.shape[1] :].bool()
 
 
 class SequenceGate(Gate):

@@ -4,10 +4,10 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from coachhook_kernels import Delta, hook_correction
 from torch import Tensor, nn
 
 from coachhook.gates import Gate, GateReading
+from coachhook_kernels import Delta, hook_correction
 
 
 class HookState(StrEnum):
@@ -36,7 +36,7 @@ class HookLinear(nn.Module):
         self.base = base
         self.gate = gate
         self.state = HookState.VALIDATED
-        # In the temporary state: which tokens to correct, bool of the keys' leading shape; all if None.
+        # In the temporary state: which tokens to correct, bool of the keys' leading shape, or all.
         self.open_at: Tensor | None = None
         self.register_buffer("down", delta.down, persistent=False)
         self.register_buffer("up", delta.up, persistent=False)
@@ -87,8 +87,15 @@ class HookLinear(nn.Module):
 def _drop_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}base.")]:
         state[prefix + key[len(prefix) + len("base.") :]] = state.pop(key)
+    metadata = getattr(state, "_metadata", {})
+    for name in [n for n in metadata if f"{n}.".startswith(f"{prefix}base.")]:
+        metadata[(prefix + name[len(prefix) + len("base.") :]).rstrip(".")] = metadata.pop(name)
 
 
 def _add_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}base.")]:
         state[f"{prefix}base.{key[len(prefix) :]}"] = state.pop(key)
+    metadata = getattr(state, "_metadata", {})
+    for name in [n for n in metadata if f"{n}.".startswith(prefix)]:
+        inner = f"{prefix}base.{name[len(prefix) :]}".rstrip(".")
+        metadata.setdefault(inner, metadata[name])

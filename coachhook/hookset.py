@@ -1,5 +1,6 @@
 """`HookSet`: all hooks of one edited model, and how they get on and off it."""
 
+import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coachhook_kernels import Delta
 from torch import Tensor, nn
 
 from coachhook import folder
@@ -18,6 +18,7 @@ from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
 from coachhook.trace import Trace, trace_text
+from coachhook_kernels import Delta
 
 
 class HookSet:
@@ -38,6 +39,7 @@ class HookSet:
         self.config = config
         self.sketches = dict(sketches)
         self.journal = journal or Journal()
+        self._saved: str | None = None
         self._attached: list[weakref.ref[nn.Module]] = []
         self._masks: dict[int, Any] = {}
 
@@ -64,27 +66,30 @@ class HookSet:
                 f"this {type(model).__name__} already has hooks attached; detach those first"
             )
         if check:
-            self._check_base([module.weight for module in modules.values()])
-        context = SequenceMask()
+            self.check_base(model)
+        base_model = getattr(model, "base_model", model)
+        context = SequenceMask(list(inspect.signature(base_model.forward).parameters))
         for layer, module in modules.items():
             hook = HookLinear(module, self._delta(layer), self._gate(layer, context))
             self._place(hook, module)
             model.set_submodule(architecture.name(layer), hook)
         if self.config.gate == SequenceGate.name:
-            handle = model.register_forward_pre_hook(context, with_kwargs=True)
-            self._masks[id(model)] = handle
+            # On both: not every pass goes through the one, or through the other.
+            self._masks[id(model)] = [
+                part.register_forward_pre_hook(context, with_kwargs=True)
+                for part in {id(model): model, id(base_model): base_model}.values()
+            ]
         self._attached.append(weakref.ref(model))
         return model
 
     def detach(self, model: nn.Module | None = None) -> None:
-        """Take the hooks off `model` (or off every model they are on). The original modules return."""
+        """Take the hooks off `model`, or off every model; the original modules return."""
         models = [ref() for ref in self._attached] if model is None else [model]
         for hooked in (m for m in models if m is not None):
             for name, module in list(hooked.named_modules()):
                 if isinstance(module, HookLinear):
                     hooked.set_submodule(name, module.base)
-            handle = self._masks.pop(id(hooked), None)
-            if handle is not None:
+            for handle in self._masks.pop(id(hooked), ()):
                 handle.remove()
         self._attached = [r for r in self._attached if r() is not None and r() not in models]
 
@@ -181,25 +186,35 @@ class HookSet:
         )
 
     def _place(self, hook: HookLinear, base: nn.Module) -> None:
-        """Move a hook's own tensors to where its base module is, in its dtype."""
-        weight = base.weight
-        assert isinstance(weight, Tensor)
-        # A quantised weight says nothing of the dtype to compute in: float32 then.
-        dtype = weight.dtype if weight.dtype.is_floating_point and weight.itemsize > 1 else None
-        hook.down = hook.down.to(weight.device, dtype)
-        hook.up = None if hook.up is None else hook.up.to(weight.device, dtype)
-        hook.gate.to(weight.device, dtype)
+        """Move a hook's own tensors to where its base module is, in the dtype it computes in."""
+        tensors = [*base.parameters(), *base.buffers()]
+        device = tensors[0].device if tensors else None
+        # A quantised weight says nothing of the dtype to compute in; its scales may.
+        wide = [t.dtype for t in tensors if t.dtype.is_floating_point and t.itemsize > 1]
+        dtype = wide[0] if wide else torch.float32
+        hook.down = hook.down.to(device, dtype)
+        hook.up = None if hook.up is None else hook.up.to(device, dtype)
+        hook.gate.to(device, dtype)
 
-    def _check_base(self, weights: Sequence[Tensor]) -> None:
-        shapes = [tuple(sorted(weight.shape)) for weight in weights]
-        expected = [tuple(sorted(shape)) for shape in self.base.shapes.values()]
+    def check_base(self, model: nn.Module) -> None:
+        """Raise `BaseModelMismatchError` unless `model`'s hooked weights are the base model's."""
+        architecture = Architecture(self.base.template)
+        weights = []
+        for layer in self.layers:
+            weight = getattr(architecture.down_projection(model, layer), "weight", None)
+            if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+                raise BaseModelMismatchError(
+                    f"{architecture.name(layer)} has no floating-point weight to compare with the "
+                    "base model's; if this is a quantised copy of it, attach with check=False"
+                )
+            weights.append(weight)
         found = weight_checksums(weights)
-        if shapes != expected or not set(found.items()) & set(self.base.checksums.items()):
+        if not set(found.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "
                 f"{self.base.checksums['bfloat16'][:16]}, but the model's is "
                 f"{found['bfloat16'][:16]}; attach them to the model they were made for "
-                "(check=False if this is a quantised copy of it)"
+                "(with check=False if this is a quantised copy of it)"
             )
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -208,8 +223,8 @@ class HookSet:
         Batches that the folder already holds are not written again. Raises `SaveError` when
         writing fails, `FolderError` when the folder holds other edits; it is intact then.
         """
-        contents = folder.Contents(self.base, self.config, self.sketches, self.journal)
-        folder.save(Path(directory), contents)
+        contents = folder.Contents(self.base, self.config, self.sketches, self.journal, self._saved)
+        self._saved = folder.save(Path(directory), contents)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "HookSet":
@@ -218,4 +233,6 @@ class HookSet:
         Raises `FolderError` and its kinds: missing, corrupt, or of a newer format.
         """
         contents = folder.load(Path(directory))
-        return cls(contents.base, contents.config, contents.sketches, contents.journal)
+        hooks = cls(contents.base, contents.config, contents.sketches, contents.journal)
+        hooks._saved = contents.digest
+        return hooks

@@ -10,11 +10,11 @@ from enum import StrEnum
 from typing import Any
 
 import torch
-from coachhook_kernels import Delta
 from torch import Tensor
 
 from coachhook.gates import Threshold
 from coachhook.requests import EditRequest
+from coachhook_kernels import Delta
 
 
 class Verdict(StrEnum):
@@ -27,7 +27,7 @@ class Verdict(StrEnum):
 
 @dataclass
 class EditRecord:
-    """One request in the journal. `id` counts all requests from 0; `reason` says why not applied."""
+    """One request in the journal. id counts all requests from 0; reason: why it is not applied."""
 
     id: int
     request: EditRequest
@@ -59,13 +59,13 @@ class LayerFactors:
 class Batch:
     """One batch: its edits, what it adds to each layer, and the thresholds after it.
 
-    file: name of the file it is stored in, once it is.
+    stored: name and size in bytes of the file it is stored in, once it is.
     """
 
     edits: list[EditRecord]
     layers: dict[int, LayerFactors]
     thresholds: dict[int, Threshold]
-    file: str | None = None
+    stored: tuple[str, int] | None = None
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from coachhook import embedded
@@ -43,12 +44,12 @@ class Architecture:
         found = template or DOWN_PROJECTIONS.get(kind)
         if found is None:
             raise ArchitectureError(
-                f"architecture {kind!r} is not known (known: {', '.join(sorted(DOWN_PROJECTIONS))});"
-                " name its down-projection with a template such as 'model.layers.{}.mlp.down_proj'"
+                f"architecture {kind!r} is not known (known: {', '.join(sorted(DOWN_PROJECTIONS))}"
+                "); name its down-projection with a template, as 'model.layers.{}.mlp.down_proj'"
             )
         if found.count("{}") != 1 or ".{}." not in found:
             raise ArchitectureError(
-                f"module template {found!r} must contain '.{{}}.' once, in place of the layer number"
+                f"module template {found!r} must contain '.{{}}.' once, for the layer number"
             )
         architecture = cls(found)
         architecture.down_projection(model, 0)
@@ -72,14 +73,14 @@ class Architecture:
         """Full module name of the down-projection of block `layer`."""
         return self.template.format(layer)
 
-    def down_projection(self, model: nn.Module, layer: int) -> nn.Module:
+    def down_projection(self, model: nn.Module, layer: int) -> Any:
         """The down-projection of block `layer` (the module now in its place, hooked or not)."""
         try:
             return model.get_submodule(self.name(layer))
         except AttributeError:
             raise ArchitectureError(
-                f"{type(model).__name__} has no module {self.name(layer)!r}; print(model) shows the "
-                "names, and a template such as 'model.layers.{}.mlp.down_proj' says which to use"
+                f"{type(model).__name__} has no module {self.name(layer)!r}; print(model) shows "
+                "the names, and a template like 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
 
 
@@ -130,18 +131,18 @@ def load_model(
     wanted = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-    except (OSError, ValueError, KeyError) as error:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"cannot load model {str(name)!r}: {reason} (expected 'smollm2', a folder with a "
             "transformers checkpoint, or a hub id)"
         ) from error
-    return model.to(device).eval(), prepare_tokenizer(tokenizer)
+    return model.eval().to(device), prepare_tokenizer(tokenizer)
 
 
 def prepare_tokenizer(tokenizer: Any) -> Any:
-    """Check that `tokenizer` gives character offsets, and give it a padding token if it has none."""
+    """Check that `tokenizer` gives character offsets; give it a padding token if it has none."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{type(tokenizer).__name__} gives no character offsets, which locate the subject's "
@@ -164,6 +165,6 @@ def weight_checksums(weights: Sequence[torch.Tensor]) -> dict[str, str]:
         for weight in weights:
             digest.update(str(tuple(weight.shape)).encode())
             rounded = weight.detach().to(dtype).cpu().contiguous()
-            digest.update(memoryview(rounded.view(torch.int16).numpy()).cast("B"))
+            digest.update(rounded.view(torch.uint8).numpy().data)
         sums[name] = digest.hexdigest()
     return sums

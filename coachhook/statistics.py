@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from coachhook_kernels import key_covariance_
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,8 +18,9 @@ from coachhook import corpus
 from coachhook.embedded import cache_dir
 from coachhook.errors import ConfigError, StatisticsError
 from coachhook.forward import eval_mode, read_pass
-from coachhook.models import Architecture, weight_checksums
+from coachhook.models import Architecture
 from coachhook.progress import track
+from coachhook_kernels import key_covariance_
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def key_statistics(
 ) -> KeyStatistics:
     """Statistics of the keys of `layers`, from the cache or measured now (and then cached).
 
-    The cache file is named by a checksum of the model's weights below the last hooked layer's
-    output, the layers and the source. Raises `StatisticsError` on unusable text or non-finite keys.
+    The cache file is named by a checksum of all weights but those of the blocks above the last
+    hooked one, the tokenizer, the layers and the source. Raises `StatisticsError` on unusable text
+    or non-finite keys.
     """
     source = source or StatisticsSource()
     file = _cache_file(model, tokenizer, architecture, layers, source)
@@ -135,11 +136,18 @@ def _cache_file(
     layers: Sequence[int],
     source: StatisticsSource,
 ) -> Path:
-    weights = [architecture.down_projection(model, layer).weight for layer in layers]
+    blocks = architecture.blocks(model)
+    above = {id(p) for block in blocks[max(layers) + 1 :] for p in block.parameters()}
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if id(weight) not in above:
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            raw = weight.detach().cpu().contiguous().flatten()
+            digest.update(raw.view(torch.uint8).numpy().data)
     recipe = {
-        "weights": weight_checksums(weights)["bfloat16"],
-        "dtype": str(model.dtype),
-        "vocabulary": len(tokenizer),
+        "model": model.config.model_type,
+        "weights": digest.hexdigest(),
+        "vocabulary": [len(tokenizer), *tokenizer("")["input_ids"]],
         "layers": list(layers),
         "source": asdict(source),
         "text": None if source.path is None else _file_checksum(Path(source.path)),

@@ -31,7 +31,8 @@ class RecursiveInverse:
         rows = keys.to(self.inverse) @ self.inverse
         gram = rows @ keys.to(self.inverse).T
         gram.diagonal().add_(1 / fit)
-        return torch.linalg.solve(gram, rows)
+        solutions: Tensor = torch.linalg.solve(gram, rows)
+        return solutions
 
     def absorb(self, keys: Tensor) -> None:
         """Count `keys` `(c, d_in)` among those that later batches preserve."""
@@ -44,6 +45,7 @@ class RecursiveInverse:
 
 def _cholesky(moment: Tensor, preservation: float) -> Tensor:
     """Lower factor `L` of `λ C₀ = L Lᵀ`, float64."""
+    factor: Tensor
     scaled = preservation * moment.double()
     scaled.diagonal().add_(_RIDGE * scaled.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(scaled)
@@ -55,8 +57,9 @@ def _cholesky(moment: Tensor, preservation: float) -> Tensor:
 
 
 def whitening_sketch(factor: Tensor, size: int, seed: int) -> Tensor:
-    """`F = S L⁻¹` float32 `(size, d_in)`: whitening by `λ C₀ = L Lᵀ`, then a fixed random projection."""
+    """`F = S L⁻¹` float32 `(size, d_in)`: whitening by `λ C₀ = L Lᵀ`, then a random projection."""
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(size, factor.shape[0], generator=generator, dtype=torch.float64)
     sketch = sketch.to(factor.device) / size**0.5
-    return torch.linalg.solve_triangular(factor, sketch, upper=False, left=False).float()
+    whitened: Tensor = torch.linalg.solve_triangular(factor, sketch, upper=False, left=False)
+    return whitened.float().contiguous()

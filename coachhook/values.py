@@ -2,7 +2,7 @@
 
 Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe). Nothing below
 that block and nothing left of the subject depends on the shift: one pass over the whole rows
-leaves the hidden states and the KV cache that every step starts from (design section 2, identity 6).
+leaves the hidden states and the KV cache that every step starts from (design section 2, 6).
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ class TargetValues:
 class _Rows:
     """All contexts of all requests, subjects in one column, which is column 0 of what is kept here.
 
-    owner `(b,)`: the request of each row; gain `(b,)`: share of the shift it receives; is_kl `(b,)`;
+    owner `(b,)`: the request of each row; gain `(b,)`: share of the shift it gets; is_kl `(b,)`;
     ids, positions `(b, t)`; mask `(b, p + t)` of the whole rows; labels `(b, t)`: next token where
     it counts, else -1; hidden `(b, t, d)`; cache: keys and values left of the subject, per layer;
     reference `(n, v)`: each request's unshifted log-probabilities at the end of its KL row.
@@ -140,7 +140,7 @@ def _prepare(
 
     padded = pad(contexts, tokenizer.pad_token_id, device, align_subject=True)
     start = int(max(row.subject for row in contexts))
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     with record_output(block) as seen:
         final = final_hidden(model, **padded.inputs(), past_key_values=cache, use_cache=True)
     result = seen[0]

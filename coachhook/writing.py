@@ -5,7 +5,7 @@ output of the last one, and keys and residual are collected again after each (de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from coachhook.models import Architecture
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
 from coachhook.tokens import Padded, encode_request, pad
-from coachhook.update import RecursiveInverse
+from coachhook.update import RecursiveInverse, whitening_sketch
 from coachhook_kernels import difference_norm, sequence_zscore
 
 # A fingerprint that ordinary tokens resemble more than this (cosine, at the allowed rate of false
@@ -48,8 +48,6 @@ class LayerWriter:
         cls, statistics: LayerStatistics, config: EditConfig, sketch: tuple[Tensor, Tensor] | None
     ) -> "LayerWriter":
         """From a layer's statistics, with the sketch of an existing hook set if there is one."""
-        from coachhook.update import whitening_sketch
-
         solver = RecursiveInverse(statistics.moment, config.preservation)
         if sketch is None:
             projection = whitening_sketch(solver.factor, config.fingerprint_size, seed=0)
@@ -141,25 +139,28 @@ def write_batch(
 def _solve(
     writer: LayerWriter, keys: Tensor, residuals: Tensor, config: EditConfig, rate: float
 ) -> LayerFactors:
-    """One layer's factors. keys `(contexts · n, d_in)`, bare prompts first; residuals `(n, d_out)`."""
+    """One layer's factors. keys `(c · n, d_in)`, bare prompts first; residuals `(n, d_out)`."""
     n = len(residuals)
-    bare, prefixed = keys[:n], keys[n:].reshape(-1, n, keys.shape[1])
-    groups = [bare] if not len(prefixed) else [bare, prefixed.mean(0)]
-    columns = torch.cat(groups)
-    owner = torch.arange(n).repeat(len(groups))
-    fingerprints = writer.fingerprint(columns)
-    kept = writer.distinct(fingerprints, rate)
-    columns, owner, fingerprints = columns[kept], owner[kept], fingerprints[kept]
+    edit = torch.arange(len(keys)) % n
+    kept = writer.distinct(writer.fingerprint(keys), rate)
+    columns, edit = keys[kept], edit[kept]
     solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
     if len(columns):
-        solutions.index_add_(0, owner, writer.solver.solve(columns, config.fit).cpu())
-    written = torch.zeros(n, dtype=torch.bool).index_fill(0, owner, True)
+        solutions.index_add_(0, edit, writer.solver.solve(columns, config.fit).cpu())
+    written = torch.zeros(n, dtype=torch.bool).index_fill(0, edit, True)
+
+    # Two fingerprints an edit: the bare prompt's key, and the mean over the other contexts.
+    by_context = keys.reshape(-1, n, keys.shape[1])
+    marks = torch.cat([by_context[0], *([by_context[1:].mean(0)] if len(by_context) > 1 else [])])
+    fingerprints = writer.fingerprint(marks)
+    owner = torch.arange(len(marks)) % n
+    kept = writer.distinct(fingerprints, rate) & written[owner]
     return LayerFactors(
         residuals=torch.where(written[:, None], residuals, 0),
         solutions=solutions.float(),
         keys=columns,
-        fingerprints=fingerprints,
-        owner=owner,
+        fingerprints=fingerprints[kept],
+        owner=owner[kept],
     )
 
 
@@ -181,12 +182,14 @@ def _threshold(
         # In blocks: the whole product of background and fingerprints need not fit in memory.
         for block in fingerprints.split(1024):
             scores = torch.maximum(scores, (writer.sketched @ block.T).amax(-1))
-        return Threshold.above(scores, rate)
+        threshold = Threshold.above(scores, rate)
+        least = (hooks.config.resemblance - threshold.mean) / threshold.std
+        return replace(threshold, alpha=max(threshold.alpha, least))
     delta = hook.delta
     if hooks.config.gate == CalibratedGate.name:
         pieces = writer.background.split(4096)
-        scores = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]
-        return Threshold.above(torch.cat(scores).cpu(), rate, hooks.config.calibrated_alpha)
+        norms = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]
+        return Threshold.above(torch.cat(norms).cpu(), rate, hooks.config.calibrated_alpha)
     z = sequence_zscore(difference_norm(delta.project(keys)), contexts.padded.mask.bool())
     at_subject = z[contexts.subject_mask()][: contexts.n_requests]
     reachable = at_subject[~at_subject.isnan()]

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 class Delta(NamedTuple):
@@ -19,11 +19,11 @@ class Delta(NamedTuple):
 
     def project(self, keys: Tensor) -> Tensor:
         """`A k` (or `Δ k` when dense) for keys `(..., d_in)`; its norm is that of `Δ k`."""
-        return F.linear(keys.to(self.down.dtype), self.down)
+        return linear(keys.to(self.down.dtype), self.down)
 
     def expand(self, projected: Tensor) -> Tensor:
         """`Δ k` of shape `(..., d_out)` from what `project` returned."""
-        return projected if self.up is None else F.linear(projected, self.up.to(projected.dtype))
+        return projected if self.up is None else linear(projected, self.up.to(projected.dtype))
 
 
 def hook_correction(output: Tensor, delta_keys: Tensor, is_open: Tensor) -> Tensor:

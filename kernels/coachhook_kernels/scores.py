@@ -1,13 +1,15 @@
 """Scores of the three gates: how much a token looks like an edited one (design section 2)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear, normalize
 
 
 def difference_norm(projected: Tensor) -> Tensor:
     """`‖Δ k‖` in float32, shape `(...)`, from `Delta.project` output `(..., r)` (Eq. 16-17)."""
-    return torch.linalg.vector_norm(projected, dim=-1, dtype=torch.float32)
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(projected, dim=-1, dtype=wide)
+    return norm.float()
 
 
 def fingerprint_similarity(
@@ -19,12 +21,14 @@ def fingerprint_similarity(
     tokens; fingerprints `(e, s)` with rows of unit length; enabled bool `(e,)`. Returns float32
     `(...)` and int64 `(...)`. With no enabled fingerprint the similarity is -1 and the index -1.
     """
-    projected = F.linear(keys.to(projection.dtype), projection).float() - offset.float()
-    if fingerprints.shape[0] == 0:
-        nothing = projected.new_full(projected.shape[:-1], -1.0)
-        return nothing, nothing.long()
-    cosines = F.linear(F.normalize(projected, dim=-1), fingerprints.float())
-    best, index = cosines.masked_fill(~enabled, -1.0).max(dim=-1)
+    # Autocast would round the cosines to half precision.
+    with torch.autocast(keys.device.type, enabled=False):
+        projected = linear(keys.to(projection.dtype), projection).float() - offset.float()
+        if fingerprints.shape[0] == 0:
+            nothing = projected.new_full(projected.shape[:-1], -1.0)
+            return nothing, nothing.long()
+        cosines = linear(normalize(projected, dim=-1), fingerprints.float())
+        best, index = cosines.masked_fill(~enabled, -1.0).max(dim=-1)
     return best, torch.where(enabled[index], index, -1)
 
 
