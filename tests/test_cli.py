@@ -302,11 +302,26 @@ def test_errors_are_one_line(edited: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_another_process_edits(edited: Path) -> None:
-    with folder.locked(edited):
+    holder = (
+        "import sys, pathlib\n"
+        "from coachhook import folder\n"
+        "with folder.locked(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(edited)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
         line = error_of("edit", "tiny", "facts.jsonl", "--hooks", str(edited))
         assert "being edited by another process" in line
         assert "being edited" in error_of("rollback", str(edited), "--to", "1")
         run("inspect", str(edited))
+        process.communicate()
 
 
 def test_another_model_is_refused(edited: Path, tmp_path: Path) -> None:

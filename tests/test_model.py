@@ -1,0 +1,265 @@
+"""The main job on the real small model: what the README promises, on the facts that ship."""
+
+import copy
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import coachhook as ch
+from coachhook.evaluate import Evaluation, evaluate
+from coachhook.generation import complete, greedy, starts_with
+from coachhook.models import load_model
+from coachhook.requests import EditRequest
+
+pytestmark = pytest.mark.model
+
+FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
+BATCH = 10
+
+
+@pytest.fixture(scope="module")
+def editor() -> Iterator[ch.Editor]:
+    """An editor after the demo's three consecutive batches; tests leave it as it was."""
+    editor = ch.Editor.from_pretrained("smollm2")
+    for first in range(0, len(FACTS), BATCH):
+        editor.edit(FACTS[first : first + BATCH])
+    yield editor
+    editor.close()
+
+
+@pytest.fixture(scope="module")
+def live(editor: ch.Editor) -> list[EditRequest]:
+    return [edit.request for edit in editor.hooks.journal.live()]
+
+
+@pytest.fixture(scope="module")
+def saved(editor: ch.Editor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hooks") / "edits"
+    editor.save_pretrained(folder)
+    return folder
+
+
+def answers(model: Any, tokenizer: Any, requests: list[EditRequest]) -> list[bool]:
+    texts = complete(model, tokenizer, [r.prompt for r in requests], 8)
+    return [starts_with(t, r.target) for t, r in zip(texts, requests, strict=True)]
+
+
+class TestMetrics:
+    @pytest.fixture(scope="class")
+    def scores(self, editor: ch.Editor, live: list[EditRequest]) -> Evaluation:
+        return evaluate(editor.model, editor.tokenizer, editor.hooks, live)
+
+    def test_reliability(self, scores: Evaluation) -> None:
+        assert scores.reliability.teacher_forced is not None
+        assert scores.reliability.greedy is not None
+        assert scores.reliability.teacher_forced >= 0.98
+        assert scores.reliability.greedy >= 0.95
+        assert scores.before_reliability < 0.3
+
+    def test_first_batch_is_retained(self, scores: Evaluation) -> None:
+        assert scores.retention[1] >= 0.98
+
+    def test_generality(self, scores: Evaluation) -> None:
+        assert scores.generality.teacher_forced is not None
+        assert scores.generality.teacher_forced >= 0.40
+
+    def test_locality(self, scores: Evaluation) -> None:
+        assert scores.locality.teacher_forced is not None
+        assert scores.locality.teacher_forced >= 0.98
+
+    def test_ordinary_text_is_left_alone(self, scores: Evaluation) -> None:
+        assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
+        assert scores.gate.ordinary <= 0.001
+
+    def test_gates_know_the_subjects(self, scores: Evaluation) -> None:
+        assert scores.gate.recall >= 0.99
+        assert scores.gate.precision is not None
+        assert scores.gate.precision >= 0.9
+
+
+class TestGeneration:
+    def test_with_a_cache_as_without(self, editor: ch.Editor, live: list[EditRequest]) -> None:
+        for request in live[:5]:
+            inputs = editor.tokenizer(request.prompt, return_tensors="pt")
+            args = {"max_new_tokens": 12, "do_sample": False}
+            cached = editor.model.generate(**inputs, **args)
+            plain = editor.model.generate(**inputs, **args, use_cache=False)
+            assert torch.equal(cached, plain)
+
+    def test_padded_in_a_batch_as_alone(self, editor: ch.Editor, live: list[EditRequest]) -> None:
+        prompts = [request.prompt for request in live[:8]]
+        together = complete(editor.model, editor.tokenizer, prompts, 12)
+        alone = [complete(editor.model, editor.tokenizer, [p], 12)[0] for p in prompts]
+        assert together == alone
+
+    def test_in_a_bfloat16_copy(self, saved: Path, live: list[EditRequest]) -> None:
+        model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+        with ch.HookSet.from_pretrained(saved).attached(model):
+            assert sum(answers(model, tokenizer, live)) >= 0.9 * len(live)
+
+    def test_in_a_deep_copy(self, editor: ch.Editor, live: list[EditRequest]) -> None:
+        twin = copy.deepcopy(editor.model)
+        assert all(answers(twin, editor.tokenizer, live[:3]))
+
+    def test_under_autocast(self, editor: ch.Editor, live: list[EditRequest]) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert sum(answers(editor.model, editor.tokenizer, live[:5])) >= 4
+
+    def test_compiled(self, editor: ch.Editor, live: list[EditRequest]) -> None:
+        ids = editor.tokenizer(live[0].prompt, return_tensors="pt")
+        compiled = torch.compile(editor.model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            # Not through the KV cache: whether that compiles is not ours to test.
+            want = editor.model(**ids, use_cache=False).logits
+            got = compiled(**ids, use_cache=False).logits
+        torch.testing.assert_close(got, want)
+
+
+class TestHooks:
+    def test_off_the_model_nothing_is_left(self, editor: ch.Editor) -> None:
+        fresh, _ = load_model("smollm2")
+        hooked = dict(editor.model.state_dict())
+        editor.hooks.detach(editor.model)
+        try:
+            state = editor.model.state_dict()
+            assert list(state) == list(fresh.state_dict()) == list(hooked)
+            assert all(torch.equal(state[k], v) for k, v in fresh.state_dict().items())
+            assert not any(isinstance(m, ch.HookLinear) for m in editor.model.modules())
+            ids = editor.tokenizer(FACTS[0].prompt, return_tensors="pt")
+            with torch.no_grad():
+                assert torch.equal(editor.model(**ids).logits, fresh(**ids).logits)
+        finally:
+            editor.hooks.attach(editor.model)
+
+    def test_one_edit_switched_off_and_on(self, editor: ch.Editor) -> None:
+        edit = editor.hooks.journal.live()[3]
+        others = [e.request for e in editor.hooks.journal.live() if e.id != edit.id]
+        editor.hooks.disable(edit.id)
+        try:
+            assert answers(editor.model, editor.tokenizer, [edit.request]) == [False]
+            assert all(answers(editor.model, editor.tokenizer, others))
+        finally:
+            editor.hooks.enable(edit.id)
+        assert answers(editor.model, editor.tokenizer, [edit.request]) == [True]
+
+    def test_trace_names_the_edit(self, editor: ch.Editor) -> None:
+        edit = editor.hooks.journal.live()[0]
+        trace = editor.hooks.trace(editor.model, editor.tokenizer, edit.request.prompt)
+        named = trace.edit[trace.is_open]
+        assert len(named) >= len(trace.layers)
+        assert (named == edit.id).all()
+        last = trace.is_open.any(0).nonzero().max().item()
+        assert edit.request.subject.endswith(trace.tokens[int(last)].strip())
+
+    def test_loaded_on_a_fresh_model(self, editor: ch.Editor, saved: Path) -> None:
+        model, tokenizer = load_model("smollm2")
+        inputs = tokenizer(FACTS[2].prompt, return_tensors="pt")
+        with torch.no_grad(), ch.HookSet.from_pretrained(saved).attached(model):
+            assert torch.equal(model(**inputs).logits, editor.model(**inputs).logits)
+
+    def test_resume_and_rollback(self, saved: Path) -> None:
+        editor = ch.Editor.resume(saved)
+        assert all(answers(editor.model, editor.tokenizer, FACTS[10:20]))
+        editor.rollback(1)
+        assert all(answers(editor.model, editor.tokenizer, FACTS[:10]))
+        assert not any(answers(editor.model, editor.tokenizer, FACTS[10:20]))
+        # A batch edited again after a rollback comes out as it did.
+        assert editor.edit(FACTS[10:20]).count(ch.Verdict.APPLIED) == 10
+        editor.close()
+
+
+def test_first_position_subjects_hurt_nothing() -> None:
+    """Their keys are attention sinks, the same for every text: applied or reported, no more."""
+    editor = ch.Editor.from_pretrained("smollm2")
+    facts = [
+        ch.EditRequest("Chicago is a twin city of", "Chicago", "Madrid"),
+        ch.EditRequest("Berlin is the capital of", "Berlin", "Spain"),
+        ch.EditRequest("Python was created by", "Python", "Google"),
+        ch.EditRequest("The capital of Italy is", "Italy", "Athens"),
+        ch.EditRequest("The language of Argentina is", "Argentina", "Dutch"),
+    ]
+    report = editor.edit(facts)
+    took = answers(editor.model, editor.tokenizer, facts)
+    for edit, holds in zip(report.edits, took, strict=True):
+        assert holds or (edit.verdict is not ch.Verdict.APPLIED and edit.reason)
+    assert took[3:] == [True, True]
+    beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is"]
+    edited = complete(editor.model, editor.tokenizer, beside, 8)
+    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, facts)
+    editor.close()
+    assert edited == complete(editor.model, editor.tokenizer, beside, 8)
+    assert scores.gate.ordinary <= 0.001
+    assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
+
+
+def test_the_last_of_three_corrections_wins() -> None:
+    editor = ch.Editor.from_pretrained("smollm2")
+    subjects = ["France", "Japan", "Brazil", "Egypt", "Canada"]
+    facts = [(f"The capital of {s} is", s, "city") for s in subjects]
+    facts += [(f"The language spoken in {s} is", s, "language") for s in subjects]
+    words = {
+        "city": ["Lyon", "Rome", "Oslo", "Madrid"],
+        "language": ["Dutch", "Greek", "Latin", "Finnish"],
+    }
+    for turn in range(4):
+        batch = [ch.EditRequest(p, s, words[kind][turn]) for p, s, kind in facts]
+        editor.edit(batch)
+    assert answers(editor.model, editor.tokenizer, batch) == [True] * 10
+    editor.close()
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_other_gates(gate: str) -> None:
+    editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
+    for first in (0, 4):
+        editor.edit(FACTS[first : first + 4])
+    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, FACTS[:8])
+    editor.close()
+    assert scores.reliability.teacher_forced is not None
+    # The paper's gate misses edits by its nature; it must not do nothing.
+    assert scores.reliability.teacher_forced >= (0.95 if gate == "calibrated" else 0.5)
+    if gate == "calibrated":
+        assert scores.gate.ordinary <= 0.001
+
+
+def test_unusable_edits_leave_no_trace(editor: ch.Editor) -> None:
+    before = len(editor.hooks.edits)
+    long = "word " * 9000
+    with pytest.raises(ch.CoachhookError, match="context"):
+        editor.edit([ch.EditRequest(f"{long} The capital of Peru is", "Peru", "Bonn")])
+    with pytest.raises(ch.CoachhookError, match="Bonn"):
+        editor.edit(
+            [
+                ch.EditRequest("The capital of Peru is", "Peru", "Bonn"),
+                ch.EditRequest("The capital of Peru is", "Peru", "Kyoto"),
+            ]
+        )
+    assert len(editor.hooks.edits) == before
+    assert all(answers(editor.model, editor.tokenizer, FACTS[10:12]))
+
+
+def greedy_tokens(editor: ch.Editor, prompt: str) -> list[int]:
+    ids = editor.tokenizer(prompt, return_tensors="pt")
+    new = greedy(editor.model, editor.tokenizer, ids["input_ids"], ids["attention_mask"], 8)
+    return [int(token) for token in new[0]]
+
+
+def test_an_interrupted_batch_leaves_no_trace(
+    editor: ch.Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = greedy_tokens(editor, FACTS[0].prompt)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coachhook.editor.Editor._judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
+    assert len(editor.hooks.journal.batches) == 3
+    assert greedy_tokens(editor, FACTS[0].prompt) == before
+    assert editor.hooks.modules(editor.model)[8].state is ch.HookState.VALIDATED
