@@ -51,6 +51,15 @@ def sample_text(
         yield ids
 
 
+def first_tokens(tokenizer: Any, n: int, *, seed: int) -> Tensor:
+    """`n` one-word texts, int64 `(n, t)`: what stands at the first position of ordinary text."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.tensor(_word_tokens(tokenizer))
+    picks = torch.randint(len(starts), (n, 1), generator=generator)
+    lead = torch.tensor([tokenizer("")["input_ids"]] * n).long()
+    return torch.cat([lead.reshape(n, -1), starts[picks]], dim=1)
+
+
 def _word_tokens(tokenizer: Any) -> list[int]:
     """Tokens that can start a text: more than one character, letters only, not a special token."""
     special = set(tokenizer.all_special_ids)

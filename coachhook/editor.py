@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ModelError
 from coachhook.folder import locked
 from coachhook.forward import eval_mode, read_pass
+from coachhook.gates import Threshold
 from coachhook.generation import complete, starts_with
 from coachhook.hookset import HookSet
-from coachhook.journal import Batch, EditRecord, Verdict
+from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models import (
     Architecture,
     BaseModel,
@@ -26,7 +29,7 @@ from coachhook.requests import EditRequest, check_batch
 from coachhook.statistics import KeyStatistics, key_statistics
 from coachhook.tokens import check_length, context_length, encode_request
 from coachhook.values import optimise_values
-from coachhook.writing import Contexts, LayerWriter, write_batch
+from coachhook.writing import Contexts, LayerWriter, refuse_sinks, write_batch
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Editor:
         """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
         with its `tokenizer`. Key statistics are measured unless cached or given."""
         config = config or EditConfig()
-        name = model if isinstance(model, str | Path) else model.config._name_or_path
+        named = isinstance(model, str | Path)
+        name = model if named else model.config._name_or_path or type(model).__name__
         model, tokenizer = _loaded(model, tokenizer)
         architecture = Architecture.of(model, config.template)
         n_blocks = len(architecture.blocks(model))
@@ -130,24 +134,19 @@ class Editor:
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
-        architecture = Architecture(self.hooks.base.template)
         with eval_mode(self.model):
-            with track("target values", len(requests)) as advance:
-                values = optimise_values(
-                    self.model,
-                    self.tokenizer,
-                    architecture,
-                    self.hooks.layers[-1],
-                    requests,
-                    self.hooks.config.values,
-                    advance,
-                )
+            refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+            usable = [e.request for e in batch.edits if e.verdict is not Verdict.REFUSED]
+            values = self._values(usable) if usable else None
             journal.batches.append(batch)
             try:
-                write_batch(
-                    self.model, self.tokenizer, self.hooks, self._writers, batch, values.hidden
-                )
-                self._judge(batch)
+                if values is None:
+                    self._write_nothing(batch)
+                else:
+                    write_batch(
+                        self.model, self.tokenizer, self.hooks, self._writers, batch, values
+                    )
+                    self._judge(batch)
             except BaseException:
                 journal.batches.pop()
                 self.hooks.refresh()
@@ -170,6 +169,12 @@ class Editor:
         """Take the hooks off the model, which is then bit for bit what it was."""
         self.hooks.detach(self.model)
 
+    def __enter__(self) -> "Editor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Raise `RequestError` or its kinds where a request does not fit tokenizer or context."""
         limit = context_length(self.model)
@@ -177,6 +182,27 @@ class Editor:
             for context in ("{}", *self.hooks.config.values.contexts):
                 row = encode_request(self.tokenizer, request, context)
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
+
+    def _values(self, requests: Sequence[EditRequest]) -> Tensor:
+        hooks = self.hooks
+        with track("target values", len(requests)) as advance:
+            return optimise_values(
+                self.model,
+                self.tokenizer,
+                Architecture(hooks.base.template),
+                hooks.layers[-1],
+                requests,
+                hooks.config.values,
+                advance,
+            ).hidden
+
+    def _write_nothing(self, batch: Batch) -> None:
+        """A batch of refused requests: in the journal, without any effect."""
+        earlier = self.hooks.journal.batches[:-1]
+        for layer, shape in self.hooks.base.shapes.items():
+            size = self.hooks.config.fingerprint_size
+            batch.layers[layer] = LayerFactors.nothing(len(batch.edits), shape, size)
+            batch.thresholds[layer] = earlier[-1].thresholds[layer] if earlier else Threshold()
 
     def _judge(self, batch: Batch) -> None:
         """Give every edit of `batch` its verdict, from greedy decoding and from its gates."""
@@ -197,6 +223,8 @@ class Editor:
                 elif not is_open[i]:
                     closed[i].append(layer)
         for i, edit in enumerate(batch.edits):
+            if edit.verdict is Verdict.REFUSED:
+                continue
             edit.verdict, edit.reason = self._verdict(edit, answers[i], closed[i], unwritten[i])
 
     def _verdict(

@@ -5,7 +5,7 @@ forgetting the later ones, and nothing is ever subtracted.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -53,6 +53,31 @@ class LayerFactors:
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(vars(self))
+
+    def spread(self, rows: Tensor, n: int) -> "LayerFactors":
+        """The same for a batch of `n` edits in which these are rows `rows`; the others are zero."""
+        return replace(
+            self,
+            residuals=self.residuals.new_zeros(n, self.residuals.shape[1]).index_copy(
+                0, rows, self.residuals
+            ),
+            solutions=self.solutions.new_zeros(n, self.solutions.shape[1]).index_copy(
+                0, rows, self.solutions
+            ),
+            owner=rows[self.owner],
+        )
+
+    @classmethod
+    def nothing(cls, n: int, shape: tuple[int, int], size: int) -> "LayerFactors":
+        """Of `n` edits that do not use a layer of `shape` `(d_in, d_out)`; `size`: s."""
+        d_in, d_out = shape
+        return cls(
+            residuals=torch.zeros(n, d_out),
+            solutions=torch.zeros(n, d_in),
+            keys=torch.zeros(0, d_in),
+            fingerprints=torch.zeros(0, size),
+            owner=torch.zeros(0, dtype=torch.long),
+        )
 
 
 @dataclass

@@ -42,15 +42,18 @@ class StatisticsSource:
 @dataclass(frozen=True)
 class LayerStatistics:
     """One layer. moment: mean of `k kᵀ`, float32 `(d_in, d_in)`; background: keys of ordinary
-    tokens, bfloat16 `(n, d_in)`."""
+    tokens, bfloat16 `(n, d_in)`; first: keys of texts' first words, bfloat16 `(m, d_in)`, which
+    are alike in many models (attention sinks)."""
 
     moment: Tensor
     background: Tensor
+    first: Tensor
 
 
 KeyStatistics = dict[int, LayerStatistics]
 
 _BACKGROUND = 65_536
+_FIRST = 1_024
 
 
 def key_statistics(
@@ -123,8 +126,14 @@ def _measure(
                     background[i].append(rows[: _BACKGROUND - count].to(torch.bfloat16).cpu())
             count += ids.numel()
             advance(ids.numel())
+    starts = corpus.first_tokens(tokenizer, _FIRST, seed=source.seed)
+    first, _ = read_pass(model, {"input_ids": starts.to(model.device)}, inputs_of=modules)
     return {
-        layer: LayerStatistics((moments[i] / count).cpu(), torch.cat(background[i]))
+        layer: LayerStatistics(
+            moment=(moments[i] / count).cpu(),
+            background=torch.cat(background[i]),
+            first=first[i][:, -1].to(torch.bfloat16).cpu(),
+        )
         for i, layer in enumerate(layers)
     }
 
@@ -170,6 +179,7 @@ def _save(file: Path, statistics: KeyStatistics) -> None:
     for layer, found in statistics.items():
         tensors[f"moment.{layer}"] = found.moment
         tensors[f"background.{layer}"] = found.background
+        tensors[f"first.{layer}"] = found.first
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, staging = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
     os.close(handle)
@@ -185,7 +195,9 @@ def _load(file: Path, layers: Sequence[int]) -> KeyStatistics:
     with safe_open(file, framework="pt") as tensors:
         return {
             layer: LayerStatistics(
-                tensors.get_tensor(f"moment.{layer}"), tensors.get_tensor(f"background.{layer}")
+                moment=tensors.get_tensor(f"moment.{layer}"),
+                background=tensors.get_tensor(f"background.{layer}"),
+                first=tensors.get_tensor(f"first.{layer}"),
             )
             for layer in layers
         }

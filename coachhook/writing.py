@@ -17,7 +17,7 @@ from coachhook.forward import read_pass
 from coachhook.gates import CalibratedGate, KeyedGate, Threshold
 from coachhook.hooks import HookLinear, HookState
 from coachhook.hookset import HookSet
-from coachhook.journal import Batch, LayerFactors
+from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models import Architecture
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
@@ -30,11 +30,25 @@ from coachhook_kernels import difference_norm, sequence_zscore
 _DISTINCT = 0.8
 
 
+# A first token whose key resembles those of more than this share of other first words is a sink.
+_SINK_SHARE = 0.005
+
+SINK_REASON = (
+    "the subject is the first token of the prompt, where every text has the same key (an attention "
+    "sink); let other words precede it"
+)
+
+
+def _fingerprint(keys: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
+    return normalize(keys @ projection.T - offset, dim=-1)
+
+
 @dataclass
 class LayerWriter:
     """What writing into one layer needs: its inverse, its sketch, and background keys.
 
-    background bfloat16 `(m, d_in)`; sketched float32 `(m, s)`: their unit-norm sketches.
+    background bfloat16 `(m, d_in)`; sketched float32 `(m, s)`: their unit-norm sketches; first:
+    unit-norm sketches of first words, float32 `(f, s)`.
     """
 
     solver: RecursiveInverse
@@ -42,6 +56,7 @@ class LayerWriter:
     offset: Tensor
     background: Tensor
     sketched: Tensor
+    first: Tensor
 
     @classmethod
     def of(
@@ -53,13 +68,24 @@ class LayerWriter:
             projection = whitening_sketch(solver.factor, config.fingerprint_size, seed=0)
             offset = (statistics.background.float() @ projection.T).mean(0)
             sketch = projection, offset
-        writer = cls(solver, *sketch, statistics.background, torch.empty(0))
-        writer.sketched = writer.fingerprint(statistics.background.float())
-        return writer
+        projection, offset = sketch
+        return cls(
+            solver=solver,
+            projection=projection,
+            offset=offset,
+            background=statistics.background,
+            sketched=_fingerprint(statistics.background.float(), projection, offset),
+            first=_fingerprint(statistics.first.float(), projection, offset),
+        )
 
     def fingerprint(self, keys: Tensor) -> Tensor:
         """Unit-norm sketches `(n, s)` of keys `(n, d_in)`."""
-        return normalize(keys @ self.projection.T - self.offset, dim=-1)
+        return _fingerprint(keys, self.projection, self.offset)
+
+    def sinks(self, fingerprints: Tensor, resemblance: float) -> Tensor:
+        """Which fingerprints `(n, s)` of first tokens are those of any first token, bool `(n,)`."""
+        alike = self.first @ fingerprints.T >= resemblance
+        return alike.float().mean(0) > _SINK_SHARE
 
     def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
         """Which fingerprints `(n, s)` stand out from ordinary tokens, bool `(n,)`."""
@@ -105,10 +131,12 @@ def write_batch(
 ) -> None:
     """Fill `batch`, already the last of the attached hooks' journal, with factors and thresholds.
 
-    values float32 `(n, d)`: wanted outputs of the last hooked block at the subjects.
+    values float32 `(n, d)`: wanted outputs of the last hooked block at the subjects of the n edits
+    that are not refused.
     """
     architecture = Architecture(hooks.base.template)
-    requests = [edit.request for edit in batch.edits]
+    accepted = [i for i, edit in enumerate(batch.edits) if edit.verdict is not Verdict.REFUSED]
+    requests = [batch.edits[i].request for i in accepted]
     contexts = Contexts.of(model, tokenizer, requests, hooks.config.values.contexts)
     modules = hooks.modules(model)
     last_block = architecture.blocks(model)[hooks.layers[-1]]
@@ -123,9 +151,10 @@ def write_batch(
             assert output is not None
             reached = contexts.at_subject(output)[: len(requests)].float()
             missing = (values - reached) / (len(hooks.layers) - done)
-            batch.layers[layer] = _solve(
+            factors = _solve(
                 writer, contexts.at_subject(keys).float().cpu(), missing.cpu(), hooks.config, rate
             )
+            batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
             batch.thresholds[layer] = Threshold()
             hooks.refresh([layer])
             batch.thresholds[layer] = _threshold(hooks, layer, hook, writer, contexts, keys, rate)
@@ -134,6 +163,28 @@ def write_batch(
     finally:
         for hook in modules.values():
             hook.state, hook.open_at = HookState.VALIDATED, None
+
+
+def refuse_sinks(
+    model: Any,
+    tokenizer: Any,
+    hooks: HookSet,
+    writers: dict[int, LayerWriter],
+    edits: Sequence[EditRecord],
+) -> None:
+    """Refuse edits whose subject is a text's first token with the key that first tokens share."""
+    contexts = Contexts.of(model, tokenizer, [edit.request for edit in edits], ())
+    starts = (contexts.padded.subject == 0).nonzero().squeeze(-1).tolist()
+    if not starts:
+        return
+    modules = hooks.modules(model)
+    keys, _ = read_pass(model, contexts.padded.inputs(), list(modules.values()))
+    for layer, found in zip(modules, keys, strict=True):
+        marks = writers[layer].fingerprint(contexts.at_subject(found)[starts].float().cpu())
+        sinks = writers[layer].sinks(marks, hooks.config.resemblance).tolist()
+        for i, sink in zip(starts, sinks, strict=True):
+            if sink:
+                edits[i].verdict, edits[i].reason = Verdict.REFUSED, SINK_REASON
 
 
 def _solve(

@@ -12,8 +12,9 @@ import torch
 import coachhook as ch
 from coachhook.evaluate import Evaluation, evaluate
 from coachhook.generation import complete, greedy, starts_with
-from coachhook.models import load_model
+from coachhook.models import Architecture, load_model
 from coachhook.requests import EditRequest
+from coachhook.statistics import key_statistics
 
 pytestmark = pytest.mark.model
 
@@ -186,10 +187,14 @@ def test_first_position_subjects_hurt_nothing() -> None:
     took = answers(editor.model, editor.tokenizer, facts)
     for edit, holds in zip(report.edits, took, strict=True):
         assert holds or (edit.verdict is not ch.Verdict.APPLIED and edit.reason)
+    assert [edit.verdict for edit in report.edits][3:] == [ch.Verdict.APPLIED] * 2
     assert took[3:] == [True, True]
-    beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is"]
+    beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
     edited = complete(editor.model, editor.tokenizer, beside, 8)
     scores = evaluate(editor.model, editor.tokenizer, editor.hooks, facts)
+    only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
+    assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
+    assert answers(editor.model, editor.tokenizer, facts) == took
     editor.close()
     assert edited == complete(editor.model, editor.tokenizer, beside, 8)
     assert scores.gate.ordinary <= 0.001
@@ -198,9 +203,10 @@ def test_first_position_subjects_hurt_nothing() -> None:
 
 def test_the_last_of_three_corrections_wins() -> None:
     editor = ch.Editor.from_pretrained("smollm2")
-    subjects = ["France", "Japan", "Brazil", "Egypt", "Canada"]
-    facts = [(f"The capital of {s} is", s, "city") for s in subjects]
-    facts += [(f"The language spoken in {s} is", s, "language") for s in subjects]
+    cities = ["France", "Japan", "Brazil", "Egypt", "Canada"]
+    languages = ["Victor Hugo", "Sigmund Freud", "Pablo Neruda", "Enzo Ferrari", "Leo Tolstoy"]
+    facts = [(f"The capital of {s} is", s, "city") for s in cities]
+    facts += [(f"The mother tongue of {s} is", s, "language") for s in languages]
     words = {
         "city": ["Lyon", "Rome", "Oslo", "Madrid"],
         "language": ["Dutch", "Greek", "Latin", "Finnish"],
@@ -210,6 +216,16 @@ def test_the_last_of_three_corrections_wins() -> None:
         editor.edit(batch)
     assert answers(editor.model, editor.tokenizer, batch) == [True] * 10
     editor.close()
+
+
+def test_background_tokens_stay_closed(editor: ch.Editor) -> None:
+    """At most one background token in a thousand opens a gate, at any layer."""
+    statistics = key_statistics(
+        editor.model, editor.tokenizer, Architecture.of(editor.model), editor.hooks.layers
+    )
+    hooks = editor.hooks.modules(editor.model)
+    opened = [hook.read(statistics[k].background.float()).is_open for k, hook in hooks.items()]
+    assert torch.stack(opened).any(0).float().mean() <= 0.001
 
 
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
@@ -223,7 +239,8 @@ def test_other_gates(gate: str) -> None:
     # The paper's gate misses edits by its nature; it must not do nothing.
     assert scores.reliability.teacher_forced >= (0.95 if gate == "calibrated" else 0.5)
     if gate == "calibrated":
-        assert scores.gate.ordinary <= 0.001
+        assert scores.locality.teacher_forced is not None
+        assert scores.locality.teacher_forced >= 0.95
 
 
 def test_unusable_edits_leave_no_trace(editor: ch.Editor) -> None:
