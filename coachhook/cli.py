@@ -6,7 +6,7 @@ Whatever needs torch is imported inside the commands, so that `--help` does not 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from coachhook import report
+from coachhook.backlog import latest, remaining
 from coachhook.errors import CoachhookError, ConfigError, ContextLengthError, RequestError
 from coachhook.loaders import load_requests
 from coachhook.requests import EditRequest, check_batch
@@ -241,10 +242,6 @@ def statistics(
     as_json: Json = False,
 ) -> None:
     """Measure the key statistics that editing needs, or find them in the cache."""
-    import torch
-
-    from coachhook.evaluate import ordinary_text
-    from coachhook.forward import read_pass
     from coachhook.models import Architecture, check_layers, default_layers, load_model
     from coachhook.statistics import StatisticsSource, key_statistics
 
@@ -258,13 +255,7 @@ def statistics(
     n_blocks = len(architecture.blocks(loaded))
     hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
     found = key_statistics(loaded, tokenizer, architecture, hooked, source)
-    # First positions do not see what follows, so the first token of each paragraph is enough.
-    starts = [tokenizer(part)["input_ids"][:1] for part in ordinary_text().split("\n\n")]
-    modules = [architecture.down_projection(loaded, layer) for layer in hooked]
-    inputs = {"input_ids": torch.tensor(starts, device=loaded.device)}
-    first_keys, _ = read_pass(loaded, inputs, modules)
-    norms = [keys.float().norm(dim=-1).mean().item() for keys in first_keys]
-    document = {"model": model, "layers": report.statistics_entries(found, norms)}
+    document = {"model": model, "layers": report.statistics_entries(found)}
     report.show(document, report.statistics_view, as_json=as_json)
 
 
@@ -283,31 +274,6 @@ def demo(
         raise typer.Exit(1)
 
 
-def remaining(done: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> list[EditRequest]:
-    """What of a facts file is still to be edited into a journal, in the file's order.
-
-    done: the requests of the journal; wanted: those of the file. Fact by fact, the longest
-    beginning of the file's targets that stands at the end of the journal's counts as done. So a
-    run that was cut short goes on where it stopped, a finished one does nothing, and a target that
-    was added to the file or changed in it is edited.
-    """
-    wanted = _without_repeats(wanted)
-    journal, file = _targets(_without_repeats(done)), _targets(wanted)
-    skip = {fact: _overlap(journal.get(fact, []), targets) for fact, targets in file.items()}
-    left = []
-    for request in wanted:
-        if skip[request.fact]:
-            skip[request.fact] -= 1
-        else:
-            left.append(request)
-    return left
-
-
-def latest(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The last request of each fact: what holds when a file corrects itself."""
-    return list({request.fact: request for request in requests}.values())
-
-
 def parse_layers(text: str) -> tuple[int, ...]:
     """The layers in "8,9,10", "8-12" or a mixture, in order. Raises `ConfigError`."""
     layers: set[int] = set()
@@ -321,30 +287,6 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise ConfigError(f"cannot read layers {text!r}; write them as 8,9,10 or 8-12")
         layers.update(span)
     return tuple(sorted(layers))
-
-
-def _without_repeats(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The requests that change what their fact was set to last."""
-    last: dict[tuple[str, str], str] = {}
-    kept = []
-    for request in requests:
-        if last.get(request.fact) != request.target:
-            kept.append(request)
-        last[request.fact] = request.target
-    return kept
-
-
-def _targets(requests: Sequence[EditRequest]) -> dict[tuple[str, str], list[str]]:
-    found: dict[tuple[str, str], list[str]] = {}
-    for request in requests:
-        found.setdefault(request.fact, []).append(request.target)
-    return found
-
-
-def _overlap(journal: Sequence[str], file: Sequence[str]) -> int:
-    """The length of the longest beginning of `file` that `journal` ends with."""
-    longest = min(len(journal), len(file))
-    return next(n for n in range(longest, -1, -1) if journal[len(journal) - n :] == file[:n])
 
 
 def _usable(facts: Path, skip_invalid: bool) -> list[EditRequest]:

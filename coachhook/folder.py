@@ -84,9 +84,11 @@ def save(folder: Path, contents: Contents) -> str:
     folder's, and otherwise would lose somebody's edits. Returns the new digest.
     """
     with locked(folder):
+        sketches, data = _pack("sketches", _flatten_pairs(contents.sketches))
         if exists(folder):
-            _check_related(folder, contents)
-        names = [_store(folder, "sketches", _flatten_pairs(contents.sketches))]
+            _check_related(folder, contents, sketches)
+        _store(folder / sketches, data)
+        names = [sketches]
         for number, batch in enumerate(contents.journal.batches, 1):
             names.append(_store_batch(folder, number, batch))
         config = _to_json(contents, names)
@@ -184,15 +186,16 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _store(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors to a file whose name carries their SHA-256, so that a name in the checked
-    configuration vouches for the contents. Returns the name."""
+def _pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """A file's name and contents. The name carries the contents' SHA-256, so that a name in the
+    checked configuration vouches for them."""
     data = tensors_to_bytes(dict(tensors))
-    name = f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors"
-    target = folder / name
+    return f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors", data
+
+
+def _store(target: Path, data: bytes) -> None:
     if not target.is_file() or target.stat().st_size != len(data):
         _write(target, data)
-    return name
 
 
 def _store_batch(folder: Path, number: int, batch: Batch) -> str:
@@ -202,12 +205,13 @@ def _store_batch(folder: Path, number: int, batch: Batch) -> str:
         target = folder / name
         if target.is_file() and target.stat().st_size == size:
             return name
-    name = _store(folder, f"batch-{number:04d}", _flatten(batch))
-    batch.stored = name, (folder / name).stat().st_size
+    name, data = _pack(f"batch-{number:04d}", _flatten(batch))
+    _store(folder / name, data)
+    batch.stored = name, len(data)
     return name
 
 
-def _check_related(folder: Path, contents: Contents) -> None:
+def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
     """Raise `FolderError` where saving would lose edits that nobody asked to forget."""
     config = read_config(folder)
     if config["digest"] == contents.digest:
@@ -218,6 +222,7 @@ def _check_related(folder: Path, contents: Contents) -> None:
         edit.pop("enabled")
     if (
         config["base_model"]["checksums"] != dict(contents.base.checksums)
+        or config["sketches"] != sketches
         or there != ours[: len(there)]
     ):
         raise FolderError(

@@ -87,15 +87,8 @@ class HookLinear(nn.Module):
 def _drop_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     for key in [k for k in state if k.startswith(f"{prefix}base.")]:
         state[prefix + key[len(prefix) + len("base.") :]] = state.pop(key)
-    metadata = getattr(state, "_metadata", {})
-    for name in [n for n in metadata if f"{n}.".startswith(f"{prefix}base.")]:
-        metadata[(prefix + name[len(prefix) + len("base.") :]).rstrip(".")] = metadata.pop(name)
 
 
 def _add_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}base.")]:
         state[f"{prefix}base.{key[len(prefix) :]}"] = state.pop(key)
-    metadata = getattr(state, "_metadata", {})
-    for name in [n for n in metadata if f"{n}.".startswith(prefix)]:
-        inner = f"{prefix}base.{name[len(prefix) :]}".rstrip(".")
-        metadata.setdefault(inner, metadata[name])

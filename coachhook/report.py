@@ -84,10 +84,8 @@ def inspection_document(folder: Path, hooks: HookSet) -> dict[str, Any]:
     }
 
 
-def statistics_entries(
-    statistics: KeyStatistics, first_norms: Sequence[float]
-) -> list[dict[str, Any]]:
-    """A summary of each layer; first_norms: mean norm of its keys at first positions."""
+def statistics_entries(statistics: KeyStatistics) -> list[dict[str, Any]]:
+    """A summary of each layer."""
     return [
         {
             "layer": layer,
@@ -95,9 +93,9 @@ def statistics_entries(
             "tokens": len(found.background),
             "moment_trace": found.moment.trace().item(),
             "mean_key_norm": found.background.float().norm(dim=-1).mean().item(),
-            "first_key_norm": first,
+            "first_key_norm": found.first.float().norm(dim=-1).mean().item(),
         }
-        for (layer, found), first in zip(statistics.items(), first_norms, strict=True)
+        for layer, found in statistics.items()
     ]
 
 

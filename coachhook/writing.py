@@ -33,6 +33,8 @@ _DISTINCT = 0.8
 # A first token whose key resembles those of more than this share of other first words is a sink.
 _SINK_SHARE = 0.005
 
+_ROUNDING = 1e-3
+
 SINK_REASON = (
     "the subject is the first token of the prompt, where every text has the same key (an attention "
     "sink); let other words precede it"
@@ -246,6 +248,7 @@ def _threshold(
     reachable = at_subject[~at_subject.isnan()]
     alphas = [hooks.config.sequence_alpha]
     alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[:-1]]
-    # The paper's rule: α falls to the least z-score of any edit.
-    alphas += [reachable.min().item()] if len(reachable) else []
+    # The paper's rule: α falls to the least z-score of any edit; a little below it, because the
+    # same token in another batch rounds otherwise.
+    alphas += [reachable.min().item() - _ROUNDING] if len(reachable) else []
     return Threshold(alpha=min(alphas))

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import coachhook
 from coachhook import folder, report
-from coachhook.cli import app, latest, parse_layers, remaining
+from coachhook.backlog import latest, remaining
+from coachhook.cli import app, parse_layers
 from coachhook.editor import Editor
 from coachhook.errors import ConfigError
 from coachhook.hookset import HookSet
@@ -378,7 +379,7 @@ def test_eval_without_edits_has_no_numbers_that_json_lacks(edited: Path, tmp_pat
 
 def test_generate(edited: Path) -> None:
     arguments = ("generate", "tiny", "The capital of France is", "--hooks", str(edited))
-    document = run_json(*arguments, "--max-new-tokens", "4")
+    document = run_json(*arguments, "--max-new-tokens", "24")
     assert document["unedited"] != document["edited"]
     assert "unedited" in run(*arguments, "--max-new-tokens", "4")
 

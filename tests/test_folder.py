@@ -421,6 +421,7 @@ def other_value(value: Any) -> Any:
 
 class TestLock:
     def test_another_process_is_kept_out(self, tmp_path: Path) -> None:
+        save(tmp_path, contents(1))
         holder = subprocess.Popen(
             [
                 sys.executable,
@@ -440,8 +441,9 @@ class TestLock:
             with pytest.raises(FolderLockedError, match="another process") as caught:
                 locked(tmp_path).__enter__()
             assert str(tmp_path) in str(caught.value)
+            with pytest.raises(FolderLockedError):
+                save(tmp_path, contents(2))
             # Reading needs no lock.
-            save(tmp_path, contents(1))
             assert_same(load(tmp_path), contents(1))
         finally:
             holder.kill()
