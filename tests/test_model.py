@@ -279,4 +279,4 @@ def test_an_interrupted_batch_leaves_no_trace(
             editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
     assert len(editor.hooks.journal.batches) == 3
     assert greedy_tokens(editor, FACTS[0].prompt) == before
-    assert editor.hooks.modules(editor.model)[8].state is ch.HookState.VALIDATED
+    assert editor.hooks.modules(editor.model)[9].state is ch.HookState.VALIDATED
