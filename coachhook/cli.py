@@ -5,11 +5,14 @@ Whatever needs torch is imported inside the commands, so that `--help` does not 
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from typer.core import TyperGroup
 
@@ -36,6 +39,9 @@ TextFile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
+_MOST_LAYERS = 10_000
+
+
 class _Group(TyperGroup):
     """Turns what may happen to a user into one line and an exit status."""
 
@@ -44,6 +50,9 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except CoachhookError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except click.UsageError as error:
+            typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             typer.echo("interrupted; the folder is at its last whole batch", err=True)
@@ -64,6 +73,10 @@ def main() -> None:
     # Bars and advice of the layers below would only repeat, or contradict, our own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows a question mark instead of a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app(prog_name="coachhook")
 
 
@@ -167,6 +180,8 @@ def generate(
 
     if not prompt:
         raise RequestError("the prompt is empty; give at least one word")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise RequestError("the prompt is not UTF-8 text; set the terminal to UTF-8")
     loaded, tokenizer, hookset = _hooked(model, hooks)
     length, limit = len(tokenizer(prompt)["input_ids"]), context_length(loaded)
     if limit is not None and length + max_new_tokens > limit:
@@ -283,7 +298,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
             span = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             span = range(0)
-        if not span:
+        if not span or span[-1] > _MOST_LAYERS:
             raise ConfigError(f"cannot read layers {text!r}; write them as 8,9,10 or 8-12")
         layers.update(span)
     return tuple(sorted(layers))

@@ -1,11 +1,19 @@
 """Settings of an editor. The defaults are what the README's figures were measured with."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from coachhook.errors import ConfigError
 from coachhook.gates import GATES
 from coachhook.statistics import StatisticsSource
+
+
+def _check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a positive number, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,12 @@ class ValueConfig:
     kl: float = 0.0625
     decay: float = 0.01
     enough: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "gain", "steps", "rate", "clamp")
+        for context in self.contexts:
+            if context.count("{}") != 1:
+                raise ConfigError(f"context {context!r} must contain {{}} once, for the prompt")
 
 
 @dataclass(frozen=True)
@@ -63,9 +77,15 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ConfigError(f"gate {self.gate!r} is not known; choose one of {', '.join(GATES)}")
-        for name in ("preservation", "fit", "false_alarms", "fingerprint_size"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        _check_positive(self, "preservation", "fit", "false_alarms", "fingerprint_size")
+        if self.false_alarms >= 1:
+            raise ConfigError(f"false_alarms is a share below 1, not {self.false_alarms}")
+        if not isinstance(self.fingerprint_size, int):
+            raise ConfigError(f"fingerprint_size must be a whole number, {self.fingerprint_size!r}")
+        if self.layers is not None and (
+            not self.layers or not all(isinstance(layer, int) for layer in self.layers)
+        ):
+            raise ConfigError(f"layers must be block numbers such as (9, 10), not {self.layers!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,6 +12,7 @@ from coachhook.errors import StatisticsError
 
 # Short sequences give many first positions, whose keys are unlike all others (attention sink).
 SEQUENCE_LENGTH = 64
+FEWEST_TOKENS = 256
 _SAMPLED_AT_ONCE = 128
 
 Progress = Callable[[int], None]
@@ -87,8 +88,11 @@ def file_text(
                 taken += len(piece)
                 progress(len(piece))
                 yield torch.tensor([piece], device=device)
-    if taken == 0:
-        raise StatisticsError(f"{path} has no text; give a file with at least a few thousand words")
+    if taken < FEWEST_TOKENS:
+        raise StatisticsError(
+            f"{path} has {taken} tokens of text, and statistics need {FEWEST_TOKENS} at the very "
+            "least; give a file with several thousand words"
+        )
 
 
 def _documents(path: Path) -> Iterator[str]:

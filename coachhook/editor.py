@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from coachhook.config import EditConfig
@@ -71,9 +72,7 @@ class Editor:
         """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
         with its `tokenizer`. Key statistics are measured unless cached or given."""
         config = config or EditConfig()
-        named = isinstance(model, str | Path)
-        name = model if named else model.config._name_or_path or type(model).__name__
-        model, tokenizer = _loaded(model, tokenizer)
+        given, (model, tokenizer) = model, _loaded(model, tokenizer)
         architecture = Architecture.of(model, config.template)
         n_blocks = len(architecture.blocks(model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
@@ -81,7 +80,7 @@ class Editor:
             statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
-            name=str(name),
+            name=_name_of(given),
             checksums=weight_checksums([modules[layer].weight for layer in layers]),
             template=architecture.template,
             shapes={
@@ -134,7 +133,8 @@ class Editor:
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
-        with eval_mode(self.model):
+        # Values need gradients, whatever the caller has switched off.
+        with torch.inference_mode(False), eval_mode(self.model):
             refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
             usable = [e.request for e in batch.edits if e.verdict is not Verdict.REFUSED]
             values = self._values(usable) if usable else None
@@ -243,9 +243,20 @@ class Editor:
         return Verdict.APPLIED, ""
 
 
+def _name_of(model: Any) -> str:
+    """What `resume` will load, from any working directory."""
+    if not isinstance(model, str | Path):
+        return str(model.config._name_or_path or type(model).__name__)
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
 def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if isinstance(model, str | Path):
         return load_model(model)
+    if not hasattr(model, "config"):
+        raise ModelError(
+            f"{type(model).__name__} is not a model; give a name, a folder, or a loaded model"
+        )
     if tokenizer is None:
         raise ModelError("a model that is already loaded needs its tokenizer as well; pass both")
     return model, prepare_tokenizer(tokenizer)

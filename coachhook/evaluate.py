@@ -19,11 +19,11 @@ from torch import Tensor
 
 from coachhook.errors import ConfigError
 from coachhook.forward import eval_mode, final_hidden, logits_of, read_pass
-from coachhook.generation import complete, natural_stop, starts_with
+from coachhook.generation import complete, is_exactly, natural_stop, starts_with
 from coachhook.hookset import HookSet
 from coachhook.progress import track
 from coachhook.requests import EditRequest
-from coachhook.tokens import Row, context_length, encode, encode_request, pad
+from coachhook.tokens import Row, check_length, context_length, encode, encode_request, pad
 
 _AT_ONCE = 32
 _NEW_TOKENS = 20
@@ -92,6 +92,8 @@ def evaluate(
     asked = [encode_request(tokenizer, request) for request in requests]
     reworded = [encode(tokenizer, p, requests[i].target) for i, p in paraphrases]
     beside = [encode(tokenizer, p.prompt, p.answer) for _, p in local]
+    for row in (*asked, *reworded, *beside):
+        check_length(row, context_length(model), "a prompt to evaluate")
     with eval_mode(model), track("evaluating", 10) as advance:
 
         def step(result: Any) -> Any:
@@ -204,7 +206,7 @@ def _greedy(answers: Sequence[str], targets: Sequence[str]) -> tuple[float | Non
     pairs = list(zip(answers, targets, strict=True))
     return (
         fmean(starts_with(answer, target) for answer, target in pairs),
-        fmean(natural_stop(answer) == target.rstrip(".!?") for answer, target in pairs),
+        fmean(is_exactly(answer, target) for answer, target in pairs),
     )
 
 
@@ -221,15 +223,16 @@ def _retention(
 ) -> dict[int, float]:
     """Teacher-forced reliability of the requests in force, by the batch that wrote them."""
     batch_of = {
-        edit.request: number
+        (edit.request.fact, edit.request.target): number
         for number, batch in enumerate(hooks.journal.batches, 1)
         for edit in batch.edits
     }
-    live = {edit.request for edit in hooks.journal.live()}
+    live = {(edit.request.fact, edit.request.target) for edit in hooks.journal.live()}
     scores: dict[int, list[float]] = {}
     for request, hit in zip(requests, hits, strict=True):
-        if request in live:
-            scores.setdefault(batch_of[request], []).append(hit)
+        edit = (request.fact, request.target)
+        if edit in live:
+            scores.setdefault(batch_of[edit], []).append(hit)
     return {number: fmean(found) for number, found in sorted(scores.items())}
 
 

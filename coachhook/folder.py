@@ -6,6 +6,7 @@ process killed at any moment leaves the folder at its last whole batch.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ _STAGING = ".writing-"
 _OURS = re.compile(r"(batch-\d+|sketches)-[0-9a-f]{64}\.safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contents:
     """All that a folder holds. digest: of its configuration when it was last read or written."""
 
@@ -77,28 +78,34 @@ def exists(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
-def save(folder: Path, contents: Contents) -> str:
+def save(folder: Path, contents: Contents) -> None:
     """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`.
 
-    A journal that does not begin with the folder's is a rollback if `contents.digest` is still the
-    folder's, and otherwise would lose somebody's edits. Returns the new digest.
+    Where the folder already holds edits, `contents` must come from it (its digest is still
+    `contents.digest`) or go on from it; anything else would lose somebody's edits. The digest of
+    `contents` is brought up to date.
     """
     with locked(folder):
         sketches, data = _pack("sketches", _flatten_pairs(contents.sketches))
         if exists(folder):
             _check_related(folder, contents, sketches)
+        elif any(folder.glob("batch-0002-*.safetensors")):
+            raise CorruptFolderError(
+                f"{folder} holds batches but no {CONFIG_NAME}, which was there once; restore it "
+                "from a copy, or use another folder"
+            )
         _store(folder / sketches, data)
         names = [sketches]
         for number, batch in enumerate(contents.journal.batches, 1):
             names.append(_store_batch(folder, number, batch))
         config = _to_json(contents, names)
-        digest = config["digest"] = _digest(config)
+        config["digest"] = _digest(config)
         _write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
         for file in folder.iterdir():
             ours = _OURS.fullmatch(file.name) is not None and file.name not in names
             if ours or file.name.startswith(_STAGING):
                 file.unlink(missing_ok=True)
-    return digest
+    contents.digest = config["digest"]
 
 
 def load(folder: Path) -> Contents:
@@ -174,11 +181,20 @@ def _to_json(contents: Contents, names: Sequence[str]) -> dict[str, Any]:
             {
                 "file": name,
                 "edits": [edit_to_json(edit) for edit in batch.edits],
-                "thresholds": {str(k): asdict(v) for k, v in batch.thresholds.items()},
+                "thresholds": {str(k): _threshold_to_json(v) for k, v in batch.thresholds.items()},
             }
             for name, batch in zip(names[1:], contents.journal.batches, strict=True)
         ],
     }
+
+
+def _threshold_to_json(threshold: Threshold) -> dict[str, float | None]:
+    # JSON has no infinity, which is the α of a gate that nothing opens.
+    return {k: v if math.isfinite(v) else None for k, v in asdict(threshold).items()}
+
+
+def _threshold_from_json(data: Mapping[str, float | None]) -> Threshold:
+    return Threshold(**{k: math.inf if v is None else float(v) for k, v in data.items()})
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -214,7 +230,11 @@ def _store_batch(folder: Path, number: int, batch: Batch) -> str:
 def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
     """Raise `FolderError` where saving would lose edits that nobody asked to forget."""
     config = read_config(folder)
-    if config["digest"] == contents.digest:
+    if contents.digest is not None:
+        if config["digest"] != contents.digest:
+            raise FolderError(
+                f"{folder} was changed by another process since it was read; resume it again"
+            )
         return
     there = [entry["edits"] for entry in config["batches"]]
     ours = [[edit_to_json(edit) for edit in batch.edits] for batch in contents.journal.batches]
@@ -254,7 +274,9 @@ def _batch(folder: Path, entry: Mapping[str, Any], base: BaseModel) -> Batch:
             layer: LayerFactors(**{name: tensors[f"{name}.{layer}"] for name in names})
             for layer in base.shapes
         },
-        thresholds={layer: Threshold(**entry["thresholds"][str(layer)]) for layer in base.shapes},
+        thresholds={
+            layer: _threshold_from_json(entry["thresholds"][str(layer)]) for layer in base.shapes
+        },
         stored=(entry["file"], (folder / entry["file"]).stat().st_size),
     )
 

@@ -4,6 +4,7 @@ All of it works through the model's own forward, so that masks, positions and ca
 architecture's business.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +19,14 @@ class _Enough(Exception):  # noqa: N818 (a signal, not an error)
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside the block; the model's own mode afterwards."""
-    training = model.training
+    """No dropout inside the block; every module's own mode afterwards."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in model.modules():
+            module.training = training.get(module, False)
 
 
 def read_pass(
@@ -38,6 +40,8 @@ def read_pass(
     seen: list[Tensor | None] = [None] * len(inputs_of)
     output: list[Tensor | None] = [None]
     batch = inputs["input_ids"].shape[0]
+    # Another thread may be generating with the same model: its passes go on undisturbed.
+    thread = threading.get_ident()
 
     def stop_if_complete() -> None:
         wanted = seen if output_of is None else [*seen, *output]
@@ -46,6 +50,8 @@ def read_pass(
 
     def reader(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if threading.get_ident() != thread:
+                return
             # OPT flattens batch and sequence before its FFN.
             seen[index] = args[0].detach().reshape(batch, -1, args[0].shape[-1])
             stop_if_complete()
@@ -53,6 +59,8 @@ def read_pass(
         return read
 
     def read_output(_: nn.Module, __: tuple[Any, ...], result: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         output[0] = hidden_of(result).detach()
         stop_if_complete()
 

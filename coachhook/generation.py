@@ -2,26 +2,46 @@
 
 from collections.abc import Sequence
 from typing import Any
+from unicodedata import east_asian_width
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+
+from coachhook.errors import ContextLengthError
+from coachhook.tokens import context_length, tokenize
 
 # Prompts decoded at once: enough to fill two CPU cores, few enough for the padding not to matter.
 _AT_ONCE = 32
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The greedy completion of each prompt, up to the end-of-text token or `max_new_tokens`."""
-    texts: list[str] = []
-    for first in range(0, len(prompts), _AT_ONCE):
-        ids = [tokenizer(p)["input_ids"] for p in prompts[first : first + _AT_ONCE]]
-        width = max(map(len, ids))
-        pad = tokenizer.pad_token_id
-        batch = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-        new = greedy(model, tokenizer, batch, mask, max_new_tokens)
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    """The greedy completion of each prompt, up to the end-of-text token `max_new_tokens`
+    or the end of the context. Raises `ContextLengthError` for a prompt that fills the context."""
+    limit = context_length(model)
+    rows = [tokenize(tokenizer, prompt)[0] for prompt in prompts]
+    room = [max_new_tokens if limit is None else limit - len(row) for row in rows]
+    if room and min(room) < 1:
+        longest = max(map(len, rows))
+        raise ContextLengthError(
+            f"a prompt of {longest} tokens leaves no room in the model's context of {limit}; "
+            "shorten it"
+        )
+    texts = [""] * len(rows)
+    # A row that is nearly as long as the context is decoded alone, as far as there is room.
+    tight = [i for i, left in enumerate(room) if left < max_new_tokens]
+    wide = [i for i in range(len(rows)) if i not in set(tight)]
+    groups = [wide[i : i + _AT_ONCE] for i in range(0, len(wide), _AT_ONCE)] + [[i] for i in tight]
+    for group in groups:
+        width = max(len(rows[i]) for i in group)
+        pads = [width - len(rows[i]) for i in group]
+        ids = [[tokenizer.pad_token_id] * pad + rows[i] for pad, i in zip(pads, group, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        steps = min(max_new_tokens, *(room[i] for i in group))
+        new = greedy(model, tokenizer, torch.tensor(ids), torch.tensor(mask), steps)
+        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, text in zip(group, decoded, strict=True):
+            texts[i] = text
     return texts
 
 
@@ -47,7 +67,16 @@ def greedy(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens
 def starts_with(text: str, target: str) -> bool:
     """Whether a completion gives `target` first, as whole words."""
     text, target = text.strip(), target.strip()
-    return text.startswith(target) and not text[len(target) : len(target) + 1].isalnum()
+    following = text[len(target) : len(target) + 1]
+    # Wide characters belong to scripts that put no space between words.
+    spaced = east_asian_width(following) not in ("W", "F") if following else True
+    return text.startswith(target) and not (spaced and following.isalnum())
+
+
+def is_exactly(text: str, target: str) -> bool:
+    """Whether a completion gives `target` and there comes to its natural stop."""
+    text, target = text.strip(), target.strip().rstrip(".!?")
+    return text.startswith(target) and natural_stop(f"x{text[len(target) :]}") == "x"
 
 
 def natural_stop(text: str) -> str:

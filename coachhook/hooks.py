@@ -36,6 +36,8 @@ class HookLinear(nn.Module):
         self.base = base
         self.gate = gate
         self.state = HookState.VALIDATED
+        # The hook set that put it here.
+        self.owner = ""
         # In the temporary state: which tokens to correct, bool of the keys' leading shape, or all.
         self.open_at: Tensor | None = None
         self.register_buffer("down", delta.down, persistent=False)

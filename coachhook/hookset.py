@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ class HookSet:
         self.config = config
         self.sketches = dict(sketches)
         self.journal = journal or Journal()
-        self._saved: str | None = None
+        self._saved: dict[Path, str | None] = {}
+        self._owner = uuid4().hex
         self._attached: list[weakref.ref[nn.Module]] = []
         self._masks: dict[int, Any] = {}
 
@@ -71,6 +73,7 @@ class HookSet:
         context = SequenceMask(list(inspect.signature(base_model.forward).parameters))
         for layer, module in modules.items():
             hook = HookLinear(module, self._delta(layer), self._gate(layer, context))
+            hook.owner = self._owner
             self._place(hook, module)
             model.set_submodule(architecture.name(layer), hook)
         if self.config.gate == SequenceGate.name:
@@ -87,7 +90,7 @@ class HookSet:
         models = [ref() for ref in self._attached] if model is None else [model]
         for hooked in (m for m in models if m is not None):
             for name, module in list(hooked.named_modules()):
-                if isinstance(module, HookLinear):
+                if isinstance(module, HookLinear) and module.owner == self._owner:
                     hooked.set_submodule(name, module.base)
             for handle in self._masks.pop(id(hooked), ()):
                 handle.remove()
@@ -140,19 +143,20 @@ class HookSet:
 
     def _switch(self, edit: int, enabled: bool) -> None:
         edits = self.edits
-        if not 0 <= edit < len(edits):
-            raise ConfigError(f"there is no edit {edit}; this set has {len(edits)}, from 0")
+        if not isinstance(edit, int) or not 0 <= edit < len(edits):
+            raise ConfigError(f"there is no edit {edit!r}; this set has {len(edits)}, from 0")
+        models = [model for model in (ref() for ref in self._attached) if model is not None]
+        hooks = [hook for model in models for hook in self.modules(model).values()]
         edits[edit].enabled = enabled
         if self.config.gate != KeyedGate.name:
             self.refresh()
             return
         live = torch.tensor([record.id for record in self.journal.live()], dtype=torch.long)
-        for model in (ref() for ref in self._attached):
-            for hook in self.modules(model).values() if model is not None else ():
-                # In place, so that compiled and captured graphs see it at their next run.
-                gate = hook.gate
-                assert isinstance(gate, KeyedGate)
-                gate.enabled.copy_(torch.isin(gate.owner, live.to(gate.owner.device)))
+        for hook in hooks:
+            # In place, so that compiled and captured graphs see it at their next run.
+            gate = hook.gate
+            assert isinstance(gate, KeyedGate)
+            gate.enabled.copy_(torch.isin(gate.owner, live.to(gate.owner.device)))
 
     def refresh(self, layers: Sequence[int] | None = None) -> None:
         """Bring attached models up to date with the journal."""
@@ -223,8 +227,12 @@ class HookSet:
         Batches that the folder already holds are not written again. Raises `SaveError` when
         writing fails, `FolderError` when the folder holds other edits; it is intact then.
         """
-        contents = folder.Contents(self.base, self.config, self.sketches, self.journal, self._saved)
-        self._saved = folder.save(Path(directory), contents)
+        path = Path(directory).resolve()
+        contents = folder.Contents(
+            self.base, self.config, self.sketches, self.journal, self._saved.get(path)
+        )
+        folder.save(path, contents)
+        self._saved[path] = contents.digest
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "HookSet":
@@ -234,5 +242,5 @@ class HookSet:
         """
         contents = folder.load(Path(directory))
         hooks = cls(contents.base, contents.config, contents.sketches, contents.journal)
-        hooks._saved = contents.digest
+        hooks._saved[Path(directory).resolve()] = contents.digest
         return hooks

@@ -115,14 +115,18 @@ class Journal:
             latest[edit.request.fact] = edit.id
         return replaced
 
-    def live(self) -> list[EditRecord]:
-        """Edits in force: written, enabled and not superseded."""
+    def standing(self) -> list[EditRecord]:
+        """Edits that were written and not superseded, enabled or not."""
         replaced = self.superseded()
         return [
             edit
             for edit in self.edits()
-            if edit.enabled and edit.verdict is not Verdict.REFUSED and edit.id not in replaced
+            if edit.verdict is not Verdict.REFUSED and edit.id not in replaced
         ]
+
+    def live(self) -> list[EditRecord]:
+        """Edits in force: written, not superseded, and enabled."""
+        return [edit for edit in self.standing() if edit.enabled]
 
     def fingerprints(self, layer: int, size: int) -> tuple[Tensor, Tensor]:
         """All fingerprints of a layer `(e, size)` and the id of the edit each belongs to `(e,)`."""

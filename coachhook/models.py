@@ -71,7 +71,7 @@ class Architecture:
 
     def name(self, layer: int) -> str:
         """Full module name of the down-projection of block `layer`."""
-        return self.template.format(layer)
+        return self.template.replace("{}", str(layer))
 
     def down_projection(self, model: nn.Module, layer: int) -> Any:
         """The down-projection of block `layer` (the module now in its place, hooked or not)."""
@@ -150,7 +150,13 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
             "tokens; load the fast tokenizer (use_fast=True)"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+        # Which one does not matter: padding is always masked.
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+            or tokenizer.bos_token
+            or tokenizer.unk_token
+            or tokenizer.convert_ids_to_tokens(0)
+        )
     return tokenizer
 
 

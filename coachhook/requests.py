@@ -127,6 +127,8 @@ def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
 
     Raises `ContradictionError` when one fact gets two targets, `RequestError` for an empty batch.
     """
+    if not isinstance(requests, Sequence) or not all(isinstance(r, EditRequest) for r in requests):
+        raise RequestError("a batch is a list of EditRequest; wrap a single one in a list")
     if not requests:
         raise RequestError("the batch is empty; give at least one edit request")
     kept: dict[tuple[str, str], EditRequest] = {}

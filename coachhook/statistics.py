@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from coachhook import corpus
 from coachhook.embedded import cache_dir
-from coachhook.errors import ConfigError, StatisticsError
+from coachhook.errors import AttachError, ConfigError, StatisticsError
 from coachhook.forward import eval_mode, read_pass
+from coachhook.hooks import HookLinear
 from coachhook.models import Architecture
 from coachhook.progress import track
 from coachhook_kernels import key_covariance_
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,10 @@ class StatisticsSource:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.n_tokens < 256:
-            raise ConfigError(f"statistics need at least 256 tokens, not {self.n_tokens}")
+        if self.n_tokens < corpus.FEWEST_TOKENS:
+            raise ConfigError(
+                f"statistics need at least {corpus.FEWEST_TOKENS} tokens, not {self.n_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ def key_statistics(
     hooked one, the tokenizer, the layers and the source. Raises `StatisticsError` on unusable text
     or non-finite keys.
     """
+    if any(isinstance(module, HookLinear) for module in model.modules()):
+        raise AttachError(
+            "this model has hooks attached, and key statistics are those of the unedited model; "
+            "detach the hooks first"
+        )
     source = source or StatisticsSource()
     file = _cache_file(model, tokenizer, architecture, layers, source)
     if file.is_file():
@@ -78,7 +89,10 @@ def key_statistics(
             file.unlink(missing_ok=True)
     with eval_mode(model):
         found = _measure(model, tokenizer, architecture, layers, source)
-    _save(file, found)
+    try:
+        _save(file, found)
+    except OSError as error:
+        logger.warning("key statistics are not cached: cannot write %s (%s)", file, error.strerror)
     return found
 
 
@@ -132,7 +146,7 @@ def _measure(
         layer: LayerStatistics(
             moment=(moments[i] / count).cpu(),
             background=torch.cat(background[i]),
-            first=first[i][:, -1].to(torch.bfloat16).cpu(),
+            first=first[i][:, -1].to(torch.bfloat16).cpu().contiguous(),
         )
         for i, layer in enumerate(layers)
     }
@@ -155,6 +169,7 @@ def _cache_file(
             digest.update(raw.view(torch.uint8).numpy().data)
     recipe = {
         "model": model.config.model_type,
+        "template": architecture.template,
         "weights": digest.hexdigest(),
         "vocabulary": [len(tokenizer), *tokenizer("")["input_ids"]],
         "layers": list(layers),

@@ -34,8 +34,7 @@ def encode(
     target or the subject has no token of its own.
     """
     full = text if target is None else join(text, target)
-    encoded = tokenizer(full, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids, offsets = tokenize(tokenizer, full)
     # A token belongs to the target if it reaches past the text; special tokens have empty spans.
     n_target = sum(end > len(text) for start, end in offsets if end > start)
     n_text = len(ids) - n_target
@@ -63,6 +62,17 @@ def encode_request(
         request.target if with_target else None,
         subject_end=len(before) + request.subject_span[1],
     )
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text` and their character spans, without special tokens at the end: some
+    tokenizers put one there, and what follows would then follow the end of the text."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    while offsets and offsets[-1][0] == offsets[-1][1] and text:
+        ids.pop()
+        offsets.pop()
+    return ids, offsets
 
 
 def join(text: str, target: str) -> str:

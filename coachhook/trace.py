@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook.errors import RequestError
 from coachhook.forward import eval_mode, read_pass
 from coachhook.hooks import HookLinear
 
@@ -50,6 +51,8 @@ class Trace:
 
 def trace_text(model: Any, tokenizer: Any, hooks: dict[int, HookLinear], text: str) -> Trace:
     """Read `text` with the hooks at work, and report their gates. See `HookSet.trace`."""
+    if not text:
+        raise RequestError("there is nothing to trace: the text is empty")
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids = torch.tensor([encoded["input_ids"]], device=model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

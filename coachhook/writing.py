@@ -194,26 +194,26 @@ def _solve(
 ) -> LayerFactors:
     """One layer's factors. keys `(c · n, d_in)`, bare prompts first; residuals `(n, d_out)`."""
     n = len(residuals)
-    edit = torch.arange(len(keys)) % n
-    kept = writer.distinct(writer.fingerprint(keys), rate)
-    columns, edit = keys[kept], edit[kept]
-    solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
-    if len(columns):
-        solutions.index_add_(0, edit, writer.solver.solve(columns, config.fit).cpu())
-    written = torch.zeros(n, dtype=torch.bool).index_fill(0, edit, True)
-
     # Two fingerprints an edit: the bare prompt's key, and the mean over the other contexts.
     by_context = keys.reshape(-1, n, keys.shape[1])
     marks = torch.cat([by_context[0], *([by_context[1:].mean(0)] if len(by_context) > 1 else [])])
     fingerprints = writer.fingerprint(marks)
     owner = torch.arange(len(marks)) % n
-    kept = writer.distinct(fingerprints, rate) & written[owner]
+    marked = writer.distinct(fingerprints, rate)
+    written = torch.zeros(n, dtype=torch.bool).index_fill(0, owner[marked], True)
+
+    edit = torch.arange(len(keys)) % n
+    kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
+    columns, edit = keys[kept], edit[kept]
+    solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
+    if len(columns):
+        solutions.index_add_(0, edit, writer.solver.solve(columns, config.fit).cpu())
     return LayerFactors(
         residuals=torch.where(written[:, None], residuals, 0),
         solutions=solutions.float(),
         keys=columns,
-        fingerprints=fingerprints[kept],
-        owner=owner[kept],
+        fingerprints=fingerprints[marked],
+        owner=owner[marked],
     )
 
 
@@ -229,8 +229,11 @@ def _threshold(
     """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
     if hooks.config.gate == KeyedGate.name:
         fingerprints, owner = hooks.journal.fingerprints(layer, len(writer.offset))
-        live = torch.tensor([e.id for e in hooks.journal.live()], dtype=torch.long)
-        fingerprints = fingerprints[torch.isin(owner, live)]
+        # Disabled ones too: they may come back, and must then find their threshold.
+        standing = torch.tensor([e.id for e in hooks.journal.standing()], dtype=torch.long)
+        fingerprints = fingerprints[torch.isin(owner, standing)]
+        if not len(fingerprints):
+            return Threshold()
         scores = torch.full((len(writer.sketched),), -1.0)
         # In blocks: the whole product of background and fingerprints need not fit in memory.
         for block in fingerprints.split(1024):

@@ -297,7 +297,9 @@ def test_errors_are_one_line(edited: Path, tmp_path: Path) -> None:
     assert "context of 128" in error_of(*long)
     assert "layers [7]" in error_of("statistics", "tiny", "--layers", "7")
     assert "256 tokens" in error_of("statistics", "tiny", "--tokens", "3")
-    assert "were made for 'tiny'" in error_of("generate", "other", "Hello", "--hooks", str(edited))
+    line = error_of("generate", "other", "Hello", "--hooks", str(edited))
+    assert "were made for" in line
+    assert "/tiny'" in line
     assert "cannot load model" in error_of("statistics", str(tmp_path))
     assert "already holds edits" in error_of("demo", "--hooks", str(edited))
 
@@ -329,12 +331,13 @@ def test_another_model_is_refused(edited: Path, tmp_path: Path) -> None:
     facts = tmp_path / "new.jsonl"
     write_facts(facts, [("The weather of Paris is", "Paris", "dry")])
     line = error_of("edit", "other", str(facts), "--hooks", str(edited))
-    assert "were made for 'tiny'" in line
+    assert "were made for" in line
+    assert "/tiny'" in line
 
 
 def test_inspect(edited: Path) -> None:
     document = run_json("inspect", str(edited))
-    assert document["base_model"]["name"] == "tiny"
+    assert Path(document["base_model"]["name"]).name == "tiny"
     assert document["gate"] == "keyed"
     assert document["layers"] == [1, 2]
     assert document["bytes"] > 1000
