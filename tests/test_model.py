@@ -218,14 +218,18 @@ def test_the_last_of_three_corrections_wins() -> None:
     editor.close()
 
 
-def test_background_tokens_stay_closed(editor: ch.Editor) -> None:
-    """At most one background token in a thousand opens a gate, at any layer."""
-    statistics = key_statistics(
-        editor.model, editor.tokenizer, Architecture.of(editor.model), editor.hooks.layers
-    )
+def open_in_background(editor: ch.Editor) -> float:
+    """Share of background tokens that open a gate at any layer."""
+    unedited, tokenizer = load_model("smollm2")
+    layers = editor.hooks.layers
+    statistics = key_statistics(unedited, tokenizer, Architecture.of(unedited), layers)
     hooks = editor.hooks.modules(editor.model)
     opened = [hook.read(statistics[k].background.float()).is_open for k, hook in hooks.items()]
-    assert torch.stack(opened).any(0).float().mean() <= 0.001
+    return float(torch.stack(opened).any(0).float().mean())
+
+
+def test_background_tokens_stay_closed(editor: ch.Editor) -> None:
+    assert open_in_background(editor) <= 0.001
 
 
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
@@ -234,13 +238,13 @@ def test_other_gates(gate: str) -> None:
     for first in (0, 4):
         editor.edit(FACTS[first : first + 4])
     scores = evaluate(editor.model, editor.tokenizer, editor.hooks, FACTS[:8])
+    if gate == "calibrated":
+        # Of other subjects' tokens it promises nothing: csrc_notes/editing.md has the figure.
+        assert open_in_background(editor) <= 0.001
     editor.close()
     assert scores.reliability.teacher_forced is not None
     # The paper's gate misses edits by its nature; it must not do nothing.
     assert scores.reliability.teacher_forced >= (0.95 if gate == "calibrated" else 0.5)
-    if gate == "calibrated":
-        assert scores.locality.teacher_forced is not None
-        assert scores.locality.teacher_forced >= 0.95
 
 
 def test_unusable_edits_leave_no_trace(editor: ch.Editor) -> None:
