@@ -10,7 +10,6 @@ from torch import Tensor
 
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ModelError
-from coachhook.folder import locked
 from coachhook.forward import eval_mode, read_pass
 from coachhook.gates import Threshold
 from coachhook.generation import complete, starts_with
@@ -120,8 +119,7 @@ class Editor:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
-        with locked(Path(directory)):
-            self.hooks.save_pretrained(directory)
+        self.hooks.save_pretrained(directory)
 
     def edit(self, requests: Sequence[EditRequest]) -> BatchReport:
         """Edit one batch of facts. If anything fails on the way, nothing of it remains.
