@@ -12,7 +12,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coachhook_kernels import difference_norm, fingerprint_similarity, sequence_zscore
+from coachhook_kernels import (
+    TokenGate,
+    difference_norm,
+    fingerprint_similarity,
+    sequence_zscore,
+)
 
 
 class GateReading(NamedTuple):
@@ -71,6 +76,10 @@ class Gate(nn.Module):
         """Score, z-score and edit id of each token."""
         raise NotImplementedError
 
+    def per_token(self) -> TokenGate | None:
+        """The gate as the fused operations take it; None for one that reads whole sequences."""
+        return None
+
     def least_open(self) -> Tensor:
         """The threshold in units of the score, 0-d float32."""
         return self.mean + self.alpha * self.std
@@ -117,6 +126,17 @@ class KeyedGate(Gate):
         self.register_buffer("owner", owner, persistent=False)
         self.register_buffer("enabled", enabled, persistent=False)
 
+    def per_token(self) -> TokenGate:
+        return TokenGate(
+            self.mean,
+            self.std,
+            self.alpha,
+            self.projection,
+            self.offset,
+            self.fingerprints,
+            self.enabled,
+        )
+
     def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score, index = fingerprint_similarity(
             keys, self.projection, self.offset, self.fingerprints, self.enabled
@@ -129,6 +149,9 @@ class CalibratedGate(Gate):
     """Opens where `‖Δ k‖` is far above its distribution over background keys of the layer."""
 
     name = "calibrated"
+
+    def per_token(self) -> TokenGate:
+        return TokenGate(self.mean, self.std, self.alpha)
 
     def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score = difference_norm(projected)

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from coachhook.gates import Gate, GateReading
-from coachhook_kernels import Delta, hook_correction
+from coachhook_kernels import Delta, TokenGate, hook_correction, hook_correction_, hook_linear
 
 
 class HookState(StrEnum):
@@ -60,11 +61,30 @@ class HookLinear(nn.Module):
         return getattr(self.base, "bias", None)
 
     def forward(self, keys: Tensor) -> Tensor:
-        output: Tensor = self.base(keys)
         if self.state is HookState.OFF or self.down.shape[0] == 0:
-            return output
+            unedited: Tensor = self.base(keys)
+            return unedited
+        gate = self.gate.per_token() if self.state is HookState.VALIDATED else None
+        if gate is not None and not torch.is_autocast_enabled(keys.device.type):
+            return self._gated(keys, gate)
+        output: Tensor = self.base(keys)
         projected = self.delta.project(keys)
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
+
+    def _gated(self, keys: Tensor, gate: TokenGate) -> Tensor:
+        """The validated output by one operation, or by two where the base must run by itself."""
+        weight = _plain_weight(self.base)
+        if weight is not None and weight.dtype == keys.dtype:
+            return hook_linear(keys, weight, self.bias, self.delta, gate)[0]
+        output: Tensor = self.base(keys)
+        if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
+            score, _ = gate.read(keys.detach(), self.delta)
+            corrected = self.delta.expand(self.delta.project(keys))
+            return hook_correction(output, corrected, gate.is_open(score))
+        # A hook on the base may have kept its output, which must stay the base's.
+        output = output.clone() if self.base._forward_hooks else output
+        hook_correction_(output, keys, self.delta, gate)
+        return output
 
     def _open(self, keys: Tensor, projected: Tensor) -> Tensor:
         if self.state is HookState.TEMPORARY:
@@ -84,6 +104,20 @@ class HookLinear(nn.Module):
     def extra_repr(self) -> str:
         form = "dense" if self.up is None else f"rank {self.down.shape[0]}"
         return f"gate={self.gate.name}, delta={form}, state={self.state}"
+
+
+def _plain_weight(base: nn.Module) -> Tensor | None:
+    """The `(d_out, d_in)` weight of a base whose forward is `W k + b` and that nobody watches or
+    has wrapped (parametrisation, offloading, hooks); None for any other."""
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+        return None
+    if base._backward_pre_hooks or "forward" in base.__dict__:
+        return None
+    if type(base) is nn.Linear:
+        return base.weight
+    if type(base) is Conv1D:
+        return base.weight.mT
+    return None
 
 
 def _drop_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

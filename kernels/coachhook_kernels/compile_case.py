@@ -1,0 +1,26 @@
+"""What it takes to compile a kernel for a GPU that is not here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One shipped configuration of one kernel.
+
+    name: `op/kernel dtype configuration`. kernel: a `@triton.jit` function. arguments: parameter to
+    type, such as `*bf16:16` or `i32`; `:16` says divisible by 16. constants: constexpr parameters,
+    integers specialised to 1 and absent pointers. tensor_cores: NVIDIA code must hold matrix
+    instructions; wgmma: on sm_90 those of a warp group (HGMMA). amd_num_stages: pipelining depth on
+    gfx942, whose local memory is a quarter of an H200's.
+    """
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: bool = False
+    wgmma: bool = False
+    amd_num_stages: int = 2

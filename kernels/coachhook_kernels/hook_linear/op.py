@@ -1,0 +1,278 @@
+"""`hook_linear` and `hook_correction_` as torch operations: validation, dispatch, autograd.
+
+One op boundary per hooked layer. The gate is a constant in the backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from coachhook_kernels import runtime
+from coachhook_kernels.correction import Delta, hook_correction
+from coachhook_kernels.errors import KernelInputError
+from coachhook_kernels.gate import TokenGate
+
+
+def hook_linear(
+    keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, gate: TokenGate
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`W_fc k + b`, plus `Δ k` for the tokens whose gate is open (paper Eq. 15-20, per token).
+
+    keys `(..., d_in)`; weight `(d_out, d_in)` of any strides (`Conv1D`: its transposed view); bias
+    `(d_out,)` or None; delta and gate of the same dtype and device. Differentiable in keys, weight
+    and bias; delta and gate are constants.
+
+    Returns the output `(..., d_out)`, the score float32 `(...)` and the nearest fingerprint int64
+    `(...)`, -1 where there is none. Raises KernelInputError where the tensors do not fit together.
+    """
+    _check(keys, delta, gate, weight.shape[0] if weight.ndim == 2 else None)
+    if weight.ndim != 2 or weight.shape[1] != keys.shape[-1]:
+        raise KernelInputError(
+            f"weight has shape {tuple(weight.shape)}; (d_out, {keys.shape[-1]}) was expected. "
+            "A Conv1D weight is passed as its transpose"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise KernelInputError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
+    _check_alike(keys, weight=weight, bias=bias)
+    result: tuple[Tensor, Tensor, Tensor] = _hook_linear(keys, weight, bias, *delta, *gate)
+    return result
+
+
+def hook_correction_(
+    output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
+) -> tuple[Tensor, Tensor]:
+    """Add `Δ k` in place to the output `(..., d_out)` that any engine computed for `keys`.
+
+    Tokens whose gate stays closed keep their output bit for bit and cost the score alone. Not
+    differentiable. Returns the score and the nearest fingerprint, as `hook_linear` does.
+    """
+    if output.shape[:-1] != keys.shape[:-1]:
+        raise KernelInputError(
+            f"output {tuple(output.shape)} and keys {tuple(keys.shape)} differ before the last "
+            "dimension"
+        )
+    _check(keys, delta, gate, output.shape[-1])
+    _check_device(keys, output=output)
+    if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
+        raise KernelInputError(
+            "hook_correction_ has no gradient; call it under torch.no_grad(), or use hook_linear"
+        )
+    result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
+    return result
+
+
+def _check_device(keys: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != keys.device:
+            raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {keys.device}")
+
+
+def _check_alike(keys: Tensor, **others: Tensor | None) -> None:
+    _check_device(keys, **others)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.dtype != keys.dtype:
+            raise KernelInputError(
+                f"{name} is {tensor.dtype}, the keys are {keys.dtype}; convert one of them"
+            )
+
+
+def _check(keys: Tensor, delta: Delta, gate: TokenGate, d_out: int | None) -> None:
+    if keys.ndim == 0 or not keys.is_floating_point():
+        raise KernelInputError(
+            f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d_in) of floats expected"
+        )
+    d_in = keys.shape[-1]
+    down, up = delta
+    if down.ndim != 2 or down.shape[1] != d_in:
+        raise KernelInputError(
+            f"delta.down has shape {tuple(down.shape)}; (rank, {d_in}) was expected"
+        )
+    out = down.shape[0] if up is None else up.shape[0]
+    if up is not None and (up.ndim != 2 or up.shape[1] != down.shape[0]):
+        raise KernelInputError(
+            f"delta.up has shape {tuple(up.shape)}; (d_out, {down.shape[0]}) was expected"
+        )
+    if d_out is not None and out != d_out:
+        raise KernelInputError(f"delta makes {out} outputs, the layer has {d_out}")
+    _check_device(keys, down=down, up=up, mean=gate.mean, std=gate.std, alpha=gate.alpha)
+    if any(scalar.ndim != 0 for scalar in (gate.mean, gate.std, gate.alpha)):
+        raise KernelInputError("the gate's mean, std and alpha are 0-d tensors")
+    if gate.projection is None:
+        return
+    offset, fingerprints, enabled = gate.offset, gate.fingerprints, gate.enabled
+    if offset is None or fingerprints is None or enabled is None:
+        raise KernelInputError("a keyed gate needs projection, offset, fingerprints and enabled")
+    size = gate.projection.shape[0]
+    if gate.projection.shape != (size, d_in) or offset.shape != (size,):
+        raise KernelInputError(
+            f"projection {tuple(gate.projection.shape)} and offset {tuple(offset.shape)} do not "
+            f"fit keys of {d_in}"
+        )
+    count = fingerprints.shape[0]
+    if fingerprints.shape != (count, size) or enabled.shape != (count,):
+        raise KernelInputError(
+            f"fingerprints {tuple(fingerprints.shape)} and enabled {tuple(enabled.shape)}: "
+            f"(e, {size}) and (e,) were expected"
+        )
+    if enabled.dtype != torch.bool:
+        raise KernelInputError(f"enabled is {enabled.dtype}, not bool")
+    _check_device(
+        keys, projection=gate.projection, offset=offset, fingerprints=fingerprints, enabled=enabled
+    )
+
+
+def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor | None) -> bool:
+    same = (delta.down, delta.up, gate.projection, *others)
+    if any(tensor is not None and tensor.dtype != keys.dtype for tensor in same):
+        return False
+    return runtime.triton_runs(keys, gate.offset, gate.fingerprints) and all(
+        tensor.numel() > 0 for tensor in (keys, delta.down)
+    )
+
+
+def eager_correction_(
+    output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
+) -> tuple[Tensor, Tensor]:
+    """`hook_correction_` in plain torch, for `(t, d_out)` and `(t, d_in)`."""
+    score, index = gate.read(keys, delta)
+    is_open = gate.is_open(score)
+    if keys.device.type == "cpu":
+        # No queue to wait for on a CPU: the count of open rows is free, and most often zero.
+        rows = is_open.nonzero().squeeze(-1)
+        if rows.numel():
+            corrected = delta.expand(delta.project(keys[rows]))
+            output.index_add_(0, rows, corrected.to(output.dtype))
+    else:
+        output.copy_(hook_correction(output, delta.expand(delta.project(keys)), is_open))
+    return score, index
+
+
+def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tuple[Tensor, Tensor]:
+    if not _kernels_take(keys, delta, gate, output):
+        return eager_correction_(output, keys, delta, gate)
+    from coachhook_kernels.hook_linear import rows, tiles
+
+    def launch() -> tuple[Tensor, Tensor]:
+        if rows.takes(keys, delta, gate):
+            return rows.launch(keys, None, None, delta, gate, output)
+        return tiles.launch(keys, delta, gate, output)
+
+    return runtime.with_fallback(
+        "hook_correction_", launch, lambda: eager_correction_(output, keys, delta, gate)
+    )
+
+
+def _linear(
+    keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, gate: TokenGate
+) -> tuple[Tensor, Tensor, Tensor]:
+    def compose() -> tuple[Tensor, Tensor, Tensor]:
+        output = linear(keys, weight, bias)
+        return (output, *_correct_(output, keys, delta, gate))
+
+    if not _kernels_take(keys, delta, gate, weight, bias):
+        return compose()
+    from coachhook_kernels.hook_linear import rows
+
+    if not rows.takes(keys, delta, gate):
+        return compose()
+
+    def launch() -> tuple[Tensor, Tensor, Tensor]:
+        output = keys.new_empty(keys.shape[0], weight.shape[0])
+        return (output, *rows.launch(keys, weight, bias, delta, gate, output))
+
+    return runtime.with_fallback("hook_linear", launch, compose)
+
+
+def _as_rows(keys: Tensor) -> Tensor:
+    rows = keys.reshape(-1, keys.shape[-1]) if keys.numel() else keys.new_empty(0, keys.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@torch.library.custom_op("coachhook::hook_linear", mutates_args=())
+def _hook_linear(
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    alpha: Tensor,
+    projection: Tensor | None,
+    offset: Tensor | None,
+    fingerprints: Tensor | None,
+    enabled: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gate = TokenGate(mean, std, alpha, projection, offset, fingerprints, enabled)
+    leading = keys.shape[:-1]
+    output, score, index = _linear(_as_rows(keys), weight, bias, Delta(down, up), gate)
+    return output.view(*leading, weight.shape[0]), score.view(leading), index.view(leading)
+
+
+@_hook_linear.register_fake
+def _(keys: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    leading = keys.shape[:-1]
+    return (
+        keys.new_empty(*leading, weight.shape[0]),
+        keys.new_empty(leading, dtype=torch.float32),
+        keys.new_empty(leading, dtype=torch.int64),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    keys, weight, _, down, up, mean, std, alpha, *_ = inputs
+    is_open = TokenGate(mean, std, alpha).is_open(output[1])
+    ctx.save_for_backward(keys if ctx.needs_input_grad[1] else None, weight, down, up, is_open)
+    ctx.mark_non_differentiable(output[1], output[2])
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    keys, weight, down, up, is_open = ctx.saved_tensors
+    grad_keys = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        through = torch.where(is_open.unsqueeze(-1), grad, 0).to(down.dtype)
+        through = through if up is None else through @ up.to(down.dtype)
+        grad_keys = grad @ weight + (through @ down).to(grad.dtype)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[1]:
+        grad_weight = rows.mT @ keys.reshape(-1, keys.shape[-1])
+    if ctx.needs_input_grad[2]:
+        grad_bias = rows.sum(0)
+    return grad_keys, grad_weight, grad_bias, *[None] * 9
+
+
+_hook_linear.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("coachhook::hook_correction_", mutates_args={"output"})
+def _hook_correction(
+    output: Tensor,
+    keys: Tensor,
+    down: Tensor,
+    up: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    alpha: Tensor,
+    projection: Tensor | None,
+    offset: Tensor | None,
+    fingerprints: Tensor | None,
+    enabled: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    gate = TokenGate(mean, std, alpha, projection, offset, fingerprints, enabled)
+    leading = keys.shape[:-1]
+    rows = _as_rows(output)
+    score, index = _correct_(rows, _as_rows(keys), Delta(down, up), gate)
+    if rows.data_ptr() != output.data_ptr():
+        output.copy_(rows.view(output.shape))
+    return score.view(leading), index.view(leading)
+
+
+@_hook_correction.register_fake
+def _(output: Tensor, keys: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    leading = keys.shape[:-1]
+    return (
+        keys.new_empty(leading, dtype=torch.float32),
+        keys.new_empty(leading, dtype=torch.int64),
+    )

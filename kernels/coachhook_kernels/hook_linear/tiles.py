@@ -1,0 +1,295 @@
+"""The gate and the correction of many rows (prefill), beside a base product of any engine.
+
+    1. score     `F k` or `A k` for every row: a tall, thin product, split along `d_in`
+    2. gate      the slices added up, cosines or norm, and the list of the rows that are open
+    3. correct   `Δ k`, or `U (A k)`, of the listed rows alone, added to the output
+
+No intermediate is `rows × d_out` in size. The host never learns how many rows are open: a fixed
+grid of programs walks over the tiles that the list has turned out to fill.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coachhook_kernels.correction import Delta
+from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.runtime import multiprocessors
+from coachhook_kernels.triton_dot import dot, dot_wide
+from coachhook_kernels.tuning import Config, lookup
+from coachhook_kernels.workspace import counters
+
+OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
+STORE, ADD, SQUARES = (tl.constexpr(i) for i in range(3))
+
+
+@triton.jit
+def tiles_kernel(
+    p_left, p_right, p_output, p_rows, p_counters,
+    n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+    n_slices, slice_length,
+    EPILOGUE: tl.constexpr, LISTED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of `left @ rightᵀ`, float32 sums, of all rows or of the rows in a list.
+
+    left `(n_rows, length)`, right `(n_columns, length)`. Epilogues: STORE the product, or with
+    slices each slice's part of it, to `(slices, n_rows, n_columns)`; ADD it to the output; store
+    the sums of SQUARES of each row of a tile, `(column tiles, n_rows)`.
+    """
+    n_present = n_rows
+    if LISTED:
+        n_present = tl.load(p_counters + OPEN)
+    n_tiles_n = tl.cdiv(n_columns, BN)
+    n_tiles = tl.cdiv(n_present, BM) * n_tiles_n * n_slices
+    for i_tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        i_slice = i_tile % n_slices
+        i_n = i_tile // n_slices % n_tiles_n
+        i_m = i_tile // n_slices // n_tiles_n
+        o_m = i_m * BM + tl.arange(0, BM)
+        m_m = o_m < n_present
+        o_row = o_m
+        if LISTED:
+            o_row = tl.load(p_rows + o_m, mask=m_m, other=0)
+        o_row = o_row.to(tl.int64)
+        o_n = i_n * BN + tl.arange(0, BN)
+        m_n = o_n < n_columns
+        b_acc = tl.zeros((BM, BN), tl.float32)
+        for i_k in range(i_slice * slice_length, min((i_slice + 1) * slice_length, length), BK):
+            o_k = i_k + tl.arange(0, BK)
+            m_k = o_k < length
+            b_left = tl.load(
+                p_left + o_row[:, None] * stride_lm + o_k[None, :],
+                mask=m_m[:, None] & m_k[None, :],
+                other=0.0,
+            )
+            b_right = tl.load(
+                p_right
+                + o_n.to(tl.int64)[None, :] * stride_rn
+                + o_k.to(tl.int64)[:, None] * stride_rk,
+                mask=m_n[None, :] & m_k[:, None],
+                other=0.0,
+            )
+            b_acc = dot(b_left, b_right, b_acc)
+        if EPILOGUE == SQUARES:
+            p_squares = p_output + i_n.to(tl.int64) * n_rows + o_row
+            tl.store(p_squares, tl.sum(b_acc * b_acc, axis=1), mask=m_m)
+        else:
+            p_tile = p_output + (i_slice * n_rows + o_row)[:, None] * stride_om + o_n[None, :]
+            m_tile = m_m[:, None] & m_n[None, :]
+            if EPILOGUE == ADD:
+                b_acc += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+            tl.store(p_tile, b_acc.to(p_output.dtype.element_ty), mask=m_tile)
+    if EPILOGUE == ADD:
+        # The last to finish leaves the counters at zero for the next launch.
+        tl.debug_barrier()
+        if tl.atomic_add(p_counters + FINISHED, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+            tl.store(p_counters + OPEN, 0)
+            tl.store(p_counters + FINISHED, 0)
+
+
+@triton.jit
+def gate_kernel(
+    p_parts, p_offset, p_fingerprints, p_enabled, p_mean, p_std, p_alpha,
+    p_score, p_index, p_lowered, p_rows, p_counters,
+    n_rows, n_score, n_parts, n_fingerprints,
+    KEYED: tl.constexpr, SUMMED: tl.constexpr,
+    BM: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """Score and nearest fingerprint of `BM` rows, and their place in the list if they are open.
+
+    parts: `(n_parts, n_rows, n_score)` of `F k` or `A k`; or, SUMMED, sums of squares
+    `(n_parts, n_rows)` of a dense `Δ k`.
+    """
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < n_rows
+    o_row = o_m.to(tl.int64)
+    b_index = tl.full((BM,), -1, tl.int32)
+    if KEYED:
+        o_s = tl.arange(0, S)
+        m_s = o_s < n_score
+        b_q = tl.zeros((BM, S), tl.float32)
+        for i_part in range(n_parts):
+            b_q += tl.load(
+                p_parts + (i_part * n_rows + o_row)[:, None] * n_score + o_s[None, :],
+                mask=m_m[:, None] & m_s[None, :],
+                other=0.0,
+            )
+        b_q -= tl.load(p_offset + o_s, mask=m_s, other=0.0).to(tl.float32)[None, :]
+        b_norm = tl.sqrt(tl.sum(b_q * b_q, axis=1))
+        b_unit = tl.trans(b_q / tl.maximum(b_norm, 1e-12)[:, None])
+        b_score = tl.full((BM,), -1.0, tl.float32)
+        for i_e in range(0, n_fingerprints, BE):
+            o_e = i_e + tl.arange(0, BE)
+            m_e = o_e < n_fingerprints
+            b_fingerprints = tl.load(
+                p_fingerprints + o_e[:, None] * n_score + o_s[None, :],
+                mask=m_e[:, None] & m_s[None, :],
+                other=0.0,
+            )
+            m_enabled = tl.load(p_enabled + o_e, mask=m_e, other=0) != 0
+            b_cosine = dot_wide(b_fingerprints, b_unit, tl.zeros((BE, BM), tl.float32))
+            b_cosine = tl.where(m_enabled[:, None], b_cosine, -2.0)
+            b_best = tl.max(b_cosine, axis=0)
+            b_first = tl.min(
+                tl.where(b_cosine == b_best[None, :], o_e[:, None], n_fingerprints), axis=0
+            )
+            # Strictly above: the first of equals. -2 stands for a tile with none enabled.
+            m_better = (b_best > b_score) | ((b_index < 0) & (b_best > -2.0))
+            b_score = tl.where(m_better, tl.maximum(b_best, -1.0), b_score)
+            b_index = tl.where(m_better, b_first, b_index)
+        m_finite = b_norm < float("inf")
+        b_score = tl.where(m_finite, b_score, float("nan"))
+        b_index = tl.where(m_finite, b_index, -1)
+    elif SUMMED:
+        b_squares = tl.zeros((BM,), tl.float32)
+        for i_part in range(n_parts):
+            b_squares += tl.load(p_parts + i_part * n_rows + o_row, mask=m_m, other=0.0)
+        b_score = tl.sqrt(b_squares)
+    else:
+        b_squares = tl.zeros((BM,), tl.float32)
+        for i_s in range(0, n_score, S):
+            o_s = i_s + tl.arange(0, S)
+            m_tile = m_m[:, None] & (o_s < n_score)[None, :]
+            b_lowered = tl.zeros((BM, S), tl.float32)
+            for i_part in range(n_parts):
+                b_lowered += tl.load(
+                    p_parts + (i_part * n_rows + o_row)[:, None] * n_score + o_s[None, :],
+                    mask=m_tile,
+                    other=0.0,
+                )
+            b_squares += tl.sum(b_lowered * b_lowered, axis=1)
+            tl.store(
+                p_lowered + o_row[:, None] * n_score + o_s[None, :],
+                b_lowered.to(p_lowered.dtype.element_ty),
+                mask=m_tile,
+            )
+        b_score = tl.sqrt(b_squares)
+    tl.store(p_score + o_m, b_score, mask=m_m)
+    tl.store(p_index + o_m, b_index.to(tl.int64), mask=m_m)
+    m_open = m_m & ((b_score - tl.load(p_mean)) / tl.load(p_std) >= tl.load(p_alpha))
+    b_open = m_open.to(tl.int32)
+    n_open = tl.sum(b_open, axis=0)
+    if n_open > 0:
+        # The order of the list is whatever it is: no row's result depends on its place.
+        i_first = tl.atomic_add(p_counters + OPEN, n_open, sem="relaxed")
+        tl.store(p_rows + i_first + tl.cumsum(b_open, axis=0) - 1, o_m, mask=m_open)
+
+
+def score_config(dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
+    return {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+
+
+def correct_config(dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
+        return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
+    return {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+
+
+def multiply(
+    left: Tensor,
+    right: Tensor,
+    output: Tensor,
+    epilogue: tl.constexpr,
+    config: Config,
+    counts: Tensor,
+    rows: Tensor | None = None,
+    n_slices: int = 1,
+) -> None:
+    """One launch of `tiles_kernel`; rows: the list of `gate_kernel`, or None for all."""
+    n_rows, length = left.shape
+    n_columns = right.shape[0]
+    slice_length = triton.cdiv(triton.cdiv(length, n_slices), config["BK"]) * config["BK"]
+    n_tiles = triton.cdiv(n_rows, config["BM"]) * triton.cdiv(n_columns, config["BN"]) * n_slices
+    n_programs = n_tiles
+    if rows is not None:
+        n_programs = min(n_tiles, 2 * multiprocessors(left.device))
+    tiles_kernel[(n_programs,)](
+        p_left=left,
+        p_right=right,
+        p_output=output,
+        p_rows=rows,
+        p_counters=counts,
+        n_rows=n_rows,
+        n_columns=n_columns,
+        length=length,
+        stride_lm=left.stride(0),
+        stride_rn=right.stride(0),
+        stride_rk=right.stride(1),
+        stride_om=output.stride(-2),
+        n_slices=n_slices,
+        slice_length=slice_length,
+        EPILOGUE=epilogue,
+        LISTED=rows is not None,
+        BM=config["BM"],
+        BN=config["BN"],
+        BK=config["BK"],
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+    )
+
+
+def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Score and index."""
+    n_rows, d_in = keys.shape
+    device = keys.device
+    sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}
+    scoring = lookup("hook_linear_score", device, score_config(keys.dtype), **sizes)
+    correcting = lookup("hook_linear_correct", device, correct_config(keys.dtype), **sizes)
+    score = torch.empty(n_rows, dtype=torch.float32, device=device)
+    index = torch.empty(n_rows, dtype=torch.int64, device=device)
+    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
+    rank = delta.down.shape[0]
+    lowered = torch.empty(n_rows, rank if delta.up is not None else 0, dtype=keys.dtype,
+                          device=device)  # fmt: skip
+    counts = counters(device)
+    summed = not gate.keyed and delta.up is None
+    if summed:
+        n_score, n_slices = rank, triton.cdiv(rank, correcting["BN"])
+        parts = torch.empty(n_slices, n_rows, dtype=torch.float32, device=device)
+        multiply(keys, delta.down, parts, SQUARES, correcting, counts)
+    else:
+        projection = delta.down if gate.projection is None else gate.projection
+        n_score = projection.shape[0]
+        n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
+        # Slices until every multiprocessor has two programs, each slice four steps or longer.
+        most = triton.cdiv(d_in, 4 * scoring["BK"])
+        n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
+        parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
+        multiply(keys, projection, parts, STORE, scoring, counts, n_slices=n_slices)
+    block = 16 if n_rows < 2048 else 32
+    gate_kernel[(triton.cdiv(n_rows, block),)](
+        p_parts=parts,
+        p_offset=gate.offset,
+        p_fingerprints=gate.fingerprints,
+        p_enabled=gate.enabled,
+        p_mean=gate.mean,
+        p_std=gate.std,
+        p_alpha=gate.alpha,
+        p_score=score,
+        p_index=index,
+        p_lowered=lowered,
+        p_rows=rows,
+        p_counters=counts,
+        n_rows=n_rows,
+        n_score=n_score,
+        n_parts=n_slices,
+        n_fingerprints=0 if gate.fingerprints is None else gate.fingerprints.shape[0],
+        KEYED=gate.keyed,
+        SUMMED=summed,
+        BM=block,
+        S=max(16, triton.next_power_of_2(n_score)) if gate.keyed else 64,
+        BE=64,
+        num_warps=4,
+        num_stages=3,
+    )
+    if delta.up is None:
+        multiply(keys, delta.down, output, ADD, correcting, counts, rows)
+    else:
+        if gate.keyed:
+            multiply(keys, delta.down, lowered, STORE, correcting, counts, rows)
+        multiply(lowered, delta.up, output, ADD, correcting, counts, rows)
+    return score, index
