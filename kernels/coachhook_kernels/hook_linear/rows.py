@@ -73,12 +73,17 @@ def stream(
 def add_slices(p_partials, o_n, m_n, o_t, m_t, n_slices, n_rows, n_tokens, BN: tl.constexpr):
     """The slices of `project`, added in order: `(BN, 16)`."""
     b_sum = tl.zeros((BN, 16), tl.float32)
-    for i_slice in range(n_slices):
-        b_sum += tl.load(
-            p_partials + (i_slice * n_rows + o_n)[:, None] * n_tokens + o_t[None, :],
-            mask=m_n[:, None] & m_t[None, :],
+    for i_slice in range(0, n_slices, 4):
+        # Four at a time: a slice alone would cost a trip to the cache for every step.
+        o_slice = i_slice + tl.arange(0, 4)
+        b_slices = tl.load(
+            p_partials
+            + (o_slice[:, None, None] * n_rows + o_n[None, :, None]) * n_tokens
+            + o_t[None, None, :],
+            mask=(o_slice < n_slices)[:, None, None] & m_n[None, :, None] & m_t[None, None, :],
             other=0.0,
         )
+        b_sum += tl.sum(b_slices, axis=0)
     return b_sum
 
 
@@ -282,6 +287,9 @@ def default_config(d_out: int, dtype: torch.dtype) -> Config:
 
 
 FINGERPRINT_TILE = 32
+CALIBRATED_TILE = 32
+RANK_TILE = 32
+PROJECT_STEP = 64
 MOST_FINGERPRINTS = 8192
 """Above it the table of matches outgrows a program; the kernels for many rows loop instead."""
 
@@ -313,7 +321,7 @@ def launch(
     config = lookup(
         "hook_linear_rows", keys.device, default_config(d_out, keys.dtype), d_in=d_in, d_out=d_out
     )
-    score_tile = max(16, triton.next_power_of_2(n_score)) if gate.keyed else 32
+    score_tile = max(16, triton.next_power_of_2(n_score)) if gate.keyed else CALIBRATED_TILE
     n_slices = triton.cdiv(d_in, config["SLICE"])
     n_project = n_slices * triton.cdiv(n_score, score_tile)
     n_match = max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE)) if gate.keyed else 1
@@ -377,8 +385,8 @@ def launch(
         BS=score_tile,
         BE=FINGERPRINT_TILE,
         MATCHES=triton.next_power_of_2(n_match),
-        BR=32,
-        PK=64,
+        BR=RANK_TILE,
+        PK=PROJECT_STEP,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )

@@ -25,22 +25,14 @@ STORE, ADD, SQUARES = (tl.constexpr(i) for i in range(3))
 
 
 @triton.jit
-def tiles_kernel(
-    p_left, p_right, p_output, p_rows, p_counters,
-    n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+def walk_tiles(
+    p_left, p_right, p_output, p_rows,
+    n_rows, n_present, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
     n_slices, slice_length,
     EPILOGUE: tl.constexpr, LISTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of `left @ rightᵀ`, float32 sums, of all rows or of the rows in a list.
-
-    left `(n_rows, length)`, right `(n_columns, length)`. Epilogues: STORE the product, or with
-    slices each slice's part of it, to `(slices, n_rows, n_columns)`; ADD it to the output; store
-    the sums of SQUARES of each row of a tile, `(column tiles, n_rows)`.
-    """
-    n_present = n_rows
-    if LISTED:
-        n_present = tl.load(p_counters + OPEN)
+    """This program's share of the tiles of `left @ rightᵀ`."""
     n_tiles_n = tl.cdiv(n_columns, BN)
     n_tiles = tl.cdiv(n_present, BM) * n_tiles_n * n_slices
     for i_tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
@@ -81,6 +73,52 @@ def tiles_kernel(
             if EPILOGUE == ADD:
                 b_acc += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
             tl.store(p_tile, b_acc.to(p_output.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def tiles_kernel(
+    p_left, p_right, p_output,
+    n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+    n_slices, slice_length,
+    EPILOGUE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """`left (n_rows, length) @ right (n_columns, length)ᵀ` in float32.
+
+    Epilogues: STORE each slice's part of it to `(slices, n_rows, n_columns)`; or the sums of
+    SQUARES of each row of a tile, to `(column tiles, n_rows)`.
+    """
+    walk_tiles(
+        p_left, p_right, p_output, None,
+        n_rows, n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+        n_slices, slice_length, EPILOGUE, False, BM, BN, BK,
+    )  # fmt: skip
+
+
+@triton.jit
+def open_rows_kernel(
+    p_left, p_right, p_output, p_rows, p_counters,
+    n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+    EPILOGUE: tl.constexpr, FEW: tl.constexpr, FEW_BM: tl.constexpr, FEW_BN: tl.constexpr,
+    FEW_BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """STORE or ADD the rows of `left @ rightᵀ` that are in the list.
+
+    The usual few rows leave only the reading of `right` to be fast at, which wants many narrow
+    tiles; a flood of open rows wants square ones. The length of the list decides.
+    """
+    n_open = tl.load(p_counters + OPEN)
+    if n_open <= FEW:
+        walk_tiles(
+            p_left, p_right, p_output, p_rows,
+            n_rows, n_open, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+            1, length, EPILOGUE, True, FEW_BM, FEW_BN, FEW_BK,
+        )  # fmt: skip
+    else:
+        walk_tiles(
+            p_left, p_right, p_output, p_rows,
+            n_rows, n_open, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
+            1, length, EPILOGUE, True, BM, BN, BK,
+        )  # fmt: skip
     if EPILOGUE == ADD:
         # The last to finish leaves the counters at zero for the next launch.
         tl.debug_barrier()
@@ -177,6 +215,9 @@ def gate_kernel(
         tl.store(p_rows + i_first + tl.cumsum(b_open, axis=0) - 1, o_m, mask=m_open)
 
 
+SCORE_TILE = 64
+
+
 def score_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
@@ -185,8 +226,23 @@ def score_config(dtype: torch.dtype) -> Config:
 
 def correct_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
+        few = {"FEW": 64, "FEW_BM": 32, "FEW_BN": 32, "FEW_BK": 32}
+        return few | {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
+    few = {"FEW": 256, "FEW_BM": 64, "FEW_BN": 32, "FEW_BK": 128}
+    return few | {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
+
+
+def squares_config(dtype: torch.dtype) -> Config:
+    if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
-    return {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
+    return {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4}
+
+
+def gate_block(n_rows: int, fingerprints: Tensor | None) -> int:
+    """Rows of a program of `gate_kernel`: enough programs to fill a GPU; float32 fingerprints
+    take the registers of more."""
+    single = fingerprints is not None and fingerprints.dtype == torch.float32
+    return 16 if single or n_rows < 4096 else 32
 
 
 def multiply(
@@ -195,19 +251,44 @@ def multiply(
     output: Tensor,
     epilogue: tl.constexpr,
     config: Config,
-    counts: Tensor,
-    rows: Tensor | None = None,
     n_slices: int = 1,
 ) -> None:
-    """One launch of `tiles_kernel`; rows: the list of `gate_kernel`, or None for all."""
+    """One launch of `tiles_kernel`: left `(t, length)`, right `(n, length)`."""
     n_rows, length = left.shape
     n_columns = right.shape[0]
-    slice_length = triton.cdiv(triton.cdiv(length, n_slices), config["BK"]) * config["BK"]
-    n_tiles = triton.cdiv(n_rows, config["BM"]) * triton.cdiv(n_columns, config["BN"]) * n_slices
-    n_programs = n_tiles
-    if rows is not None:
-        n_programs = min(n_tiles, 2 * multiprocessors(left.device))
-    tiles_kernel[(n_programs,)](
+    n_tiles = triton.cdiv(n_rows, config["BM"]) * triton.cdiv(n_columns, config["BN"])
+    tiles_kernel[(n_tiles * n_slices,)](
+        p_left=left,
+        p_right=right,
+        p_output=output,
+        n_rows=n_rows,
+        n_columns=n_columns,
+        length=length,
+        stride_lm=left.stride(0),
+        stride_rn=right.stride(0),
+        stride_rk=right.stride(1),
+        stride_om=output.stride(-2),
+        n_slices=n_slices,
+        slice_length=triton.cdiv(triton.cdiv(length, n_slices), config["BK"]) * config["BK"],
+        EPILOGUE=epilogue,
+        **config,
+    )
+
+
+def multiply_open(
+    left: Tensor,
+    right: Tensor,
+    output: Tensor,
+    epilogue: tl.constexpr,
+    config: Config,
+    rows: Tensor,
+    counts: Tensor,
+) -> None:
+    """One launch of `open_rows_kernel`, of a size that does not depend on how many are open."""
+    n_rows, length = left.shape
+    n_columns = right.shape[0]
+    n_tiles = triton.cdiv(n_rows, config["FEW_BM"]) * triton.cdiv(n_columns, config["FEW_BN"])
+    open_rows_kernel[(min(n_tiles, multiprocessors(left.device)),)](
         p_left=left,
         p_right=right,
         p_output=output,
@@ -220,15 +301,8 @@ def multiply(
         stride_rn=right.stride(0),
         stride_rk=right.stride(1),
         stride_om=output.stride(-2),
-        n_slices=n_slices,
-        slice_length=slice_length,
         EPILOGUE=epilogue,
-        LISTED=rows is not None,
-        BM=config["BM"],
-        BN=config["BN"],
-        BK=config["BK"],
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **config,
     )
 
 
@@ -248,9 +322,10 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
     counts = counters(device)
     summed = not gate.keyed and delta.up is None
     if summed:
-        n_score, n_slices = rank, triton.cdiv(rank, correcting["BN"])
+        squaring = lookup("hook_linear_squares", device, squares_config(keys.dtype), **sizes)
+        n_score, n_slices = rank, triton.cdiv(rank, squaring["BN"])
         parts = torch.empty(n_slices, n_rows, dtype=torch.float32, device=device)
-        multiply(keys, delta.down, parts, SQUARES, correcting, counts)
+        multiply(keys, delta.down, parts, SQUARES, squaring)
     else:
         projection = delta.down if gate.projection is None else gate.projection
         n_score = projection.shape[0]
@@ -259,8 +334,8 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
         most = triton.cdiv(d_in, 4 * scoring["BK"])
         n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
         parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
-        multiply(keys, projection, parts, STORE, scoring, counts, n_slices=n_slices)
-    block = 16 if n_rows < 2048 else 32
+        multiply(keys, projection, parts, STORE, scoring, n_slices)
+    block = gate_block(n_rows, gate.fingerprints)
     gate_kernel[(triton.cdiv(n_rows, block),)](
         p_parts=parts,
         p_offset=gate.offset,
@@ -281,15 +356,15 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
         KEYED=gate.keyed,
         SUMMED=summed,
         BM=block,
-        S=max(16, triton.next_power_of_2(n_score)) if gate.keyed else 64,
-        BE=64,
+        S=max(16, triton.next_power_of_2(n_score)) if gate.keyed else SCORE_TILE,
+        BE=SCORE_TILE,
         num_warps=4,
         num_stages=3,
     )
     if delta.up is None:
-        multiply(keys, delta.down, output, ADD, correcting, counts, rows)
+        multiply_open(keys, delta.down, output, ADD, correcting, rows, counts)
     else:
         if gate.keyed:
-            multiply(keys, delta.down, lowered, STORE, correcting, counts, rows)
-        multiply(lowered, delta.up, output, ADD, correcting, counts, rows)
+            multiply_open(keys, delta.down, lowered, STORE, correcting, rows, counts)
+        multiply_open(lowered, delta.up, output, ADD, correcting, rows, counts)
     return score, index
