@@ -7,6 +7,7 @@ import triton.language as tl
 
 from coachhook_kernels.compile_case import CompileCase
 from coachhook_kernels.hook_linear import rows, tiles
+from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
 from coachhook_kernels.tuning import Config
 
 
@@ -17,23 +18,31 @@ def compile_cases() -> list[CompileCase]:
 
 def _rows_cases() -> list[CompileCase]:
     cases = []
+    forms = (("keyed", "dense"), ("keyed", "factored"), ("calibrated", "factored"))
     for d_out in (576, 4096, 8192):
-        for gate, form in (("keyed", "dense"), ("keyed", "factored"), ("calibrated", "factored")):
-            cases.append(_rows_case("bf16", d_out, gate, form))
+        cases += [_rows_case("bf16", d_out, 16, *form) for form in forms]
+        cases.append(_rows_case("bf16", d_out, 16, "keyed", "dense", base=False))
+        cases += [_rows_case("bf16", d_out, tokens, "keyed", "dense") for tokens in (32, 64)]
+    cases.append(_rows_case("bf16", 4096, 64, "calibrated", "factored"))
     cases += [
-        _rows_case("bf16", d_out, "keyed", "dense", base=False) for d_out in (576, 4096, 8192)
+        _rows_case("bf16", 4096, n, "keyed", "dense", by_column=True) for n in rows.TOKEN_TILES
     ]
-    cases += [_rows_case("bf16", d_out, "keyed", "dense", by_column=True) for d_out in (576, 4096)]
-    cases.append(_rows_case("fp16", 4096, "keyed", "dense"))
-    cases += [_rows_case("fp32", 4096, gate, "factored") for gate in ("keyed", "calibrated")]
-    return cases
+    cases.append(_rows_case("fp16", 4096, 16, "keyed", "dense"))
+    return [*cases, *[_rows_case("fp32", 4096, 16, *form) for form in forms]]
 
 
 def _rows_case(
-    dtype: str, d_out: int, gate: str, form: str, base: bool = True, by_column: bool = False
+    dtype: str,
+    d_out: int,
+    tokens: int,
+    gate: str,
+    form: str,
+    base: bool = True,
+    by_column: bool = False,
 ) -> CompileCase:
     keyed, factored = gate == "keyed", form == "factored"
-    config = rows.default_config(d_out, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    config = rows.default_config(d_out, tokens, torch_dtype, by_column)
     of_dtype = "keys weight bias down up projection offset fingerprints output"
     of_single = "mean std alpha score partials lowered best"
     arguments = {f"p_{name}": f"*{dtype}:16" for name in of_dtype.split()}
@@ -54,6 +63,7 @@ def _rows_case(
         "BASE": base,
         "KEYED": keyed,
         "FACTORED": factored,
+        "BT": tokens,
         "BN": config["BN"],
         "BK": config["BK"],
         "SLICE": config["SLICE"],
@@ -66,8 +76,8 @@ def _rows_case(
     layout = " by column" if by_column else ""
     op = "hook_linear" if base else "hook_correction_"
     return CompileCase(
-        f"{op}/rows {dtype} {config['BN']}x{config['BK']} {gate} {form}{layout}",
-        rows.rows_kernel,
+        f"{op}/rows {dtype} {config['BN']}x{tokens}x{config['BK']} {gate} {form}{layout}",
+        rows_kernel,
         {name: kind for name, kind in arguments.items() if name not in constants},
         constants,
         config["num_warps"],
