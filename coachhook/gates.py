@@ -5,6 +5,7 @@ fingerprints of edited keys, `calibrated` is the paper's difference norm taken p
 `sequence` is the paper's own, standardised over the tokens of one sequence (Eq. 16-20).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -177,16 +178,17 @@ class SequenceMask:
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         self.batch = inputs.shape[0] if isinstance(inputs, Tensor) else None
 
-    def of(self, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """`norms` as `(b, t)` and the bool mask of its real tokens. Some architectures flatten
-        batch and sequence before the FFN, and a cached pass brings only the last `t` tokens."""
+    def of(self, leading: Sequence[int]) -> tuple[tuple[int, int], Tensor | None]:
+        """`(b, t)` of a pass whose tokens have shape `leading`, and the bool mask of the real ones
+        (None: all). Some architectures flatten batch and sequence before the FFN, and a cached pass
+        brings only the last `t` tokens."""
         batch = self.batch if self.mask is None else self.mask.shape[0]
         if batch is None:
-            batch = norms.shape[0] if norms.ndim > 1 else 1
-        rows = norms.reshape(batch, norms.numel() // max(batch, 1))
+            batch = leading[0] if len(leading) > 1 else 1
+        length = math.prod(leading) // max(batch, 1)
         if self.mask is None:
-            return rows, torch.ones_like(rows, dtype=torch.bool)
-        return rows, self.mask[:, self.mask.shape[1] - rows.shape[1] :].bool()
+            return (batch, length), None
+        return (batch, length), self.mask[:, self.mask.shape[1] - length :].bool()
 
 
 class SequenceGate(Gate):
@@ -200,7 +202,10 @@ class SequenceGate(Gate):
 
     def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         score = difference_norm(projected)
-        z = sequence_zscore(*self.context.of(score)).reshape(score.shape)
+        shape, mask = self.context.of(score.shape)
+        norms = score.reshape(shape)
+        mask = torch.ones_like(norms, dtype=torch.bool) if mask is None else mask
+        z = sequence_zscore(norms, mask).reshape(score.shape)
         return score, z, torch.full_like(score, -1, dtype=torch.long)
 
 

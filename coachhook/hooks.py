@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coachhook.gates import Gate, GateReading
-from coachhook_kernels import Delta, TokenGate, hook_correction, hook_correction_, hook_linear
+from coachhook.gates import Gate, GateReading, SequenceGate
+from coachhook_kernels import (
+    Delta,
+    TokenGate,
+    hook_correction,
+    hook_correction_,
+    hook_linear,
+    hook_linear_sequence,
+)
 
 
 class HookState(StrEnum):
@@ -64,9 +71,14 @@ class HookLinear(nn.Module):
         if self.state is HookState.OFF or self.down.shape[0] == 0:
             unedited: Tensor = self.base(keys)
             return unedited
-        gate = self.gate.per_token() if self.state is HookState.VALIDATED else None
-        if gate is not None and not torch.is_autocast_enabled(keys.device.type):
-            return self._gated(keys, gate)
+        plain = not torch.is_autocast_enabled(keys.device.type)
+        if plain and self.state is HookState.VALIDATED:
+            gate = self.gate.per_token()
+            if gate is not None:
+                return self._gated(keys, gate)
+            weight = _plain_weight(self.base)
+            if weight is not None and isinstance(self.gate, SequenceGate):
+                return self._gated_by_sequence(keys, weight, self.gate)
         output: Tensor = self.base(keys)
         projected = self.delta.project(keys)
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
@@ -85,6 +97,14 @@ class HookLinear(nn.Module):
         output = output.clone() if self.base._forward_hooks else output
         hook_correction_(output, keys, self.delta, gate)
         return output
+
+    def _gated_by_sequence(self, keys: Tensor, weight: Tensor, gate: SequenceGate) -> Tensor:
+        shape, mask = gate.context.of(keys.shape[:-1])
+        sequences = keys.reshape(*shape, keys.shape[-1])
+        output, _, _ = hook_linear_sequence(
+            sequences, weight, self.bias, self.delta, mask, gate.alpha
+        )
+        return output.reshape(*keys.shape[:-1], output.shape[-1])
 
     def _open(self, keys: Tensor, projected: Tensor) -> Tensor:
         if self.state is HookState.TEMPORARY:

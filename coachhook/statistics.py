@@ -22,7 +22,7 @@ from coachhook.forward import eval_mode, read_pass
 from coachhook.hooks import HookLinear
 from coachhook.models import Architecture
 from coachhook.progress import track
-from coachhook_kernels import key_covariance_
+from coachhook_kernels.key_covariance import key_covariance_, mirror_
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _measure(
                 if len(moments) == i:
                     width = rows.shape[1]
                     moments.append(torch.zeros(width, width, device=rows.device))
-                key_covariance_(moments[i], rows)
+                key_covariance_(moments[i], rows, mirror=False)
                 if count < _BACKGROUND:
                     background[i].append(rows[: _BACKGROUND - count].to(torch.bfloat16).cpu())
             count += ids.numel()
@@ -144,7 +144,7 @@ def _measure(
     first, _ = read_pass(model, {"input_ids": starts.to(model.device)}, inputs_of=modules)
     return {
         layer: LayerStatistics(
-            moment=(moments[i] / count).cpu(),
+            moment=(mirror_(moments[i]) / count).cpu(),
             background=torch.cat(background[i]),
             first=first[i][:, -1].to(torch.bfloat16).cpu().contiguous(),
         )
