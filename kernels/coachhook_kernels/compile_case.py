@@ -11,7 +11,8 @@ class CompileCase:
     name: `op/kernel dtype configuration`. kernel: a `@triton.jit` function. arguments: parameter to
     type, such as `*bf16:16` or `i32`; `:16` says divisible by 16. constants: constexpr parameters,
     integers specialised to 1 and absent pointers. tensor_cores: NVIDIA code must hold matrix
-    instructions; wgmma: on sm_90 those of a warp group (HGMMA). amd_num_stages: pipelining depth on
+    instructions; wgmma: on sm_90 those of a warp group (HGMMA). targets: the GPUs that this
+    configuration is launched on. amd_num_stages: pipelining depth on
     gfx942, whose local memory is a quarter of an H200's.
     """
 
@@ -24,3 +25,4 @@ class CompileCase:
     tensor_cores: bool = False
     wgmma: bool = False
     amd_num_stages: int = 2
+    targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -25,7 +25,11 @@ from typing import Any, TypeVar
 from coachhook_kernels.compile_case import CompileCase
 from coachhook_kernels.compile_target import TARGETS, Resources, compile_resources, objections
 
-MODULES: tuple[str, ...] = ()
+MODULES = (
+    "coachhook_kernels.dual_path.cases",
+    "coachhook_kernels.hook_linear.cases",
+    "coachhook_kernels.key_covariance.kernel",
+)
 COLUMNS = ("case", "target", "registers", "stack", "spills", "shared", "tensor cores", "copies", "")
 
 T = TypeVar("T")
@@ -85,10 +89,10 @@ def _cases(module: str) -> list[CompileCase]:
     return found
 
 
-def case_names(module: str) -> tuple[list[str], str]:
-    """Names of a module's cases; or none, and why the module could not list them."""
+def listed_cases(module: str) -> tuple[list[tuple[str, tuple[str, ...]]], str]:
+    """Names and targets of a module's cases; or none, and why the module could not list them."""
     try:
-        return [case.name for case in _cases(module)], ""
+        return [(case.name, case.targets) for case in _cases(module)], ""
     except Exception as error:
         return [], _reason(error)
 
@@ -170,17 +174,18 @@ def make_report(modules: Sequence[str], targets: Sequence[str], match: Sequence[
     Raises LookupError where a module has no list of cases.
     """
     with _compiler_environment():
-        listed = dict(_finished(case_names, [(module,) for module in modules]))
+        listed = dict(_finished(listed_cases, [(module,) for module in modules]))
         jobs = []
         for module in modules:
-            names, problem = listed.get((module,), ([], "the process that imports it dies"))
+            cases, problem = listed.get((module,), ([], "the process that imports it dies"))
             if problem:
                 raise LookupError(f"{module} lists no cases: {problem}")
             jobs += [
                 (module, index, name, target)
-                for index, name in enumerate(names)
+                for index, (name, its_targets) in enumerate(cases)
                 if not match or any(text in name for text in match)
                 for target in targets
+                if target in its_targets
             ]
         return _rows(jobs)
 

@@ -156,7 +156,9 @@ def _nvidia(compiled: Any, assembler_log: str, cubin: Path) -> Resources:
 
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-    opcodes = Counter(SASS_OPCODE.findall(_output(knobs.nvidia.nvdisasm.path, "-c", str(cubin))))
+    # Without its data-flow analysis, which no count needs.
+    sass = _output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
+    opcodes = Counter(SASS_OPCODE.findall(sass))
     return Resources(
         registers=max(_numbers(r"\bREG:(\d+)", usage)),
         scalar_registers=None,

@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from coachhook_kernels.workspace import discard
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -71,6 +73,7 @@ def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) ->
         return launch()
     except (CompilationError, OutOfResources, PTXASError) as error:
         _broken.add(name)
+        discard()
         log.warning(
             "coachhook_kernels uses plain torch for %s: Triton %s could not compile it: %s",
             name,

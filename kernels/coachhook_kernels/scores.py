@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 
 def difference_norm(projected: Tensor) -> Tensor:
@@ -22,14 +22,19 @@ def fingerprint_similarity(
     `(...)` and int64 `(...)`. With no enabled fingerprint the similarity is -1 and the index -1.
     """
     # Autocast would round the cosines to half precision.
-    with torch.autocast(keys.device.type, enabled=False):
-        projected = linear(keys.to(projection.dtype), projection).float() - offset.float()
-        if fingerprints.shape[0] == 0:
-            nothing = projected.new_full(projected.shape[:-1], -1.0)
-            return nothing, nothing.long()
-        cosines = linear(normalize(projected, dim=-1), fingerprints.float())
-        best, index = cosines.masked_fill(~enabled, -1.0).max(dim=-1)
-    return best, torch.where(enabled[index], index, -1)
+    if torch.is_autocast_enabled(keys.device.type):
+        with torch.autocast(keys.device.type, enabled=False):
+            return fingerprint_similarity(keys, projection, offset, fingerprints, enabled)
+    projected = linear(keys.to(projection.dtype), projection).float() - offset.float()
+    if fingerprints.shape[0] == 0:
+        nothing = projected.new_full(projected.shape[:-1], -1.0)
+        return nothing, nothing.long()
+    # A bias that no product can undo takes the disabled ones out, and the norm divides the largest
+    # alone: both cost less than a pass over all the cosines.
+    disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
+    best, index = linear(projected, fingerprints.float(), disabled).max(dim=-1)
+    score = best / torch.linalg.vector_norm(projected, dim=-1).clamp_min(1e-12)
+    return score.clamp_min(-1.0), index.masked_fill(~(score > -torch.inf), -1)
 
 
 def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:

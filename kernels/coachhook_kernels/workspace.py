@@ -36,6 +36,12 @@ def counters(device: torch.device) -> Tensor:
         return _of_stream[key]
 
 
+def discard() -> None:
+    """Forget the streams' counters: a series of launches broke off and may have left them used."""
+    with _lock:
+        _of_stream.clear()
+
+
 def _take(device: torch.device) -> Tensor:
     free = _free.setdefault(device, [])
     if not free:

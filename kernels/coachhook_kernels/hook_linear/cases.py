@@ -12,7 +12,8 @@ from coachhook_kernels.tuning import Config
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every default configuration, with the gates and forms of Δ that it serves."""
+    """Every default configuration, with the gates and forms of Δ that it serves; float16, whose
+    code is that of bfloat16 but for the type in its instructions, once for each kernel."""
     return [*_rows_cases(), *_tiles_cases()]
 
 
@@ -22,7 +23,8 @@ def _rows_cases() -> list[CompileCase]:
     for d_out in (576, 4096, 8192):
         cases += [_rows_case("bf16", d_out, 16, *form) for form in forms]
         cases.append(_rows_case("bf16", d_out, 16, "keyed", "dense", base=False))
-        cases += [_rows_case("bf16", d_out, tokens, "keyed", "dense") for tokens in (32, 64)]
+        cases.append(_rows_case("bf16", d_out, 32, "keyed", "dense"))
+    cases += [_rows_case("bf16", d_out, 64, "keyed", "dense") for d_out in (576, 4096)]
     cases.append(_rows_case("bf16", 4096, 64, "calibrated", "factored"))
     cases += [
         _rows_case("bf16", 4096, n, "keyed", "dense", by_column=True) for n in rows.TOKEN_TILES
@@ -88,12 +90,13 @@ def _rows_case(
 
 def _tiles_cases() -> list[CompileCase]:
     cases = []
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         cases.append(_product_case("score", name, tiles.score_config(dtype), tiles.STORE))
         cases.append(_product_case("squares", name, tiles.squares_config(dtype), tiles.SQUARES))
         cases.append(_open_case("correct", name, tiles.correct_config(dtype), tiles.ADD))
         cases.append(_gate_case(name, True, False, 16))
     config = tiles.correct_config(torch.bfloat16)
+    cases.append(_open_case("correct", "fp16", config, tiles.ADD))
     cases.append(_open_case("lower", "bf16", config, tiles.STORE))
     cases.append(_open_case("correct", "bf16", config, tiles.ADD, by_column=True))
     cases += [_gate_case("bf16", True, False, 32), _gate_case("bf16", False, False, 32)]

@@ -14,6 +14,10 @@ from coachhook_kernels.correction import Delta, hook_correction
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.gate import TokenGate
 
+DUAL_PATH_ROWS = 512
+"""Rows up to which the norm of a dense `Δ k` is found on the way, by reading `W` and `Δ` in one
+pass. Beyond it arithmetic is the bound, and the vendor's library makes the base product."""
+
 
 def hook_linear(
     keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, gate: TokenGate
@@ -173,16 +177,23 @@ def _linear(
 
     if not _kernels_take(keys, delta, gate, weight, bias):
         return compose()
+    from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import rows
 
-    if not rows.takes(keys, delta, gate):
-        return compose()
-
-    def launch() -> tuple[Tensor, Tensor, Tensor]:
+    def in_one_launch() -> tuple[Tensor, Tensor, Tensor]:
         output = keys.new_empty(keys.shape[0], weight.shape[0])
         return (output, *rows.launch(keys, weight, bias, delta, gate, output))
 
-    return runtime.with_fallback("hook_linear", launch, compose)
+    def on_both_paths() -> tuple[Tensor, Tensor, Tensor]:
+        scalars = (gate.mean, gate.std, gate.alpha)
+        output, score = dual_path_calibrated(keys, weight, bias, delta.down, *scalars)
+        return output, score, torch.full_like(score, -1, dtype=torch.int64)
+
+    if rows.takes(keys, delta, gate):
+        return runtime.with_fallback("hook_linear rows", in_one_launch, compose)
+    if not gate.keyed and delta.up is None and keys.shape[0] <= DUAL_PATH_ROWS:
+        return runtime.with_fallback("hook_linear dual path", on_both_paths, compose)
+    return compose()
 
 
 def _as_rows(keys: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def default_config(d_out: int, n_tokens: int, dtype: torch.dtype, by_column: boo
     contiguous along `d_out`, where a narrower tile would read half-used sectors."""
     common = {"num_warps": 4, "num_stages": 4}
     if dtype == torch.float32:
-        return common | {"BN": 16, "BK": 64, "SLICE": 512}
+        return common | {"BN": 16, "BK": 32, "SLICE": 512}
     if by_column:
         return common | {"BN": 32, "BK": 128, "SLICE": 512}
     if d_out < 4096:
@@ -49,7 +49,7 @@ def takes(keys: Tensor, delta: Delta, gate: TokenGate) -> bool:
         return False
     n_fingerprints = 0 if gate.fingerprints is None else gate.fingerprints.shape[0]
     n_match = triton.next_power_of_2(max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE)))
-    return token_tile(n_tokens) * n_match <= MOST_MATCHES
+    return bool(token_tile(n_tokens) * n_match <= MOST_MATCHES)
 
 
 def token_tile(n_tokens: int) -> int:

@@ -1,0 +1,117 @@
+"""Tile shapes of the dual path. csrc_notes/dual-path.md has the budgets that chose them."""
+
+import torch
+
+from coachhook_kernels.runtime import multiprocessors
+from coachhook_kernels.tuning import Config, lookup
+
+FEW = 16
+"""Rows of keys that take the narrow side of a dot: the least that a tensor core multiplies."""
+
+COMPOSED_ROWS = 1024
+"""From so many rows on, two products of cuBLAS and a norm replace the fused product."""
+
+GROUP = 8
+"""Row tiles in a group that shares a column tile."""
+
+
+def _config(BT: int, BN: int, BK: int, num_warps: int, num_stages: int) -> Config:
+    return {"BT": BT, "BN": BN, "BK": BK, "num_warps": num_warps, "num_stages": num_stages}
+
+
+FEW_ROWS = {
+    "half": (_config(FEW, 32, 128, 4, 6), _config(FEW, 16, 256, 2, 5)),
+    "single": (_config(FEW, 32, 64, 4, 4), _config(FEW, 16, 64, 4, 4)),
+}
+MANY_ROWS = {
+    "half": (
+        _config(128, 128, 32, 8, 6),
+        _config(128, 64, 64, 8, 5),
+        _config(64, 64, 64, 4, 6),
+        _config(64, 32, 64, 4, 8),
+        _config(32, 32, 128, 4, 5),
+    ),
+    "single": (
+        _config(64, 64, 16, 8, 3),
+        _config(64, 32, 32, 4, 3),
+        _config(32, 32, 32, 4, 3),
+    ),
+}
+
+COLUMN_MAJOR_TILE = 128 * 64
+"""Largest tile of a weight that is not row-major (`Conv1D`): above it sm_80 spills."""
+
+# Statistics of a sequence are read in blocks of BL tokens by TILES column tiles, 4096 numbers.
+FINISH_LENGTHS = (16, 128, 1024)
+FINISH_BLOCK = 4096
+FINISH_COLUMNS = 64
+FINISH_RANKS = 32
+FINISH_WARPS = 4
+ROW_BLOCK = 1024
+
+
+def _tiles(size: int, tile: int) -> int:
+    return -(-size // tile)
+
+
+def choices(n_tokens: int, dtype: torch.dtype, row_major: bool) -> list[Config]:
+    """What a product may use, the largest tile first."""
+    width = "single" if dtype == torch.float32 else "half"
+    if n_tokens <= FEW:
+        return list(FEW_ROWS[width])
+    return [
+        config
+        for config in MANY_ROWS[width]
+        if (row_major or config["BT"] * config["BN"] <= COLUMN_MAJOR_TILE)
+        and (config["BT"] < 2 * n_tokens or config["BT"] <= 32)
+    ]
+
+
+def default_config(
+    n_tokens: int,
+    d_out: int,
+    rank: int,
+    dtype: torch.dtype,
+    row_major: bool,
+    device: torch.device,
+) -> Config:
+    """The largest tile, no taller than the rows, that gives nine programs to ten multiprocessors;
+    or else the smallest. rank 0: a dense Δ."""
+    possible = choices(n_tokens, dtype, row_major)
+    wanted = 0.9 * multiprocessors(device)
+    for config in possible:
+        columns = _tiles(d_out, config["BN"]) + _tiles(rank, config["BN"])
+        if _tiles(n_tokens, config["BT"]) * columns >= wanted:
+            return config
+    return possible[-1]
+
+
+def product_config(
+    keys: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, factored: bool
+) -> Config:
+    """Tiles of one product. Measured ones are of half precision and row-major weights."""
+    (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
+    rank = down.shape[0] if factored else 0
+    row_major = weight.stride(1) == 1 and down.stride(1) == 1
+    default = default_config(n_tokens, d_out, rank, keys.dtype, row_major, keys.device)
+    if keys.dtype == torch.float32 or not row_major:
+        return default
+    name = "dual_path_factored" if factored else "dual_path_dense"
+    return lookup(name, keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out)
+
+
+def finish_block(length: int) -> int:
+    """Tokens whose statistics are read at once."""
+    return next((BL for BL in FINISH_LENGTHS if length <= BL), FINISH_LENGTHS[-1])
+
+
+def swap_block(length: int) -> int:
+    """Tokens that one program swaps."""
+    return 16 if length <= 16 else 32
+
+
+def slab_columns(d_out: int, n_blocks: int, device: torch.device) -> int:
+    """Columns a program swaps: two programs a multiprocessor where there are columns enough."""
+    tiles = _tiles(d_out, FINISH_COLUMNS)
+    slabs = min(tiles, max(1, 2 * multiprocessors(device) // n_blocks))
+    return _tiles(tiles, slabs) * FINISH_COLUMNS

@@ -1,0 +1,241 @@
+"""Launchers of the dual path: products in one pass, then one finish that gates and swaps.
+
+Keys are `(t, d_in)` with t > 0, in the dtype of weight and Δ: float32, float16 or bfloat16. weight
+and Δ may have any strides (`nn.Linear` and `Conv1D`).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from coachhook_kernels.correction import Delta
+from coachhook_kernels.dual_path import configs
+from coachhook_kernels.dual_path.cases import compile_cases
+from coachhook_kernels.dual_path.finish import finish_sequences_kernel, finish_tokens_kernel
+from coachhook_kernels.dual_path.products import (
+    dense_kernel,
+    factored_kernel,
+    row_squares_kernel,
+)
+from coachhook_kernels.tuning import lookup
+
+__all__ = [
+    "Products",
+    "compile_cases",
+    "composed_products",
+    "dense_products",
+    "dual_path_calibrated",
+    "factored_products",
+    "finish_sequences",
+    "linear_sequence",
+]
+
+
+class Products(NamedTuple):
+    """What the finish needs. output `(t, d_out)`: `W k + b`, swapped in place. delta_keys: `Δ k`
+    `(t, d_out)`, or `A k` `(t, r)`. squares float32 `(tiles, t)`: they add up to `‖Δ k‖²`."""
+
+    output: Tensor
+    delta_keys: Tensor
+    squares: Tensor
+
+
+def _unit_stride(keys: Tensor) -> Tensor:
+    return keys if keys.stride(-1) == 1 else keys.contiguous()
+
+
+def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Products:
+    """Both paths of a dense Δ `(d_out, d_in)` in one pass over `W` and `Δ`."""
+    keys = _unit_stride(keys)
+    (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
+    config = configs.product_config(keys, weight, delta, factored=False)
+    n_columns = triton.cdiv(d_out, config["BN"])
+    output = keys.new_empty(n_tokens, d_out)
+    delta_keys = keys.new_empty(n_tokens, d_out)
+    squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
+    dense_kernel[(triton.cdiv(n_tokens, config["BT"]) * n_columns,)](
+        p_keys=keys,
+        p_weight=weight,
+        p_bias=bias,
+        p_delta=delta,
+        p_output=output,
+        p_delta_keys=delta_keys,
+        p_squares=squares,
+        n_tokens=n_tokens,
+        d_in=d_in,
+        d_out=d_out,
+        stride_kt=keys.stride(0),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_dn=delta.stride(0),
+        stride_dk=delta.stride(1),
+        GROUP=configs.GROUP,
+        FEW_ROWS=config["BT"] == configs.FEW,
+        **config,
+    )
+    return Products(output, delta_keys, squares)
+
+
+def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
+    """The base path and `A k` (float32), down `A` `(r, d_in)`: r more columns of one product."""
+    keys = _unit_stride(keys)
+    (n_tokens, d_in), d_out, rank = keys.shape, weight.shape[0], down.shape[0]
+    config = configs.product_config(keys, weight, down, factored=True)
+    n_columns = triton.cdiv(d_out, config["BN"])
+    n_extra = triton.cdiv(rank, config["BN"])
+    output = keys.new_empty(n_tokens, d_out)
+    projected = keys.new_empty(n_tokens, rank, dtype=torch.float32)
+    squares = keys.new_empty(n_extra, n_tokens, dtype=torch.float32)
+    factored_kernel[(triton.cdiv(n_tokens, config["BT"]) * (n_columns + n_extra),)](
+        p_keys=keys,
+        p_weight=weight,
+        p_bias=bias,
+        p_down=down,
+        p_output=output,
+        p_projected=projected,
+        p_squares=squares,
+        n_tokens=n_tokens,
+        d_in=d_in,
+        d_out=d_out,
+        rank=rank,
+        stride_kt=keys.stride(0),
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_an=down.stride(0),
+        stride_ak=down.stride(1),
+        GROUP=configs.GROUP,
+        FEW_ROWS=config["BT"] == configs.FEW,
+        **config,
+    )
+    return Products(output, projected, squares)
+
+
+def composed_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
+    """The same from torch's own products: down is `A`, or a dense Δ."""
+    output, delta_keys = linear(keys, weight, bias), linear(keys, down)
+    n_tokens, n_columns = delta_keys.shape
+    squares = keys.new_empty(1, n_tokens, dtype=torch.float32)
+    row_squares_kernel[(n_tokens,)](
+        p_rows=delta_keys,
+        p_squares=squares,
+        n_columns=n_columns,
+        BN=configs.ROW_BLOCK,
+    )
+    return Products(output, delta_keys, squares)
+
+
+def finish_sequences(
+    products: Products, up: Tensor | None, mask: Tensor | None, alpha: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """Swap by the z-score over the real tokens of each sequence of `length`; one launch.
+
+    mask bool `(b, length)`, contiguous, or None: all are real. alpha 0-d float32. Returns score
+    and z, float32 `(b, length)`: as `sequence_zscore`, NaN for padding and for a lone token.
+    """
+    output, delta_keys, squares = products
+    n_tokens, d_out = output.shape
+    batch = n_tokens // length
+    score = squares.new_empty(batch, length)
+    z = squares.new_empty(batch, length)
+    BL, BT = configs.finish_block(length), configs.swap_block(length)
+    n_blocks = triton.cdiv(length, BT)
+    slab = configs.slab_columns(d_out, batch * n_blocks, output.device)
+    finish_sequences_kernel[(batch, n_blocks, triton.cdiv(d_out, slab))](
+        p_squares=squares,
+        p_mask=mask,
+        p_alpha=alpha,
+        p_output=output,
+        p_delta_keys=delta_keys,
+        p_up=up,
+        p_score=score,
+        p_z=z,
+        n_tokens=n_tokens,
+        length=length,
+        d_out=d_out,
+        rank=delta_keys.shape[1],
+        n_tiles=squares.shape[0],
+        slab=slab,
+        stride_un=0 if up is None else up.stride(0),
+        stride_ur=0 if up is None else up.stride(1),
+        BL=BL,
+        TILES=configs.FINISH_BLOCK // BL,
+        BT=BT,
+        BLOCK_TILES=configs.FINISH_BLOCK // BT,
+        BN=configs.FINISH_COLUMNS,
+        BR=configs.FINISH_RANKS,
+        num_warps=configs.FINISH_WARPS,
+    )
+    return score, z
+
+
+def linear_sequence(
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Delta,
+    mask: Tensor | None,
+    alpha: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`hook_linear_sequence` of keys `(b, l, d_in)`: output, score and z."""
+    batch, length, d_in = keys.shape
+    rows = keys.reshape(-1, d_in)
+    d_out = weight.shape[0]
+    choice = lookup(
+        "hook_linear_sequence",
+        keys.device,
+        {"composed_rows": configs.COMPOSED_ROWS},
+        d_in=d_in,
+        d_out=d_out,
+    )
+    if rows.shape[0] >= choice["composed_rows"]:
+        products = composed_products(rows, weight, bias, delta.down)
+    elif delta.up is None:
+        products = dense_products(rows, weight, bias, delta.down)
+    else:
+        products = factored_products(rows, weight, bias, delta.down)
+    mask = None if mask is None else mask.contiguous()
+    score, z = finish_sequences(products, delta.up, mask, alpha, length)
+    return products.output.view(batch, length, d_out), score, z
+
+
+def dual_path_calibrated(
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    alpha: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`hook_linear` with the calibrated gate on a dense Δ; mean, std, alpha 0-d float32.
+
+    Two launches. Returns the output `(t, d_out)` and the score `‖Δ k‖`, float32 `(t,)`.
+    """
+    products = dense_products(keys, weight, bias, delta)
+    output, delta_keys, squares = products
+    n_tokens, d_out = output.shape
+    score = squares.new_empty(n_tokens)
+    BT = configs.swap_block(n_tokens)
+    n_blocks = triton.cdiv(n_tokens, BT)
+    slab = configs.slab_columns(d_out, n_blocks, output.device)
+    finish_tokens_kernel[(n_blocks, triton.cdiv(d_out, slab))](
+        p_squares=squares,
+        p_mean=mean,
+        p_std=std,
+        p_alpha=alpha,
+        p_output=output,
+        p_delta_keys=delta_keys,
+        p_score=score,
+        n_tokens=n_tokens,
+        d_out=d_out,
+        n_tiles=squares.shape[0],
+        slab=slab,
+        BT=BT,
+        BLOCK_TILES=configs.FINISH_BLOCK // BT,
+        BN=configs.FINISH_COLUMNS,
+        num_warps=configs.FINISH_WARPS,
+    )
+    return output, score

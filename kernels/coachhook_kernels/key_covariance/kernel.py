@@ -1,0 +1,281 @@
+"""Triton kernels of `key_covariance_`: tiles of the upper triangle alone, and the mirror."""
+
+from itertools import product
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from coachhook_kernels.compile_case import CompileCase
+from coachhook_kernels.key_covariance.configs import POINTER, SINGLE, SQUARE, WIDE
+from coachhook_kernels.triton_dot import dot
+from coachhook_kernels.tuning import Config
+
+MIRROR_BLOCK = 64
+MIRROR_GROUP = 8
+
+
+@triton.jit
+def _triangle(i_tile, n_blocks, GROUP: tl.constexpr):
+    """Row and column (row <= column < n_blocks) of the `i_tile`-th block of the triangle.
+
+    `GROUP` rows at a time, down each column of them in turn, so that programs that run together
+    read few distinct columns of the keys and find them in the L2 cache.
+    """
+    first = 0
+    rows = tl.minimum(n_blocks, GROUP)
+    size = rows * n_blocks - rows * (rows - 1) // 2
+    while i_tile >= size:
+        i_tile -= size
+        first += rows
+        rows = tl.minimum(n_blocks - first, GROUP)
+        size = rows * (n_blocks - first) - rows * (rows - 1) // 2
+    corner = rows * (rows + 1) // 2
+    if i_tile < corner:
+        column = 0
+        while i_tile > column:
+            column += 1
+            i_tile -= column
+        row = i_tile
+    else:
+        row = (i_tile - corner) % rows
+        column = rows + (i_tile - corner) // rows
+    return first + row, first + column
+
+
+@triton.jit
+def _tile_origin(i_tile, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, GROUP: tl.constexpr):
+    """First row and first column of a tile; a square block holds `BLOCK_J / BLOCK_I` tiles."""
+    TILES: tl.constexpr = BLOCK_J // BLOCK_I
+    i_row, i_column = _triangle(i_tile // TILES, tl.cdiv(d, BLOCK_J), GROUP)
+    return i_row * BLOCK_J + i_tile % TILES * BLOCK_I, i_column * BLOCK_J
+
+
+@triton.jit
+def _halves(b_acc):
+    """Left and right half of the columns."""
+    ROWS: tl.constexpr = b_acc.shape[0]
+    COLUMNS: tl.constexpr = b_acc.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(b_acc, (ROWS, 2, COLUMNS)), (0, 2, 1)))
+
+
+@triton.jit
+def _add_columns(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
+    o_i = i_i + tl.arange(0, b_acc.shape[0])
+    o_j = i_j + tl.arange(0, b_acc.shape[1])
+    # On and above the diagonal no row's index is beyond d where the column's is not.
+    m_ij = tl.broadcast_to((o_j < d)[None, :], b_acc.shape)
+    if DIAGONAL:
+        m_ij = m_ij & (o_i[:, None] <= o_j[None, :])
+    p_ij = moment + o_i.to(tl.int64)[:, None] * d + o_j[None, :]
+    b_sum = tl.load(p_ij, mask=m_ij, other=0.0) + b_acc
+    tl.store(p_ij, b_sum, mask=m_ij)
+    if MIRROR:
+        p_ji = moment + o_j.to(tl.int64)[:, None] * d + o_i[None, :]
+        tl.store(p_ji, tl.trans(b_sum), mask=tl.trans(m_ij))
+
+
+@triton.jit
+def _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
+    # A whole tile of sums beside a whole tile of products does not fit into the registers.
+    b_left, b_right = _halves(b_acc)
+    b_0, b_1 = _halves(b_left)
+    b_2, b_3 = _halves(b_right)
+    QUARTER: tl.constexpr = b_0.shape[1]
+    _add_columns(moment, b_0, i_i, i_j, d, MIRROR, DIAGONAL)
+    _add_columns(moment, b_1, i_i, i_j + QUARTER, d, MIRROR, DIAGONAL)
+    _add_columns(moment, b_2, i_i, i_j + 2 * QUARTER, d, MIRROR, DIAGONAL)
+    _add_columns(moment, b_3, i_i, i_j + 3 * QUARTER, d, MIRROR, DIAGONAL)
+
+
+@triton.jit
+def _add_tile(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr):
+    """Add a tile to `moment`, on and above the diagonal; with MIRROR, write its transpose too."""
+    if i_i + b_acc.shape[0] <= i_j:
+        _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR, False)
+    else:
+        _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR, True)
+
+
+@triton.jit
+def triangle_kernel(
+    moment,
+    keys,
+    mask,
+    n,
+    d,
+    stride_n,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIRROR: tl.constexpr,
+):
+    i_i, i_j = _tile_origin(tl.program_id(0), d, BLOCK_I, BLOCK_J, GROUP)
+    o_i = i_i + tl.arange(0, BLOCK_I)
+    o_j = i_j + tl.arange(0, BLOCK_J)
+    o_n = tl.arange(0, BLOCK_N)
+    p_i = keys + o_n.to(tl.int64)[:, None] * stride_n + o_i[None, :]
+    p_j = keys + o_n.to(tl.int64)[:, None] * stride_n + o_j[None, :]
+    # The first dimension of a block of keys counts rows, the second one columns.
+    m_i = (o_i < d)[None, :]
+    m_j = (o_j < d)[None, :]
+    b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    for i_n in range(0, n, BLOCK_N):
+        m_n = i_n + o_n < n
+        if mask is not None:
+            # Neither operand reads a masked row, so what it holds never meets a product.
+            m_n = m_n & tl.load(mask + i_n + o_n, mask=m_n, other=0).to(tl.int1)
+        b_i = tl.load(p_i, mask=m_n[:, None] & m_i, other=0.0)
+        b_j = tl.load(p_j, mask=m_n[:, None] & m_j, other=0.0)
+        b_acc = dot(tl.trans(b_i), b_j, b_acc)
+        p_i += BLOCK_N * stride_n.to(tl.int64)
+        p_j += BLOCK_N * stride_n.to(tl.int64)
+    _add_tile(moment, b_acc, i_i, i_j, d, MIRROR)
+
+
+@triton.jit
+def triangle_tma_kernel(
+    moment,
+    keys_i,
+    keys_j,
+    n,
+    d,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+    MIRROR: tl.constexpr,
+):
+    """As `triangle_kernel`; keys_i, keys_j: descriptors of the same keys, zero past their ends."""
+    i_i, i_j = _tile_origin(tl.program_id(0), d, BLOCK_I, BLOCK_J, GROUP)
+    b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    for i_n in range(0, n, BLOCK_N):
+        b_i = keys_i.load([i_n, i_i])
+        b_j = keys_j.load([i_n, i_j])
+        b_acc = dot(tl.trans(b_i), b_j, b_acc)
+    _add_tile(moment, b_acc, i_i, i_j, d, MIRROR)
+
+
+@triton.jit
+def mirror_kernel(moment, d, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    i_row, i_column = _triangle(tl.program_id(0), tl.cdiv(d, BLOCK), GROUP)
+    o_i = i_row * BLOCK + tl.arange(0, BLOCK)
+    o_j = i_column * BLOCK + tl.arange(0, BLOCK)
+    m_ij = (o_i[:, None] < o_j[None, :]) & (o_j < d)[None, :]
+    b_ij = tl.load(moment + o_i.to(tl.int64)[:, None] * d + o_j[None, :], mask=m_ij)
+    p_ji = moment + o_j.to(tl.int64)[:, None] * d + o_i[None, :]
+    tl.store(p_ji, tl.trans(b_ij), mask=tl.trans(m_ij))
+
+
+def _triangular(blocks: int) -> int:
+    return blocks * (blocks + 1) // 2
+
+
+def add_triangle(
+    moment: Tensor, keys: Tensor, mask: Tensor | None, mirror: bool, config: Config
+) -> None:
+    """Launch a configuration with `triangle` set; arguments as `key_covariance_` validated them.
+
+    The elements of a row of keys lie side by side; with `tma` there is no mask, and rows start at
+    multiples of 16 bytes.
+    """
+    n, d = keys.shape
+    blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
+    options = {name: config[name] for name in ("num_warps", "num_stages")}
+    block_i, block_j, block_n = blocks["BLOCK_I"], blocks["BLOCK_J"], blocks["BLOCK_N"]
+    grid = (_triangular(triton.cdiv(d, block_j)) * (block_j // block_i),)
+    if config["tma"]:
+        left = TensorDescriptor.from_tensor(keys, [block_n, block_i])
+        right = TensorDescriptor.from_tensor(keys, [block_n, block_j])
+        triangle_tma_kernel[grid](moment, left, right, n, d, **blocks, MIRROR=mirror, **options)
+        return
+    rows = None if mask is None else mask.contiguous()
+    triangle_kernel[grid](
+        moment, keys, rows, n, d, keys.stride(0), **blocks, MIRROR=mirror, **options
+    )
+
+
+def mirror_upper(moment: Tensor) -> None:
+    """Launch the copy of the upper triangle of `moment`, contiguous, onto the lower one."""
+    d = moment.shape[0]
+    grid = (_triangular(triton.cdiv(d, MIRROR_BLOCK)),)
+    mirror_kernel[grid](moment, d, BLOCK=MIRROR_BLOCK, GROUP=MIRROR_GROUP)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every shipped configuration, for each dtype it takes."""
+    cases = [
+        CompileCase(
+            "key_covariance/mirror fp32",
+            mirror_kernel,
+            {"moment": "*fp32:16", "d": "i32:16"},
+            {"BLOCK": MIRROR_BLOCK, "GROUP": MIRROR_GROUP},
+        )
+    ]
+    for dtype, config, mirror in product(("bf16", "fp16"), (SQUARE, WIDE), (False, True)):
+        cases.append(_tma_case(dtype, config, mirror))
+    for dtype, masked, mirror in product(("bf16", "fp16"), (False, True), (False, True)):
+        cases.append(_pointer_case(dtype, POINTER, masked, mirror))
+    for mirror in (False, True):
+        cases.append(_pointer_case("fp32", SINGLE, False, mirror))
+    return cases
+
+
+def _constants(config: Config, mirror: bool) -> dict[str, Any]:
+    blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
+    return {**blocks, "MIRROR": mirror}
+
+
+def _name(dtype: str, config: Config, *traits: str) -> str:
+    tile = f"{config['block_i']}x{config['block_j']}x{config['block_n']}"
+    return " ".join(["key_covariance/triangle", dtype, tile, *filter(None, traits)])
+
+
+def _tma_case(dtype: str, config: Config, mirror: bool) -> CompileCase:
+    i, j, n = config["block_i"], config["block_j"], config["block_n"]
+    return CompileCase(
+        _name(dtype, config, "tma", "mirror" * mirror),
+        triangle_tma_kernel,
+        {
+            "moment": "*fp32:16",
+            "keys_i": f"tensordesc<{dtype}[{n},{i}]>",
+            "keys_j": f"tensordesc<{dtype}[{n},{j}]>",
+            "n": "i32",
+            "d": "i32:16",
+        },
+        _constants(config, mirror),
+        config["num_warps"],
+        config["num_stages"],
+        tensor_cores=True,
+        wgmma=True,
+        targets=("sm_90", "sm_100"),
+    )
+
+
+def _pointer_case(dtype: str, config: Config, masked: bool, mirror: bool) -> CompileCase:
+    arguments = {
+        "moment": "*fp32:16",
+        "keys": f"*{dtype}:16",
+        "n": "i32",
+        "d": "i32:16",
+        "stride_n": "i32:16",
+    }
+    constants = _constants(config, mirror)
+    if masked:
+        arguments["mask"] = "*i1:16"
+    else:
+        constants["mask"] = None
+    return CompileCase(
+        _name(dtype, config, "masked" * masked, "mirror" * mirror),
+        triangle_kernel,
+        arguments,
+        constants,
+        config["num_warps"],
+        config["num_stages"],
+        amd_num_stages=config["num_stages"],
+        tensor_cores=dtype != "fp32",
+        wgmma=dtype != "fp32",
+    )

@@ -1,0 +1,117 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coachhook_kernels import compile_report
+from coachhook_kernels.compile_target import TARGETS
+
+pytest.importorskip("triton")
+KERNELS = Path(compile_report.__file__).parent
+
+
+def report(capsys, *arguments):
+    """Exit code, and the rows by case and target, of the toy kernels' report."""
+    code = compile_report.main(["--module", "toy_kernels", "--json", *arguments])
+    rows = json.loads(capsys.readouterr().out)
+    return code, {(row["case"], row["target"]): row for row in rows}
+
+
+def test_every_fault_fails_the_report_with_its_reason(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    faults = {
+        ("spills", "sm_90"): "spills: ",
+        ("too few rows for a warp group", "sm_90"): "no warp-group matrix instruction (HGMMA)",
+        ("shared memory", "sm_90"): "shared memory: ",
+        ("shared memory", "gfx942"): "shared memory: ",
+        ("no tensor cores", "sm_90"): "no tensor-core instruction",
+        ("unknown parameter", "sm_90"): "does not compile: ValueError: parameters ['p_values', ",
+        ("type error", "sm_90"): "does not compile: ",
+    }
+    matches = [word for case, _ in faults for word in ("--match", case)]
+    code, rows = report(capsys, "--target", "sm_90", "--target", "gfx942", *matches)
+
+    assert code == 1
+    for key, reason in faults.items():
+        assert any(told.startswith(reason) for told in rows[key]["failures"]), rows[key]
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+    spilled = rows["spills", "sm_90"]
+    assert spilled["spills"]["store"] > 0
+    assert spilled["spills"]["load"] > 0
+    assert spilled["stack"] > 0
+    assert spilled["serialized"]
+    assert any(told.startswith("local memory: ") for told in spilled["failures"])
+    for target in ("sm_90", "gfx942"):
+        large = rows["shared memory", target]
+        assert large["shared"] > large["shared_limit"] == TARGETS[target].shared_limit
+    assert rows["type error", "sm_90"]["registers"] is None
+    # Matrix instructions and spills are demanded of, and held against, NVIDIA code alone.
+    assert rows["no tensor cores", "gfx942"]["failures"] == []
+
+
+def test_a_crash_of_the_compiler_costs_its_own_row_alone(capsys):
+    code, rows = report(capsys, "--target", "sm_90", "--match", "crash", "--match", "sound")
+    assert code == 1
+    assert rows["crash", "sm_90"]["failures"] == ["does not compile: the compiler crashed"]
+    sound = rows["sound", "sm_90"]
+    assert sound["failures"] == []
+    assert sound["tensor_cores"].keys() == {"HGMMA"}
+    assert sound["async_copies"] > 0
+
+
+def test_sound_code_passes_on_every_target(capsys):
+    code = compile_report.main(["--module", "toy_kernels", "--match", "sound"])
+    table = capsys.readouterr().out.splitlines()
+    assert code == 0
+    assert [line.split()[:2] for line in table[1:5]] == [["sound", name] for name in TARGETS]
+    assert all(line.endswith("ok") for line in table[1:5])
+    opcodes = ("HMMA", "HGMMA", "UTCHMMA", "v_mfma")
+    assert all(opcode in line for opcode, line in zip(opcodes, table[1:5], strict=True))
+    assert table[-1].startswith("4 rows, 0 failed (Triton ")
+
+
+def test_nothing_to_report_is_neither_sound_nor_faulty(capsys, monkeypatch):
+    assert compile_report.main(["--module", "no_such_kernels"]) == 2
+    assert "no_such_kernels lists no cases: ModuleNotFoundError" in capsys.readouterr().err
+    assert compile_report.main(["--module", "toy_kernels", "--match", "no such case"]) == 2
+    assert "No case matches" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert compile_report.main([]) == 2
+    assert "Triton is not installed" in capsys.readouterr().err
+
+
+def test_every_module_with_cases_is_in_the_report():
+    with_cases = {
+        ".".join(path.relative_to(KERNELS.parent).with_suffix("").parts)
+        for path in KERNELS.rglob("*.py")
+        if "\ndef compile_cases(" in path.read_text()
+    }
+    assert with_cases == set(compile_report.MODULES)
+
+
+def test_shipped_kernels_are_sound_on_every_target():
+    done = subprocess.run(
+        [sys.executable, "-m", "coachhook_kernels.compile_report", "--json"],
+        env={**os.environ, "PYTHONPATH": str(KERNELS.parent), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["module"] for row in rows} == set(compile_report.MODULES)
+    cases = {(row["module"], row["case"]) for row in rows}
+    assert {(row["module"], row["case"], row["target"]) for row in rows} == {
+        (*case, target) for case in cases for target in TARGETS
+    }
+    assert len(rows) == len(cases) * len(TARGETS), "two cases of a module share a name"
+    expected = {
+        *("module", "case", "target", "triton", "registers", "scalar_registers", "stack", "local"),
+        *("spills", "shared", "shared_limit", "tensor_memory", "tensor_cores", "async_copies"),
+        *("serialized", "failures"),
+    }
+    assert all(row.keys() == expected for row in rows)
+    assert all(row["registers"] > 0 for row in rows)
