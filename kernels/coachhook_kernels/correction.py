@@ -17,6 +17,9 @@ class Delta(NamedTuple):
     down: Tensor
     up: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> "Delta":
+        return Delta(self.down.to(dtype), None if self.up is None else self.up.to(dtype))
+
     def project(self, keys: Tensor) -> Tensor:
         """`A k` (or `Δ k` when dense) for keys `(..., d_in)`; its norm is that of `Δ k`."""
         return linear(keys.to(self.down.dtype), self.down)

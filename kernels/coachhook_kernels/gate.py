@@ -29,6 +29,13 @@ class TokenGate(NamedTuple):
     def keyed(self) -> bool:
         return self.projection is not None
 
+    def contiguous(self) -> "TokenGate":
+        """With contiguous parts but for the projection, of which any strides will do."""
+        parts = (self.offset, self.fingerprints, self.enabled)
+        return TokenGate(
+            *self[:4], *(None if part is None else part.contiguous() for part in parts)
+        )
+
     def is_open(self, score: Tensor) -> Tensor:
         """Which tokens are corrected: bool, of the shape of `score`; a NaN score stays closed."""
         return (score - self.mean) / self.std >= self.alpha

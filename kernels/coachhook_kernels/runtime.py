@@ -6,8 +6,8 @@ A fall-back to plain torch gives the same numbers more slowly, so it is logged o
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
+
+# What Triton says, as a bare RuntimeError, where a pass fails or the launcher cannot be built.
+COMPILER_TROUBLE = r"PassManager|C compiler"
 
 _broken: set[str] = set()
 
@@ -36,8 +39,10 @@ def _log_once(message: str) -> None:
 
 @functools.cache
 def _device_refusal(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < OLDEST_CAPABILITY:
@@ -71,7 +76,9 @@ def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) ->
 
     try:
         return launch()
-    except (CompilationError, OutOfResources, PTXASError) as error:
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
+        if type(error) is RuntimeError and not re.search(COMPILER_TROUBLE, str(error)):
+            raise
         _broken.add(name)
         discard()
         log.warning(

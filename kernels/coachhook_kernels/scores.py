@@ -27,8 +27,9 @@ def fingerprint_similarity(
             return fingerprint_similarity(keys, projection, offset, fingerprints, enabled)
     projected = linear(keys.to(projection.dtype), projection).float() - offset.float()
     if fingerprints.shape[0] == 0:
-        nothing = projected.new_full(projected.shape[:-1], -1.0)
-        return nothing, nothing.long()
+        finite = projected.isfinite().all(dim=-1)
+        nothing = torch.full_like(finite, -1, dtype=torch.long)
+        return torch.where(finite, -1.0, torch.nan), nothing
     # A bias that no product can undo takes the disabled ones out, and the norm divides the largest
     # alone: both cost less than a pass over all the cosines.
     disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)

@@ -1,8 +1,9 @@
 """Counters that the programs of one launch share: zero before a launch, and zero again after it.
 
-Two launches that may overlap must not share them. Launches of one stream never overlap, so a stream
-owns one set; a launch captured into a CUDA graph owns one for good, since the graph may be replayed
-on any stream.
+Two launches that may overlap must not share them, nor two series of launches that may interleave.
+Launches of one stream never overlap, and one thread's series follow each other, so a thread owns
+one set on each stream; a launch captured into a CUDA graph owns one for good, since the graph may
+be replayed on any stream.
 """
 
 import threading
@@ -19,7 +20,7 @@ _lock = threading.Lock()
 # Kept for good: a graph holds the address of its set, not the tensor.
 _blocks: list[Tensor] = []
 _free: dict[torch.device, list[Tensor]] = {}
-_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+_of_stream: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
@@ -30,7 +31,7 @@ def counters(device: torch.device) -> Tensor:
     with _lock:
         if torch.cuda.is_current_stream_capturing():
             return _take(device)
-        key = (device, stream)
+        key = (device, stream, threading.get_ident())
         if key not in _of_stream:
             _of_stream[key] = _take(device)
         return _of_stream[key]

@@ -61,23 +61,29 @@ BAD_FOR_BOTH = {
     ),
     "down elsewhere": (with_delta(zeros(5, D_IN, device=META)), f"down is on meta.*{DEVICE}"),
     "up elsewhere": (with_delta(up=zeros(D_OUT, 5, device=META)), "up is on meta"),
-    "projection for other keys": (with_gate(projection=zeros(9, 36)), r"\(9, 36\).*keys of 37"),
-    "projection of one dimension": (with_gate(projection=zeros(9)), r"projection \(9,\).*37"),
-    "projection without a dimension": (with_gate(projection=zeros()), r"projection \(\).*37"),
+    "projection for other keys": (
+        with_gate(projection=zeros(9, 36)), r"projection.*\(9, 36\).*\(s, 37\)"
+    ),
+    "projection of one dimension": (
+        with_gate(projection=zeros(9)), r"projection.*\(9,\).*\(s, 37\)"
+    ),
+    "projection without a dimension": (
+        with_gate(projection=zeros()), r"projection.*\(\).*\(s, 37\)"
+    ),
     "integer projection": (
         with_gate(projection=zeros(9, D_IN, dtype=torch.int64)), "projection.*torch.int64"
     ),
-    "offset of another size": (with_gate(offset=zeros(8)), r"offset \(8,\)"),
+    "offset of another size": (with_gate(offset=zeros(8)), r"offset.*\(8,\).*\(9,\)"),
     "fingerprints of another size": (
-        with_gate(fingerprints=zeros(4, 8)), r"fingerprints \(4, 8\).*\(e, 9\)"
+        with_gate(fingerprints=zeros(4, 8)), r"fingerprints.*\(4, 8\).*\(e, 9\)"
     ),
     "fingerprints without a dimension": (
-        with_gate(fingerprints=zeros()), r"fingerprints \(\).*\(e, 9\)"
+        with_gate(fingerprints=zeros()), r"fingerprints.*\(\).*\(e, 9\)"
     ),
     "enabled of another length": (
-        with_gate(enabled=zeros(3).bool()), r"enabled \(3,\).*\(e, 9\) and \(e,\)"
+        with_gate(enabled=zeros(3).bool()), r"enabled.*\(3,\).*\(4,\)"
     ),
-    "enabled as numbers": (with_gate(enabled=zeros(4)), "enabled is torch.float32, not bool"),
+    "enabled as numbers": (with_gate(enabled=zeros(4)), r"enabled is torch.float32.*bool \(4,\)"),
     "no projection": (with_gate(projection=None), "keyed gate needs projection, offset"),
     "no offset": (with_gate(offset=None), "keyed gate needs projection, offset"),
     "no fingerprints": (with_gate(fingerprints=None), "needs projection, offset, fingerprints"),

@@ -281,14 +281,22 @@ def test_the_plain_path_is_chosen_where_the_kernels_cannot_run(
 
 
 @forms
-def test_autocast_does_not_reach_into_the_operation(form: str) -> None:
-    """Its dtype is that of its inputs, as the compiler is told; so is that of the gradient."""
+def test_autocast_casts_all_but_the_gate(form: str) -> None:
+    """As it does for a linear layer; gradients come back in the dtype of the inputs."""
     problem = make(FORMS[form])
-    expected = run_linear(problem)
-    keys = problem.keys.clone().requires_grad_()
+    keys, weight, bias, delta = problem.keys, problem.weight, problem.bias, problem.delta
+    cast = problem._replace(
+        keys=keys.to(BRAIN),
+        weight=weight.to(BRAIN),
+        bias=None if bias is None else bias.to(BRAIN),
+        delta=delta.to(BRAIN),
+    )
+    expected = run_linear(cast)
+    keys = keys.clone().requires_grad_()
     with torch.autocast(DEVICE, dtype=BRAIN):
         output, score, index = run_linear(problem._replace(keys=keys))
-    assert output.dtype == SINGLE
+    assert output.dtype == BRAIN
+    assert score.dtype == SINGLE
     torch.testing.assert_close((output, score, index), expected)
     output.sum().backward()
     assert keys.grad is not None

@@ -106,8 +106,10 @@ def store(
 
 @triton.jit
 def store_squares(
-    p_squares, b_acc, i_t, i_n, n_tokens, BT: tl.constexpr, FEW_ROWS: tl.constexpr
+    p_squares, b_acc, m_n, i_t, i_n, n_tokens, BT: tl.constexpr, FEW_ROWS: tl.constexpr
 ):  # fmt: skip
+    # Columns beyond the last hold zeros times the keys, which need not be finite.
+    b_acc = tl.where(m_n[:, None] if FEW_ROWS else m_n[None, :], b_acc, 0.0)
     b_squares = tl.sum(b_acc * b_acc, axis=0 if FEW_ROWS else 1)
     o_t = i_t * BT + tl.arange(0, BT)
     tl.store(p_squares + i_n.to(tl.int64) * n_tokens + o_t, b_squares, mask=o_t < n_tokens)
@@ -143,7 +145,7 @@ def dense_kernel(
         p_delta += BK * stride_dk
     store(p_output, p_bias, b_output, i_t, i_n, n_tokens, d_out, BT, BN, FEW_ROWS)
     store(p_delta_keys, None, b_delta_keys, i_t, i_n, n_tokens, d_out, BT, BN, FEW_ROWS)
-    store_squares(p_squares, b_delta_keys, i_t, i_n, n_tokens, BT, FEW_ROWS)
+    store_squares(p_squares, b_delta_keys, m_n, i_t, i_n, n_tokens, BT, FEW_ROWS)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
@@ -170,7 +172,8 @@ def factored_kernel(
             BT, BN, BK, FEW_ROWS,
         )  # fmt: skip
         store(p_projected, None, b_projected, i_t, i_n, n_tokens, rank, BT, BN, FEW_ROWS)
-        store_squares(p_squares, b_projected, i_t, i_n, n_tokens, BT, FEW_ROWS)
+        m_n = i_n * BN + tl.arange(0, BN) < rank
+        store_squares(p_squares, b_projected, m_n, i_t, i_n, n_tokens, BT, FEW_ROWS)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 One op boundary per hooked layer. The gate is a constant in the backward.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.nn.functional import linear
 
 from coachhook_kernels import runtime
 from coachhook_kernels.correction import Delta, hook_correction
-from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.hook_linear.validation import check_correction, check_linear
 
 DUAL_PATH_ROWS = 512
 """Rows up to which the norm of a dense `Δ k` is found on the way, by reading `W` and `Δ` in one
@@ -29,17 +30,15 @@ def hook_linear(
     and bias; delta and gate are constants.
 
     Returns the output `(..., d_out)`, the score float32 `(...)` and the nearest fingerprint int64
-    `(...)`, -1 where there is none. Raises KernelInputError where the tensors do not fit together.
+    `(...)`, -1 where there is none. Under autocast keys, weight, bias and delta are first cast to
+    its dtype; the gate is not. Raises KernelInputError where the tensors do not fit together.
     """
-    _check(keys, delta, gate, weight.shape[0] if weight.ndim == 2 else None)
-    if weight.ndim != 2 or weight.shape[1] != keys.shape[-1]:
-        raise KernelInputError(
-            f"weight has shape {tuple(weight.shape)}; (d_out, {keys.shape[-1]}) was expected. "
-            "A Conv1D weight is passed as its transpose"
-        )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise KernelInputError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
-    _check_alike(keys, weight=weight, bias=bias)
+    check_linear(keys, weight, bias, delta, gate)
+    device = keys.device.type
+    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        keys, weight, delta = keys.to(dtype), weight.to(dtype), delta.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     result: tuple[Tensor, Tensor, Tensor] = _hook_linear(keys, weight, bias, *delta, *gate)
     return result
 
@@ -52,88 +51,18 @@ def hook_correction_(
     Tokens whose gate stays closed keep their output bit for bit and cost the score alone. Not
     differentiable. Returns the score and the nearest fingerprint, as `hook_linear` does.
     """
-    if output.shape[:-1] != keys.shape[:-1]:
-        raise KernelInputError(
-            f"output {tuple(output.shape)} and keys {tuple(keys.shape)} differ before the last "
-            "dimension"
-        )
-    _check(keys, delta, gate, output.shape[-1])
-    _check_device(keys, output=output)
-    if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
-        raise KernelInputError(
-            "hook_correction_ has no gradient; call it under torch.no_grad(), or use hook_linear"
-        )
+    check_correction(output, keys, delta, gate)
     result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
     return result
-
-
-def _check_device(keys: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != keys.device:
-            raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {keys.device}")
-
-
-def _check_alike(keys: Tensor, **others: Tensor | None) -> None:
-    _check_device(keys, **others)
-    for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != keys.dtype:
-            raise KernelInputError(
-                f"{name} is {tensor.dtype}, the keys are {keys.dtype}; convert one of them"
-            )
-
-
-def _check(keys: Tensor, delta: Delta, gate: TokenGate, d_out: int | None) -> None:
-    if keys.ndim == 0 or not keys.is_floating_point():
-        raise KernelInputError(
-            f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d_in) of floats expected"
-        )
-    d_in = keys.shape[-1]
-    down, up = delta
-    if down.ndim != 2 or down.shape[1] != d_in:
-        raise KernelInputError(
-            f"delta.down has shape {tuple(down.shape)}; (rank, {d_in}) was expected"
-        )
-    out = down.shape[0] if up is None else up.shape[0]
-    if up is not None and (up.ndim != 2 or up.shape[1] != down.shape[0]):
-        raise KernelInputError(
-            f"delta.up has shape {tuple(up.shape)}; (d_out, {down.shape[0]}) was expected"
-        )
-    if d_out is not None and out != d_out:
-        raise KernelInputError(f"delta makes {out} outputs, the layer has {d_out}")
-    _check_device(keys, down=down, up=up, mean=gate.mean, std=gate.std, alpha=gate.alpha)
-    if any(scalar.ndim != 0 for scalar in (gate.mean, gate.std, gate.alpha)):
-        raise KernelInputError("the gate's mean, std and alpha are 0-d tensors")
-    if gate.projection is None:
-        return
-    offset, fingerprints, enabled = gate.offset, gate.fingerprints, gate.enabled
-    if offset is None or fingerprints is None or enabled is None:
-        raise KernelInputError("a keyed gate needs projection, offset, fingerprints and enabled")
-    size = gate.projection.shape[0]
-    if gate.projection.shape != (size, d_in) or offset.shape != (size,):
-        raise KernelInputError(
-            f"projection {tuple(gate.projection.shape)} and offset {tuple(offset.shape)} do not "
-            f"fit keys of {d_in}"
-        )
-    count = fingerprints.shape[0]
-    if fingerprints.shape != (count, size) or enabled.shape != (count,):
-        raise KernelInputError(
-            f"fingerprints {tuple(fingerprints.shape)} and enabled {tuple(enabled.shape)}: "
-            f"(e, {size}) and (e,) were expected"
-        )
-    if enabled.dtype != torch.bool:
-        raise KernelInputError(f"enabled is {enabled.dtype}, not bool")
-    _check_device(
-        keys, projection=gate.projection, offset=offset, fingerprints=fingerprints, enabled=enabled
-    )
 
 
 def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor | None) -> bool:
     same = (delta.down, delta.up, gate.projection, *others)
     if any(tensor is not None and tensor.dtype != keys.dtype for tensor in same):
         return False
-    return runtime.triton_runs(keys, gate.offset, gate.fingerprints) and all(
-        tensor.numel() > 0 for tensor in (keys, delta.down)
-    )
+    if not runtime.triton_runs(keys, gate.offset, gate.fingerprints):
+        return False
+    return all(tensor is None or tensor.numel() > 0 for tensor in (keys, *same))
 
 
 def eager_correction_(
@@ -160,8 +89,8 @@ def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tu
 
     def launch() -> tuple[Tensor, Tensor]:
         if rows.takes(keys, delta, gate):
-            return rows.launch(keys, None, None, delta, gate, output)
-        return tiles.launch(keys, delta, gate, output)
+            return rows.launch(keys, None, None, delta, gate.contiguous(), output)
+        return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
         "hook_correction_", launch, lambda: eager_correction_(output, keys, delta, gate)
@@ -180,13 +109,15 @@ def _linear(
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import rows
 
+    unit_bias = None if bias is None else bias.contiguous()
+
     def in_one_launch() -> tuple[Tensor, Tensor, Tensor]:
         output = keys.new_empty(keys.shape[0], weight.shape[0])
-        return (output, *rows.launch(keys, weight, bias, delta, gate, output))
+        return (output, *rows.launch(keys, weight, unit_bias, delta, gate.contiguous(), output))
 
     def on_both_paths() -> tuple[Tensor, Tensor, Tensor]:
         scalars = (gate.mean, gate.std, gate.alpha)
-        output, score = dual_path_calibrated(keys, weight, bias, delta.down, *scalars)
+        output, score = dual_path_calibrated(keys, weight, unit_bias, delta.down, *scalars)
         return output, score, torch.full_like(score, -1, dtype=torch.int64)
 
     if rows.takes(keys, delta, gate):
@@ -197,7 +128,7 @@ def _linear(
 
 
 def _as_rows(keys: Tensor) -> Tensor:
-    rows = keys.reshape(-1, keys.shape[-1]) if keys.numel() else keys.new_empty(0, keys.shape[-1])
+    rows = keys.reshape(math.prod(keys.shape[:-1]), keys.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

@@ -84,7 +84,8 @@ def add_slices(
 
 @triton.jit
 def clears(b_score, p_mean, p_std, p_alpha):
-    return (b_score - tl.load(p_mean)) / tl.load(p_std) >= tl.load(p_alpha)
+    # Rounded as torch rounds: a score right at the threshold must be open here and there.
+    return tl.div_rn(b_score - tl.load(p_mean), tl.load(p_std)) >= tl.load(p_alpha)
 
 
 @triton.jit
@@ -233,6 +234,7 @@ def rows_kernel(
         p_tile = p_output + o_t.to(tl.int64)[None, :] * stride_ot + o_n[:, None]
         m_stored = m_n[:, None] & m_t[None, :]
         if tl.max(m_open.to(tl.int32), axis=0) > 0:
+            b_delta = tl.zeros((BN, BT), tl.float32)
             if FACTORED:
                 if KEYED:
                     wait(p_counters, LOWERED, n_down)
@@ -249,13 +251,14 @@ def rows_kernel(
                         mask=m_r[:, None] & m_open[None, :],
                         other=0.0,
                     )
-                    b_acc = dot(b_up, b_lowered.to(b_up.dtype), b_acc)
+                    b_delta = dot(b_up, b_lowered.to(b_up.dtype), b_delta)
             else:
-                # A closed token's keys are read as zeros, so that its output stays what it was.
-                b_acc = stream(
-                    b_acc, p_down, stride_dn, stride_dk, p_keys, stride_kt, o_n, m_n, o_t, m_open,
+                b_delta = stream(
+                    b_delta, p_down, stride_dn, stride_dk, p_keys, stride_kt, o_n, m_n, o_t, m_open,
                     0, d_in, 0, BK,
                 )  # fmt: skip
+            # Closed tokens get nothing at all: zero keys times a weight that is not finite is NaN.
+            b_acc += tl.where(m_open[None, :], b_delta, 0.0)
             if not BASE:
                 m_stored = m_stored & m_open[None, :]
                 b_acc += tl.load(p_tile, mask=m_stored, other=0.0).to(tl.float32)

@@ -66,6 +66,8 @@ def walk_tiles(
             b_acc = dot(b_left, b_right, b_acc)
         if EPILOGUE == SQUARES:
             p_squares = p_output + i_n.to(tl.int64) * n_rows + o_row
+            # Columns beyond the last hold zeros times the keys, which need not be finite.
+            b_acc = tl.where(m_n[None, :], b_acc, 0.0)
             tl.store(p_squares, tl.sum(b_acc * b_acc, axis=1), mask=m_m)
         else:
             p_tile = p_output + (i_slice * n_rows + o_row)[:, None] * stride_om + o_n[None, :]
@@ -206,7 +208,8 @@ def gate_kernel(
         b_score = tl.sqrt(b_squares)
     tl.store(p_score + o_m, b_score, mask=m_m)
     tl.store(p_index + o_m, b_index.to(tl.int64), mask=m_m)
-    m_open = m_m & ((b_score - tl.load(p_mean)) / tl.load(p_std) >= tl.load(p_alpha))
+    b_z = tl.div_rn(b_score - tl.load(p_mean), tl.load(p_std))
+    m_open = m_m & (b_z >= tl.load(p_alpha))
     b_open = m_open.to(tl.int32)
     n_open = tl.sum(b_open, axis=0)
     if n_open > 0:

@@ -1,0 +1,107 @@
+"""What `hook_linear` and `hook_correction_` accept; everything else is a KernelInputError."""
+
+import torch
+from torch import Tensor
+
+from coachhook_kernels.correction import Delta
+from coachhook_kernels.errors import KernelInputError
+from coachhook_kernels.gate import TokenGate
+
+
+def check_linear(
+    keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta, gate: TokenGate
+) -> None:
+    _check_keys(keys)
+    if weight.ndim != 2 or weight.shape[1] != keys.shape[-1]:
+        raise KernelInputError(
+            f"weight has shape {tuple(weight.shape)}; (d_out, {keys.shape[-1]}) was expected. "
+            "A Conv1D weight is passed as its transpose"
+        )
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise KernelInputError(f"bias has shape {tuple(bias.shape)}, not ({weight.shape[0]},)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != keys.dtype:
+            raise KernelInputError(
+                f"{name} is {tensor.dtype}, the keys are {keys.dtype}; convert one of them"
+            )
+    _check_delta(delta, keys.shape[-1], weight.shape[0])
+    _check_gate(gate, keys.shape[-1])
+    _check_devices(keys, delta, gate, weight=weight, bias=bias)
+
+
+def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> None:
+    _check_keys(keys)
+    if output.ndim == 0 or not output.is_floating_point():
+        raise KernelInputError(
+            f"output is {output.dtype} of shape {tuple(output.shape)}; (..., d_out) of floats "
+            "was expected"
+        )
+    if output.shape[:-1] != keys.shape[:-1]:
+        raise KernelInputError(
+            f"output {tuple(output.shape)} and keys {tuple(keys.shape)} differ before the last "
+            "dimension"
+        )
+    _check_delta(delta, keys.shape[-1], output.shape[-1])
+    _check_gate(gate, keys.shape[-1])
+    _check_devices(keys, delta, gate, output=output)
+    if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
+        raise KernelInputError(
+            "hook_correction_ has no gradient; call it under torch.no_grad(), or use hook_linear"
+        )
+
+
+def _check_keys(keys: Tensor) -> None:
+    if keys.ndim == 0 or not keys.is_floating_point():
+        raise KernelInputError(
+            f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d_in) of floats expected"
+        )
+
+
+def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
+    if matrix.ndim != 2 or matrix.shape[1] != columns or not matrix.is_floating_point():
+        raise KernelInputError(
+            f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; ({rows}, {columns}) of "
+            "floats was expected"
+        )
+
+
+def _check_delta(delta: Delta, d_in: int, d_out: int) -> None:
+    down, up = delta
+    _check_matrix("delta.down", down, "rank", d_in)
+    if up is not None:
+        _check_matrix("delta.up", up, "d_out", down.shape[0])
+    made = down.shape[0] if up is None else up.shape[0]
+    if made != d_out:
+        raise KernelInputError(f"delta makes {made} outputs, the layer has {d_out}")
+
+
+def _check_gate(gate: TokenGate, d_in: int) -> None:
+    if any(scalar.ndim != 0 for scalar in (gate.mean, gate.std, gate.alpha)):
+        raise KernelInputError("the gate's mean, std and alpha are 0-d tensors")
+    offset, fingerprints, enabled = gate.offset, gate.fingerprints, gate.enabled
+    missing = [part is None for part in gate[3:]]
+    if all(missing):
+        return
+    if gate.projection is None or offset is None or fingerprints is None or enabled is None:
+        raise KernelInputError(
+            "a keyed gate needs projection, offset, fingerprints and enabled; a calibrated one none"
+        )
+    _check_matrix("projection", gate.projection, "s", d_in)
+    size = gate.projection.shape[0]
+    _check_matrix("fingerprints", fingerprints, "e", size)
+    if offset.shape != (size,) or not offset.is_floating_point():
+        raise KernelInputError(
+            f"offset is {offset.dtype} of shape {tuple(offset.shape)}; ({size},) of floats expected"
+        )
+    if enabled.shape != (fingerprints.shape[0],) or enabled.dtype != torch.bool:
+        raise KernelInputError(
+            f"enabled is {enabled.dtype} of shape {tuple(enabled.shape)}; bool "
+            f"({fingerprints.shape[0]},) was expected"
+        )
+
+
+def _check_devices(keys: Tensor, delta: Delta, gate: TokenGate, **others: Tensor | None) -> None:
+    named = {**others, **delta._asdict(), **gate._asdict()}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != keys.device:
+            raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {keys.device}")
