@@ -20,8 +20,8 @@ def _config(BT: int, BN: int, BK: int, num_warps: int, num_stages: int) -> Confi
 
 
 FEW_ROWS = {
-    "half": (_config(FEW, 32, 128, 4, 6), _config(FEW, 16, 256, 2, 5)),
-    "single": (_config(FEW, 32, 64, 4, 4), _config(FEW, 16, 64, 4, 4)),
+    "half": (_config(FEW, 32, 256, 4, 4), _config(FEW, 16, 128, 4, 8)),
+    "single": (_config(FEW, 32, 64, 4, 4), _config(FEW, 16, 64, 4, 5)),
 }
 MANY_ROWS = {
     "half": (

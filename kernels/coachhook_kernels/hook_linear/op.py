@@ -149,7 +149,8 @@ def _hook_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gate = TokenGate(mean, std, alpha, projection, offset, fingerprints, enabled)
     leading = keys.shape[:-1]
-    output, score, index = _linear(_as_rows(keys), weight, bias, Delta(down, up), gate)
+    with torch.cuda.device_of(keys):
+        output, score, index = _linear(_as_rows(keys), weight, bias, Delta(down, up), gate)
     return output.view(*leading, weight.shape[0]), score.view(leading), index.view(leading)
 
 
@@ -205,7 +206,8 @@ def _hook_correction(
     gate = TokenGate(mean, std, alpha, projection, offset, fingerprints, enabled)
     leading = keys.shape[:-1]
     rows = _as_rows(output)
-    score, index = _correct_(rows, _as_rows(keys), Delta(down, up), gate)
+    with torch.cuda.device_of(keys):
+        score, index = _correct_(rows, _as_rows(keys), Delta(down, up), gate)
     if rows.data_ptr() != output.data_ptr():
         output.copy_(rows.view(output.shape))
     return score.view(leading), index.view(leading)

@@ -136,7 +136,11 @@ def match_tile(
     return b_best, tl.where(b_index == 2147483647, -1, b_index)
 
 
-@triton.jit
+# Counts that change with the batch and with every edit: a kernel for each would compile for ever.
+COUNTS = "n_tokens rank n_fingerprints n_slices n_project n_match n_down".split()
+
+
+@triton.jit(do_not_specialize=COUNTS)
 def rows_kernel(
     p_keys, p_weight, p_bias, p_down, p_up, p_projection, p_offset, p_fingerprints, p_enabled,
     p_mean, p_std, p_alpha, p_output, p_score, p_index,

@@ -77,7 +77,7 @@ def walk_tiles(
             tl.store(p_tile, b_acc.to(p_output.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_slices"])
 def tiles_kernel(
     p_left, p_right, p_output,
     n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
@@ -96,7 +96,7 @@ def tiles_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def open_rows_kernel(
     p_left, p_right, p_output, p_rows, p_counters,
     n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
@@ -129,7 +129,7 @@ def open_rows_kernel(
             tl.store(p_counters + FINISHED, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_parts", "n_fingerprints"])
 def gate_kernel(
     p_parts, p_offset, p_fingerprints, p_enabled, p_mean, p_std, p_alpha,
     p_score, p_index, p_lowered, p_rows, p_counters,

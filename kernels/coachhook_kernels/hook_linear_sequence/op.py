@@ -125,7 +125,7 @@ def _op(
 
     one_dtype = down.dtype == keys.dtype and (up is None or up.dtype == keys.dtype)
     filled = keys.numel() > 0 and weight.numel() > 0 and down.shape[0] > 0
-    with torch.autocast(keys.device.type, enabled=False):
+    with torch.autocast(keys.device.type, enabled=False), torch.cuda.device_of(keys):
         if one_dtype and filled and triton_runs(keys, weight, down):
             return with_fallback(NAME, launch, eager)
         return eager()

@@ -108,7 +108,8 @@ def _key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None, mirror: 
             def launch() -> bool:
                 from coachhook_kernels.key_covariance.kernel import add_triangle
 
-                add_triangle(moment, keys, mask, mirror, config)
+                with torch.cuda.device_of(moment):
+                    add_triangle(moment, keys, mask, mirror, config)
                 return True
 
             if runtime.with_fallback("key_covariance_", launch, lambda: False):
@@ -153,6 +154,7 @@ def _mirror(moment: Tensor) -> None:
     def launch() -> None:
         from coachhook_kernels.key_covariance.kernel import mirror_upper
 
-        mirror_upper(moment)
+        with torch.cuda.device_of(moment):
+            mirror_upper(moment)
 
     runtime.with_fallback("mirror_", launch, lambda: reference.mirror_(moment) and None)
