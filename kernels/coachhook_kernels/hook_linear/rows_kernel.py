@@ -137,7 +137,7 @@ def match_tile(
 
 
 # Counts that change with the batch and with every edit: a kernel for each would compile for ever.
-COUNTS = "n_tokens rank n_fingerprints n_slices n_project n_match n_down".split()
+COUNTS = ["n_tokens", "rank", "n_fingerprints", "n_slices", "n_project", "n_match", "n_down"]
 
 
 @triton.jit(do_not_specialize=COUNTS)

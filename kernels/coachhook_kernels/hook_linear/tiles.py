@@ -314,8 +314,11 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
     n_rows, d_in = keys.shape
     device = keys.device
     sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}
-    scoring = lookup("hook_linear_score", device, score_config(keys.dtype), **sizes)
-    correcting = lookup("hook_linear_correct", device, correct_config(keys.dtype), **sizes)
+    bits = 8 * keys.element_size()
+    scoring = lookup(f"hook_linear_score_{bits}bit", device, score_config(keys.dtype), **sizes)
+    correcting = lookup(
+        f"hook_linear_correct_{bits}bit", device, correct_config(keys.dtype), **sizes
+    )
     score = torch.empty(n_rows, dtype=torch.float32, device=device)
     index = torch.empty(n_rows, dtype=torch.int64, device=device)
     rows = torch.empty(n_rows, dtype=torch.int32, device=device)
@@ -325,7 +328,9 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
     counts = counters(device)
     summed = not gate.keyed and delta.up is None
     if summed:
-        squaring = lookup("hook_linear_squares", device, squares_config(keys.dtype), **sizes)
+        squaring = lookup(
+            f"hook_linear_squares_{bits}bit", device, squares_config(keys.dtype), **sizes
+        )
         n_score, n_slices = rank, triton.cdiv(rank, squaring["BN"])
         parts = torch.empty(n_slices, n_rows, dtype=torch.float32, device=device)
         multiply(keys, delta.down, parts, SQUARES, squaring)

@@ -1,0 +1,223 @@
+"""The benchmark scripts: what they print, when they stop, and that their checks can fail."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench"
+MODULES = ("timing", "published", "layers", "shapes", "sessions", "cases", "tune", "ops")
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script as `make bench` runs it, on the packages that this test imports, without a GPU."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, str(BENCH / script), *arguments],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of bench/, importable for one test only."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module
+    for name in (*MODULES, "inference"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("gate", "form"), [("keyed", ["--dense"]), ("calibrated", ["--factored", "--rank", "8"])]
+)
+def test_inference_prints_its_measurements(gate: str, form: list[str]) -> None:
+    settings = ["--gate", gate, *form, "--edits", "50", "--rounds", "2", "--tokens", "4"]
+    done = run("inference.py", "--shape", "tiny", *settings, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["model"] == "tiny"
+    assert result["threads"] == 1
+    assert result["hook_bytes"] > 0
+    cases = [(row["case"], row["batch"], row["pairs"]) for row in result["rows"]]
+    assert cases == [
+        ("first token after 4", 1, 2),
+        ("first token after 8", 1, 2),
+        ("decode after 8", 1, 4),
+        ("decode after 8", 4, 4),
+    ]
+    for row in result["rows"]:
+        assert row["unhooked_ms"] > 0
+        assert row["hooked_ms"] > 0
+        assert row["ratio"] > 0
+    decode = result["rows"][-1]
+    assert decode["same_tokens_checked"] == 8
+    assert decode["hooked_gb_s"] > 0
+
+
+def test_inference_stops_on_a_wrong_result(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+    from typer.testing import CliRunner
+
+    inference, shapes, gates = bench("inference"), bench("shapes"), bench("coachhook.gates")
+
+    def always_open(*arguments: Any) -> Any:
+        return bench("layers").random_gate(*arguments, gates.Threshold(alpha=float("-inf")))
+
+    monkeypatch.setattr(shapes, "random_gate", always_open)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    app = typer.Typer()
+    app.command()(inference.main)
+    done = CliRunner().invoke(app, ["--shape", "tiny", "--edits", "5", "--rounds", "1"])
+    assert done.exit_code == 1
+    assert "nothing timed" in done.output
+
+
+def test_ops_needs_a_gpu() -> None:
+    done = run("ops.py")
+    assert done.returncode == 2
+    assert "no GPU" in done.stderr
+    assert done.stdout == ""
+
+
+OPS = ("hook_linear", "hook_correction_", "hook_linear_sequence", "key_covariance_")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_case_is_checked_timed_and_judged(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    cases, ops = bench("cases"), bench("ops")
+    monkeypatch.setattr(ops, "ROTATED_BYTES", 0)
+    monkeypatch.setattr(cases, "compiled", lambda: cases.published)
+    cpu = torch.device("cpu")
+    faster = 0.0 if op == "hook_linear_sequence" else None
+    case = cases.Case("tiny", op, 40, 24, 130, must=1e9, faster=faster, dtype=torch.float32)
+    with torch.inference_mode():
+        lines = ops.rows_of(case, ops.measure(case, cpu, rounds=3), 1e9, 1e9)
+    assert {line["contender"] for line in lines} >= {case.baseline}
+    (own,) = [line for line in lines if "verdict" in line]
+    assert "reached" in own["verdict"]
+    assert "MISSED" not in own["verdict"]
+    assert own["microseconds"] > 0
+    (baseline,) = [line for line in lines if line["contender"] == case.baseline]
+    assert baseline["ratio"] == 1.0
+    ops.table_of({"device": "cpu", "copy_gb_s": 1, "matmul_tflop_s": 1, "rows": lines})
+
+
+def test_a_missed_promise_is_said(bench: Any) -> None:
+    cases, ops, timing = bench("cases"), bench("ops"), bench("timing")
+    case = cases.Case("tiny", "hook_linear", 40, 24, 1, must=1.1, aim=1.05, share=0.8)
+    timings = {"F.linear": timing.Timings([1.0, 2.0]), "hook_linear": timing.Timings([1.2, 2.4])}
+    _, own = ops.rows_of(case, timings, bandwidth=case.bytes_moved / 1.8, rate=1e18)
+    assert own["ratio"] == pytest.approx(1.2)
+    assert own["floor_ratio"] == pytest.approx(1.0)
+    assert own["verdict"] == "×1.10 MISSED; 80% of copy reached"
+
+
+@pytest.mark.parametrize("gate", ["keyed", "calibrated"])
+@pytest.mark.parametrize("rank", [None, 6])
+def test_the_check_of_a_layer_passes_and_fails(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, gate: str, rank: int | None
+) -> None:
+    layers = bench("layers")
+    torch.manual_seed(0)
+    layer = layers.random_layer(512, 32, 20, gate=gate, rank=rank, edits=30, n_open=3)
+    layers.check_layer(layer)
+    op = layers.hook_linear
+
+    def nudged(*arguments: Any) -> Any:
+        output, score, index = op(*arguments)
+        output[0, 0] += 1e-3
+        return output, score, index
+
+    monkeypatch.setattr(layers, "hook_linear", nudged)
+    with pytest.raises(layers.WrongResultError, match="off by"):
+        layers.check_layer(layer)
+    monkeypatch.setattr(layers, "hook_linear", op)
+    with pytest.raises(layers.WrongResultError, match="opened 3 of 20"):
+        layers.check_layer(layer._replace(n_open=2))
+
+
+def test_a_sequence_that_opens_other_tokens_is_refused(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = bench("cases")
+    op = cases.hook_linear_sequence
+
+    def flipped(*arguments: Any) -> Any:
+        output, score, z = op(*arguments)
+        return output, score, -z
+
+    monkeypatch.setattr(cases, "hook_linear_sequence", flipped)
+    case = cases.Case("tiny", "hook_linear_sequence", 40, 24, 130, dtype=torch.float32)
+    with pytest.raises(cases.WrongResultError, match="opened other tokens"):
+        cases.contenders(case, torch.device("cpu"), check=True)
+
+
+def test_tuning_keeps_the_default_unless_a_candidate_beats_it(bench: Any) -> None:
+    tune = bench("tune")
+    candidates = tune.grid(BN=(16, 32), num_warps=(4,))
+    problem = tune.Problem("kernel", {"d_in": 1}, (), candidates)
+
+    def measured(config: dict[str, int] | None) -> float:
+        return 2.0 if config is None else {16: 3.0, 32: 1.0}[config["BN"]]
+
+    assert tune.best(problem, measured) == (candidates[1], 0.5)
+    assert tune.best(problem, lambda config: 2.0) == (None, 1.0)
+
+
+def test_a_forced_configuration_is_what_a_lookup_finds(bench: Any) -> None:
+    from coachhook_kernels.tuning import lookup
+
+    tune = bench("tune")
+    default = {"BN": 1}
+    with tune.forced("one", {"BN": 64}):
+        assert lookup("one", torch.device("cpu"), default, d_in=8) == {"BN": 64}
+        assert lookup("other", torch.device("cpu"), default, d_in=8) == default
+    assert lookup("one", torch.device("cpu"), default, d_in=8) == default
+
+
+def test_contenders_take_turns(bench: Any) -> None:
+    timing = bench("timing")
+    called: list[str] = []
+    steps = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    prepared: list[str] = []
+    timings = timing.take_turns(steps, 3, torch.device("cpu"), prepared.append)
+    assert called == list("abcbcacab")
+    assert prepared == called
+    assert all(len(found.seconds) == 3 for found in timings.values())
+
+
+def test_a_ratio_is_the_median_within_rounds(bench: Any) -> None:
+    timing = bench("timing")
+    # The machine slows tenfold after the first round: medians of each would say 5.5 times.
+    fast, slow = timing.Timings([1.0, 10.0, 10.0]), timing.Timings([2.0, 20.0, 40.0])
+    assert slow.over(fast) == (2.0, 1.0)
+    assert (slow.median, slow.best) == (20.0, 2.0)
+    assert slow.spread == pytest.approx(19 / 20)
+
+
+def test_the_published_forms_agree(bench: Any) -> None:
+    published = bench("published")
+    torch.manual_seed(0)
+    keys = torch.randn(2, 50, 16)
+    keys[:, ::20] *= 5
+    weight, hook_weight, bias = torch.randn(8, 16), torch.randn(8, 16), torch.randn(8)
+    one, other = (
+        form(keys, weight, hook_weight, bias, 2.2)
+        for form in (published.published, published.published_select)
+    )
+    assert torch.equal(one, other)
+    changed = (one != torch.nn.functional.linear(keys, weight, bias)).any(-1)
+    assert 0 < int(changed.sum()) < 20
