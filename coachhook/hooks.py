@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from coachhook.gates import Gate, GateReading, SequenceGate
@@ -71,7 +73,7 @@ class HookLinear(nn.Module):
         if self.state is HookState.OFF or self.down.shape[0] == 0:
             unedited: Tensor = self.base(keys)
             return unedited
-        plain = not torch.is_autocast_enabled(keys.device.type)
+        plain = not torch.is_autocast_enabled(keys.device.type) and not _differentiated_forward()
         if plain and self.state is HookState.VALIDATED:
             gate = self.gate.per_token()
             if gate is not None:
@@ -93,8 +95,9 @@ class HookLinear(nn.Module):
             score, _ = gate.read(keys.detach(), self.delta)
             corrected = self.delta.expand(self.delta.project(keys))
             return hook_correction(output, corrected, gate.is_open(score))
-        # A hook on the base may have kept its output, which must stay the base's.
-        output = output.clone() if self.base._forward_hooks else output
+        # Whoever made or watched the output may have kept it, and it must stay the base's.
+        watched = self.base._forward_hooks or has_any_global_hook()
+        output = output.clone() if watched or type(self.base) not in (nn.Linear, Conv1D) else output
         hook_correction_(output, keys, self.delta, gate)
         return output
 
@@ -126,18 +129,35 @@ class HookLinear(nn.Module):
         return f"gate={self.gate.name}, delta={form}, state={self.state}"
 
 
-def _plain_weight(base: nn.Module) -> Tensor | None:
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _plain_weight(base: Any) -> Tensor | None:
     """The `(d_out, d_in)` weight of a base whose forward is `W k + b` and that nobody watches or
-    has wrapped (parametrisation, offloading, hooks); None for any other."""
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks:
+    has wrapped (parametrisation, offloading, hooks, quantised or sharded weights); None for any
+    other."""
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
         return None
-    if base._backward_pre_hooks or "forward" in base.__dict__:
+    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
         return None
-    if type(base) is nn.Linear:
-        return base.weight
-    if type(base) is Conv1D:
-        return base.weight.mT
-    return None
+    if base._backward_hooks or base._backward_pre_hooks:
+        return None
+    weight: Tensor = base.weight
+    bias: Tensor | None = base.bias
+    # A quantised or sharded weight is a tensor of a class of its own.
+    if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return None
+    return weight if type(base) is nn.Linear else weight.mT
+
+
+def _differentiated_forward() -> bool:
+    """Whether a forward-mode derivative or another transform of functions is under way, which the
+    fused operations know nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _drop_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -59,3 +59,10 @@ def lookup(kernel: str, device: torch.device, default: Config, **sizes: int) -> 
     """The measured configuration nearest to `sizes` (within a factor of 4 in all), or `default`."""
     found = _nearest(device_folder(device), kernel, tuple(sorted(sizes.items())))
     return default if found is None else found
+
+
+def launchable(config: Config) -> Config:
+    """The configuration as it is launched: an AMD GPU's local memory holds two stages of a tile."""
+    if torch.version.hip is None:
+        return config
+    return config | {"num_stages": min(config["num_stages"], 2)}

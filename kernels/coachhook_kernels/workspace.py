@@ -49,9 +49,17 @@ def _take(device: torch.device) -> Tensor:
         if torch.cuda.is_current_stream_capturing():
             # Memory of the graph's own, zeroed by the graph at every replay.
             return torch.zeros(SET, dtype=torch.int32, device=device)
-        block = torch.zeros(SETS_A_BLOCK, SET, dtype=torch.int32, device=device)
-        # Another stream may use its set before this one's zeros are written.
-        torch.cuda.current_stream(device).synchronize()
-        _blocks.append(block)
-        free.extend(block.unbind())
+        # In a thread of its own: this one's allocations may be going to the pool of a CUDA graph
+        # that is being warmed up, which takes its memory back.
+        thread = threading.Thread(target=_add_block, args=(device,))
+        thread.start()
+        thread.join()
     return free.pop()
+
+
+def _add_block(device: torch.device) -> None:
+    block = torch.zeros(SETS_A_BLOCK, SET, dtype=torch.int32, device=device)
+    # Another stream may use its set before this one's zeros are written.
+    torch.cuda.current_stream(device).synchronize()
+    _blocks.append(block)
+    _free[device].extend(block.unbind())

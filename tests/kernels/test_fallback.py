@@ -27,6 +27,7 @@ from support import (
 from coachhook_kernels import (
     runtime,
     tuning,
+    workspace,
 )
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -218,3 +219,24 @@ class TestTuning:
         [record] = caplog.records
         assert "another_kernel" in record.getMessage()
         assert "defaults" in record.getMessage()
+
+
+def test_a_series_broken_off_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The list of open rows has a length by then; the next series would append to it."""
+    pytest.importorskip("triton")
+    from coachhook_kernels.hook_linear import tiles
+
+    used = torch.zeros(workspace.SET, dtype=torch.int32, device=DEVICE)
+    forgotten: list[bool] = []
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiles, "counters", lambda device: used)
+    monkeypatch.setattr(tiles, "multiply_open", interrupt)
+    monkeypatch.setattr(tiles, "discard", lambda: forgotten.append(True))
+    problem = make(replace(FORMS["keyed dense"], opened="all"))
+    with pytest.raises(KeyboardInterrupt):
+        tiles.launch(problem.keys, problem.delta, problem.gate, base_output(problem))
+    assert used.any()
+    assert forgotten == [True]

@@ -161,3 +161,20 @@ class TestBadInput:
         with pytest.raises(KernelInputError):
             hook_correction_(output, bad.keys, bad.delta, bad.gate)
         assert torch.equal(output, before)
+
+
+def test_an_output_that_lies_on_top_of_itself() -> None:
+    problem = KEYED
+    rows = problem.keys.shape[0]
+    with pytest.raises(KernelInputError, match="more than once"):
+        hook_correction_(
+            zeros(1, D_OUT).expand(rows, -1), problem.keys, problem.delta, problem.gate
+        )
+
+
+def test_an_output_that_shares_memory_with_the_keys() -> None:
+    rows = KEYED.keys.shape[0]
+    both = zeros(rows, D_IN + D_OUT)
+    keys, output = both[:, :D_IN], both[:, D_IN - 1 : D_IN - 1 + D_OUT]
+    with pytest.raises(KernelInputError, match="share memory"):
+        hook_correction_(output, keys, KEYED.delta, KEYED.gate)

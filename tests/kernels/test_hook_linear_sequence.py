@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import DEVICE
 from torch import Tensor
 
 from coachhook_kernels import Delta, KernelInputError, hook_linear_sequence
@@ -200,3 +201,21 @@ class TestRefusals:
         given[position] = wrong
         with pytest.raises(KernelInputError, match=message):
             hook_linear_sequence(*given)
+
+
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_a_bias_that_is_not_contiguous(form: str) -> None:
+    """The launcher itself reads a bias of any stride."""
+    pytest.importorskip("triton")
+    from coachhook_kernels.dual_path.kernel import linear_sequence
+
+    with torch.device(DEVICE):
+        torch.manual_seed(0)
+        keys, weight = torch.randn(2, 5, 12), torch.randn(9, 12)
+        up, _ = torch.linalg.qr(torch.randn(9, 3))
+        delta = Delta(torch.randn(3, 12), up) if form == "factored" else Delta(torch.randn(9, 12))
+        bias = torch.stack([torch.randn(9), torch.full((9,), torch.nan)], -1)[:, 0]
+        alpha = torch.tensor(1.0)
+        output, _, _ = linear_sequence(keys, weight, bias, delta, None, alpha)
+        expected, _, _ = linear_sequence(keys, weight, bias.contiguous(), delta, None, alpha)
+        assert torch.equal(output, expected)

@@ -116,21 +116,20 @@ def _row_squares(dtype: str) -> CompileCase:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Products in every configuration, layout and form of Δ; the finishes in every block size."""
+    """Products in every configuration: of bfloat16 with both layouts and forms of Δ, of float32 in
+    its fullest form. Float16 compiles to the code of bfloat16 but for the type in
+    its instructions, and is seen once."""
     cases = []
-    for dtype in ("bf16", "fp16", "fp32"):
-        width = "single" if dtype == "fp32" else "half"
-        for config in configs.FEW_ROWS[width] + configs.MANY_ROWS[width]:
-            cases += [_product(dtype, config, "linear", False, False)]
-            cases += [_product(dtype, config, "linear", True, False)]
-            # Float16 compiles to the code of bfloat16 but for the type in its instructions.
-            if dtype != "fp16" and config["BT"] * config["BN"] <= configs.COLUMN_MAJOR_TILE:
-                cases += [_product(dtype, config, "conv1d", False, True)]
-                cases += [_product(dtype, config, "conv1d", True, True)]
-        for BL in configs.FINISH_LENGTHS:
-            cases += [_finish_sequences(dtype, BL, True, None)]
-            cases += [_finish_sequences(dtype, BL, True, "fp32")]
-        cases += [_finish_sequences(dtype, configs.FINISH_LENGTHS[-1], False, dtype)]
-        cases += [_finish_tokens(dtype, BT) for BT in (16, 32)]
-        cases += [_row_squares(dtype)]
-    return cases
+    for config in configs.FEW_ROWS["half"] + configs.MANY_ROWS["half"]:
+        cases += [_product("bf16", config, "linear", factored, False) for factored in (False, True)]
+        if config["BT"] * config["BN"] <= configs.COLUMN_MAJOR_TILE:
+            cases += [_product("bf16", config, "conv1d", False, True)]
+    cases += [_product("fp16", configs.MANY_ROWS["half"][0], "linear", False, False)]
+    for config in configs.FEW_ROWS["single"] + configs.MANY_ROWS["single"]:
+        cases += [_product("fp32", config, "conv1d", False, True)]
+    cases += [_finish_sequences("bf16", BL, True, "fp32") for BL in configs.FINISH_LENGTHS]
+    cases += [_finish_sequences("bf16", configs.FINISH_LENGTHS[-1], True, None)]
+    cases += [_finish_sequences("bf16", configs.FINISH_LENGTHS[-1], False, "bf16")]
+    cases += [_finish_sequences("fp32", configs.FINISH_LENGTHS[-1], True, "fp32")]
+    cases += [_finish_tokens("bf16", BT) for BT in (16, 32)]
+    return [*cases, _finish_tokens("fp32", 32), _row_squares("bf16")]

@@ -8,7 +8,7 @@ from coachhook_kernels.tuning import Config, lookup
 FEW = 16
 """Rows of keys that take the narrow side of a dot: the least that a tensor core multiplies."""
 
-COMPOSED_ROWS = 1024
+COMPOSED_ROWS = 256
 """From so many rows on, two products of cuBLAS and a norm replace the fused product."""
 
 GROUP = 8
@@ -29,11 +29,11 @@ MANY_ROWS = {
         _config(128, 64, 64, 8, 5),
         _config(64, 64, 64, 4, 6),
         _config(64, 32, 64, 4, 8),
-        _config(32, 32, 128, 4, 5),
+        _config(32, 32, 256, 4, 3),
     ),
     "single": (
         _config(64, 64, 16, 8, 3),
-        _config(64, 32, 32, 4, 3),
+        _config(64, 32, 32, 8, 3),
         _config(32, 32, 32, 4, 3),
     ),
 }

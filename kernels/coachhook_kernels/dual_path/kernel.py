@@ -20,7 +20,7 @@ from coachhook_kernels.dual_path.products import (
     factored_kernel,
     row_squares_kernel,
 )
-from coachhook_kernels.tuning import lookup
+from coachhook_kernels.tuning import launchable, lookup
 
 __all__ = [
     "Products",
@@ -49,9 +49,9 @@ def _unit_stride(keys: Tensor) -> Tensor:
 
 def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Products:
     """Both paths of a dense Δ `(d_out, d_in)` in one pass over `W` and `Δ`."""
-    keys = _unit_stride(keys)
+    keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
-    config = configs.product_config(keys, weight, delta, factored=False)
+    config = launchable(configs.product_config(keys, weight, delta, factored=False))
     n_columns = triton.cdiv(d_out, config["BN"])
     output = keys.new_empty(n_tokens, d_out)
     delta_keys = keys.new_empty(n_tokens, d_out)
@@ -81,9 +81,9 @@ def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Ten
 
 def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
     """The base path and `A k` (float32), down `A` `(r, d_in)`: r more columns of one product."""
-    keys = _unit_stride(keys)
+    keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out, rank = keys.shape, weight.shape[0], down.shape[0]
-    config = configs.product_config(keys, weight, down, factored=True)
+    config = launchable(configs.product_config(keys, weight, down, factored=True))
     n_columns = triton.cdiv(d_out, config["BN"])
     n_extra = triton.cdiv(rank, config["BN"])
     output = keys.new_empty(n_tokens, d_out)

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from coachhook_kernels import runtime
 from coachhook_kernels.correction import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
-from coachhook_kernels.hook_linear.validation import check_correction, check_linear
+from coachhook_kernels.hook_linear.validation import check_correction, check_linear, check_overlap
 
 DUAL_PATH_ROWS = 512
 """Rows up to which the norm of a dense `Δ k` is found on the way, by reading `W` and `Δ` in one
@@ -65,6 +65,11 @@ def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor |
     return all(tensor is None or tensor.numel() > 0 for tensor in (keys, *same))
 
 
+def _kind(keys: Tensor, d_out: int) -> str:
+    """What a compilation that fails speaks for: other dtypes and layers may do better."""
+    return f"{keys.dtype} {keys.shape[1]}→{d_out}"
+
+
 def eager_correction_(
     output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +98,9 @@ def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tu
         return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
-        "hook_correction_", launch, lambda: eager_correction_(output, keys, delta, gate)
+        f"hook_correction_ {_kind(keys, output.shape[1])}",
+        launch,
+        lambda: eager_correction_(output, keys, delta, gate),
     )
 
 
@@ -109,6 +116,7 @@ def _linear(
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import rows
 
+    kind = _kind(keys, weight.shape[0])
     unit_bias = None if bias is None else bias.contiguous()
 
     def in_one_launch() -> tuple[Tensor, Tensor, Tensor]:
@@ -121,9 +129,9 @@ def _linear(
         return output, score, torch.full_like(score, -1, dtype=torch.int64)
 
     if rows.takes(keys, delta, gate):
-        return runtime.with_fallback("hook_linear rows", in_one_launch, compose)
+        return runtime.with_fallback(f"hook_linear rows {kind}", in_one_launch, compose)
     if not gate.keyed and delta.up is None and keys.shape[0] <= DUAL_PATH_ROWS:
-        return runtime.with_fallback("hook_linear dual path", on_both_paths, compose)
+        return runtime.with_fallback(f"hook_linear dual path {kind}", on_both_paths, compose)
     return compose()
 
 
@@ -167,7 +175,13 @@ def _(keys: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     keys, weight, _, down, up, mean, std, alpha, *_ = inputs
     is_open = TokenGate(mean, std, alpha).is_open(output[1])
-    ctx.save_for_backward(keys if ctx.needs_input_grad[1] else None, weight, down, up, is_open)
+    ctx.save_for_backward(
+        keys if ctx.needs_input_grad[1] else None,
+        weight if ctx.needs_input_grad[0] else None,
+        down,
+        up,
+        is_open,
+    )
     ctx.mark_non_differentiable(output[1], output[2])
 
 
@@ -205,6 +219,7 @@ def _hook_correction(
 ) -> tuple[Tensor, Tensor]:
     gate = TokenGate(mean, std, alpha, projection, offset, fingerprints, enabled)
     leading = keys.shape[:-1]
+    check_overlap(output, keys)
     rows = _as_rows(output)
     with torch.cuda.device_of(keys):
         score, index = _correct_(rows, _as_rows(keys), Delta(down, up), gate)

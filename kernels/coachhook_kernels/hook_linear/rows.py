@@ -7,7 +7,7 @@ from torch import Tensor
 from coachhook_kernels.correction import Delta
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
-from coachhook_kernels.tuning import Config, lookup
+from coachhook_kernels.tuning import Config, launchable, lookup
 from coachhook_kernels.workspace import counters
 
 TOKEN_TILES = (16, 32, 64)
@@ -48,8 +48,13 @@ def takes(keys: Tensor, delta: Delta, gate: TokenGate) -> bool:
     if n_tokens > widest or not (gate.keyed or delta.up is not None):
         return False
     n_fingerprints = 0 if gate.fingerprints is None else gate.fingerprints.shape[0]
-    n_match = triton.next_power_of_2(max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE)))
-    return bool(token_tile(n_tokens) * n_match <= MOST_MATCHES)
+    n_match = triton.cdiv(n_fingerprints, FINGERPRINT_TILE)
+    return bool(n_match * token_tile(n_tokens) <= MOST_MATCHES)
+
+
+def match_table(n_match: int) -> int:
+    """Rows of the table of matches: few sizes, since each is a compilation of its own."""
+    return next(size for size in (16, 64, 256) if n_match <= size)
 
 
 def token_tile(n_tokens: int) -> int:
@@ -75,13 +80,15 @@ def launch(
     n_fingerprints = gate.fingerprints.shape[0] if gate.fingerprints is not None else 0
     by_column = weight is not None and weight.stride(0) == 1 and weight.stride(1) > 1
     bits = 8 * keys.element_size()
-    config = lookup(
-        f"hook_linear_rows_{bits}bit",
-        keys.device,
-        default_config(d_out, n_tokens, keys.dtype, by_column),
-        d_in=d_in,
-        d_out=d_out,
-        rows=n_tokens,
+    config = launchable(
+        lookup(
+            f"hook_linear_rows_{bits}bit",
+            keys.device,
+            default_config(d_out, n_tokens, keys.dtype, by_column),
+            d_in=d_in,
+            d_out=d_out,
+            rows=n_tokens,
+        )
     )
     score_tile = max(16, triton.next_power_of_2(n_score)) if gate.keyed else CALIBRATED_TILE
     n_slices = triton.cdiv(d_in, config["SLICE"])
@@ -147,7 +154,7 @@ def launch(
         SLICE=config["SLICE"],
         BS=score_tile,
         BE=FINGERPRINT_TILE,
-        MATCHES=triton.next_power_of_2(n_match),
+        MATCHES=match_table(n_match),
         BR=RANK_TILE,
         PK=PROJECT_STEP,
         num_warps=config["num_warps"],

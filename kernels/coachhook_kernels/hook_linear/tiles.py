@@ -17,8 +17,8 @@ from coachhook_kernels.correction import Delta
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.runtime import multiprocessors
 from coachhook_kernels.triton_dot import dot, dot_wide
-from coachhook_kernels.tuning import Config, lookup
-from coachhook_kernels.workspace import counters
+from coachhook_kernels.tuning import Config, launchable, lookup
+from coachhook_kernels.workspace import counters, discard
 
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
 STORE, ADD, SQUARES = (tl.constexpr(i) for i in range(3))
@@ -274,7 +274,7 @@ def multiply(
         n_slices=n_slices,
         slice_length=triton.cdiv(triton.cdiv(length, n_slices), config["BK"]) * config["BK"],
         EPILOGUE=epilogue,
-        **config,
+        **launchable(config),
     )
 
 
@@ -305,12 +305,21 @@ def multiply_open(
         stride_rk=right.stride(1),
         stride_om=output.stride(-2),
         EPILOGUE=epilogue,
-        **config,
+        **launchable(config),
     )
 
 
 def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
     """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Score and index."""
+    try:
+        return _launch(keys, delta, gate, output)
+    except BaseException:
+        # A series broken off after its gate leaves a list that the next one would append to.
+        discard()
+        raise
+
+
+def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, d_in = keys.shape
     device = keys.device
     sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}

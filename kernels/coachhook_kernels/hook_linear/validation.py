@@ -31,7 +31,7 @@ def check_linear(
 
 def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> None:
     _check_keys(keys)
-    if output.ndim == 0 or not output.is_floating_point():
+    if output.ndim == 0 or not _is_real(output):
         raise KernelInputError(
             f"output is {output.dtype} of shape {tuple(output.shape)}; (..., d_out) of floats "
             "was expected"
@@ -50,15 +50,43 @@ def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
         )
 
 
+def check_overlap(output: Tensor, keys: Tensor) -> None:
+    """Refuse an output that holds an element twice, or shares memory with the keys: programs that
+    run side by side would read what others have written."""
+    if torch._debug_has_internal_overlap(output) == 1:
+        raise KernelInputError(
+            f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
+            "more than once; pass a copy of it"
+        )
+    if output.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr():
+        return
+    (first, last), (start, stop) = _extent(output), _extent(keys)
+    if output.numel() and keys.numel() and first < stop and start < last:
+        raise KernelInputError("output and keys share memory; pass a copy of one of them")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte of a tensor in its storage, and the first behind it."""
+    first = int(tensor.storage_offset())
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = first + sum((size - 1) * stride for size, stride in steps) + 1
+    return first * tensor.element_size(), last * tensor.element_size()
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether torch computes with this dtype: an 8-bit float is for storage alone."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
+
+
 def _check_keys(keys: Tensor) -> None:
-    if keys.ndim == 0 or not keys.is_floating_point():
+    if keys.ndim == 0 or not _is_real(keys):
         raise KernelInputError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d_in) of floats expected"
         )
 
 
 def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
-    if matrix.ndim != 2 or matrix.shape[1] != columns or not matrix.is_floating_point():
+    if matrix.ndim != 2 or matrix.shape[1] != columns or not _is_real(matrix):
         raise KernelInputError(
             f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; ({rows}, {columns}) of "
             "floats was expected"
@@ -76,8 +104,12 @@ def _check_delta(delta: Delta, d_in: int, d_out: int) -> None:
 
 
 def _check_gate(gate: TokenGate, d_in: int) -> None:
-    if any(scalar.ndim != 0 for scalar in (gate.mean, gate.std, gate.alpha)):
-        raise KernelInputError("the gate's mean, std and alpha are 0-d tensors")
+    for name, scalar in (("mean", gate.mean), ("std", gate.std), ("alpha", gate.alpha)):
+        if scalar.ndim != 0 or scalar.dtype != torch.float32:
+            raise KernelInputError(
+                f"the gate's {name} is {scalar.dtype} of shape {tuple(scalar.shape)}; mean, std "
+                "and alpha are 0-d float32"
+            )
     offset, fingerprints, enabled = gate.offset, gate.fingerprints, gate.enabled
     missing = [part is None for part in gate[3:]]
     if all(missing):
@@ -89,7 +121,7 @@ def _check_gate(gate: TokenGate, d_in: int) -> None:
     _check_matrix("projection", gate.projection, "s", d_in)
     size = gate.projection.shape[0]
     _check_matrix("fingerprints", fingerprints, "e", size)
-    if offset.shape != (size,) or not offset.is_floating_point():
+    if offset.shape != (size,) or not _is_real(offset):
         raise KernelInputError(
             f"offset is {offset.dtype} of shape {tuple(offset.shape)}; ({size},) of floats expected"
         )

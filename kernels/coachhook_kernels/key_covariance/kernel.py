@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from coachhook_kernels.compile_case import CompileCase
 from coachhook_kernels.key_covariance.configs import POINTER, SINGLE, SQUARE, WIDE
 from coachhook_kernels.triton_dot import dot
-from coachhook_kernels.tuning import Config
+from coachhook_kernels.tuning import Config, launchable
 
 MIRROR_BLOCK = 64
 MIRROR_GROUP = 8
@@ -184,7 +184,7 @@ def add_triangle(
     """
     n, d = keys.shape
     blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
-    options = {name: config[name] for name in ("num_warps", "num_stages")}
+    options = {name: launchable(config)[name] for name in ("num_warps", "num_stages")}
     block_i, block_j, block_n = blocks["BLOCK_I"], blocks["BLOCK_J"], blocks["BLOCK_N"]
     grid = (_triangular(triton.cdiv(d, block_j)) * (block_j // block_i),)
     if config["tma"]:
@@ -275,7 +275,6 @@ def _pointer_case(dtype: str, config: Config, masked: bool, mirror: bool) -> Com
         constants,
         config["num_warps"],
         config["num_stages"],
-        amd_num_stages=config["num_stages"],
         tensor_cores=dtype != "fp32",
         wgmma=dtype != "fp32",
     )
