@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/coachhook demo
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_model.py tests
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_model.py tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """What it takes to compile a kernel for a GPU that is not here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -26,3 +26,8 @@ class CompileCase:
     wgmma: bool = False
     amd_num_stages: int = 2
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+    def further(self) -> "CompileCase":
+        """A further form of a configuration that another case stands for: compiled for the two GPUs
+        where registers are scarcest and warp groups multiply, to spare time."""
+        return replace(self, targets=tuple(t for t in self.targets if t in ("sm_80", "sm_90")))

@@ -121,15 +121,16 @@ def compile_cases() -> list[CompileCase]:
     its instructions, and is seen once."""
     cases = []
     for config in configs.FEW_ROWS["half"] + configs.MANY_ROWS["half"]:
-        cases += [_product("bf16", config, "linear", factored, False) for factored in (False, True)]
+        cases += [_product("bf16", config, "linear", False, False)]
+        cases += [_product("bf16", config, "linear", True, False).further()]
         if config["BT"] * config["BN"] <= configs.COLUMN_MAJOR_TILE:
-            cases += [_product("bf16", config, "conv1d", False, True)]
-    cases += [_product("fp16", configs.MANY_ROWS["half"][0], "linear", False, False)]
+            cases += [_product("bf16", config, "conv1d", False, True).further()]
+    cases += [_product("fp16", configs.MANY_ROWS["half"][0], "linear", False, False).further()]
     for config in configs.FEW_ROWS["single"] + configs.MANY_ROWS["single"]:
         cases += [_product("fp32", config, "conv1d", False, True)]
     cases += [_finish_sequences("bf16", BL, True, "fp32") for BL in configs.FINISH_LENGTHS]
     cases += [_finish_sequences("bf16", configs.FINISH_LENGTHS[-1], True, None)]
     cases += [_finish_sequences("bf16", configs.FINISH_LENGTHS[-1], False, "bf16")]
-    cases += [_finish_sequences("fp32", configs.FINISH_LENGTHS[-1], True, "fp32")]
+    cases += [_finish_sequences("fp32", configs.FINISH_LENGTHS[-1], True, "fp32").further()]
     cases += [_finish_tokens("bf16", BT) for BT in (16, 32)]
     return [*cases, _finish_tokens("fp32", 32), _row_squares("bf16")]

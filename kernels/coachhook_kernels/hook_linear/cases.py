@@ -18,16 +18,18 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _rows_cases() -> list[CompileCase]:
-    forms = (("keyed", "dense"), ("keyed", "factored"), ("calibrated", "factored"))
-    cases = [_rows_case("bf16", 4096, 16, *form) for form in forms]
-    cases.append(_rows_case("bf16", 4096, 16, "keyed", "dense", base=False))
-    others = ((4096, 32), (4096, 64), (576, 16), (576, 32), (576, 64), (8192, 16), (8192, 32))
-    cases += [_rows_case("bf16", d_out, tokens, "keyed", "dense") for d_out, tokens in others]
-    cases += [
-        _rows_case("bf16", 4096, n, "keyed", "dense", by_column=True) for n in rows.TOKEN_TILES
+    shapes = ((4096, 16), (4096, 32), (4096, 64), (576, 16), (576, 32), (576, 64), (8192, 16))
+    cases = [_rows_case("bf16", d_out, n, "keyed", "dense") for d_out, n in (*shapes, (8192, 32))]
+    cases.append(_rows_case("fp32", 4096, 16, "keyed", "dense"))
+    further = [
+        _rows_case("bf16", 4096, 16, "keyed", "factored"),
+        _rows_case("bf16", 4096, 16, "calibrated", "factored"),
+        _rows_case("bf16", 4096, 16, "keyed", "dense", base=False),
+        _rows_case("fp16", 4096, 64, "keyed", "factored"),
+        _rows_case("fp32", 4096, 16, "calibrated", "factored"),
+        *[_rows_case("bf16", 4096, n, "keyed", "dense", by_column=True) for n in rows.TOKEN_TILES],
     ]
-    cases.append(_rows_case("fp16", 4096, 64, "keyed", "factored"))
-    return [*cases, *[_rows_case("fp32", 4096, 16, *form) for form in forms[::2]]]
+    return [*cases, *[case.further() for case in further]]
 
 
 def _rows_case(
@@ -93,11 +95,15 @@ def _tiles_cases() -> list[CompileCase]:
         cases.append(_open_case("correct", name, tiles.correct_config(dtype), tiles.ADD))
         cases.append(_gate_case(name, True, False, 16))
     config = tiles.correct_config(torch.bfloat16)
-    cases.append(_open_case("correct", "fp16", config, tiles.ADD))
-    cases.append(_open_case("lower", "bf16", config, tiles.STORE))
-    cases.append(_open_case("correct", "bf16", config, tiles.ADD, by_column=True))
-    cases += [_gate_case("bf16", True, False, 32), _gate_case("bf16", False, False, 32)]
-    return [*cases, _gate_case("bf16", False, True, 32)]
+    further = [
+        _open_case("correct", "fp16", config, tiles.ADD),
+        _open_case("lower", "bf16", config, tiles.STORE),
+        _open_case("correct", "bf16", config, tiles.ADD, by_column=True),
+        _gate_case("bf16", True, False, 32),
+        _gate_case("bf16", False, False, 32),
+        _gate_case("bf16", False, True, 32),
+    ]
+    return [*cases, *[case.further() for case in further]]
 
 
 def _matrices(dtype: str, output: str, by_column: bool) -> tuple[dict[str, str], dict[str, Any]]:

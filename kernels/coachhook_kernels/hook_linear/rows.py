@@ -23,10 +23,12 @@ def default_config(d_out: int, n_tokens: int, dtype: torch.dtype, by_column: boo
     if dtype == torch.float32:
         return common | {"BN": 16, "BK": 32, "SLICE": 512}
     if by_column:
-        return common | {"BN": 32, "BK": 128, "SLICE": 512}
+        return common | {"BN": 32, "BK": 128 if n_tokens <= 32 else 64, "SLICE": 512}
+    if n_tokens > 32:
+        return common | {"BN": 32 if d_out >= 4096 else 16, "BK": 64, "SLICE": 512, "num_stages": 6}
     if d_out < 4096:
-        return common | {"BN": 16, "BK": 256 if n_tokens <= 32 else 128, "SLICE": 256}
-    if n_tokens <= 32 and d_out >= 8192:
+        return common | {"BN": 16, "BK": 256, "SLICE": 256}
+    if d_out >= 8192:
         return common | {"BN": 64, "BK": 128, "SLICE": 1024}
     return common | {"BN": 32, "BK": 256 if n_tokens <= 16 else 128, "SLICE": 512}
 
