@@ -26,6 +26,8 @@ class ValueConfig:
     steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
     clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
+    tokens: how many tokens, all contexts counted, are optimised at once; halved whenever memory
+    does not suffice.
     """
 
     contexts: tuple[str, ...] = (
@@ -39,9 +41,10 @@ class ValueConfig:
     kl: float = 0.0625
     decay: float = 0.01
     enough: float = 0.05
+    tokens: int = 8_192
 
     def __post_init__(self) -> None:
-        _check_positive(self, "gain", "steps", "rate", "clamp")
+        _check_positive(self, "gain", "steps", "rate", "clamp", "tokens")
         for context in self.contexts:
             if context.count("{}") != 1:
                 raise ConfigError(f"context {context!r} must contain {{}} once, for the prompt")

@@ -36,6 +36,10 @@ class ArchitectureError(ModelError):
     """The registry does not know where this architecture keeps its down-projection."""
 
 
+class OutOfMemoryError(CoachhookError, RuntimeError):
+    """A single edit, or a run as a whole, needs more memory than there is."""
+
+
 class StatisticsError(CoachhookError):
     """Key statistics are missing, too small, not finite, or of another model."""
 
