@@ -101,12 +101,12 @@ def evaluate(
             return result
 
         with hooks.off(model):
-            before = step(_hits(model, tokenizer, asked))
+            before = step(teacher_forced(model, tokenizer, asked))
             local_before = step(_choices(model, tokenizer, beside))
             plain_local = step(_answers(model, tokenizer, [p.prompt for _, p in local]))
             perplexity_before = step(perplexity(model, tokenizer, text))
-        hits = step(_hits(model, tokenizer, asked))
-        reworded_hits = step(_hits(model, tokenizer, reworded))
+        hits = step(teacher_forced(model, tokenizer, asked))
+        reworded_hits = step(teacher_forced(model, tokenizer, reworded))
         local_after = step(_choices(model, tokenizer, beside))
         answers = step(_answers(model, tokenizer, [r.prompt for r in requests]))
         reworded_answers = step(_answers(model, tokenizer, [p for _, p in paraphrases]))
@@ -188,7 +188,7 @@ def _choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
     return found
 
 
-def _hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+def teacher_forced(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
     """Share of each row's target tokens that are the model's first choice."""
     return [
         float((choice == torch.tensor(row.target)).float().mean())
