@@ -2,13 +2,11 @@
 
 One request at a time; its prompt bare and behind prefixes that the model has sampled; in every step
 a forward pass over all rows and the whole model with all logits, and a backward pass down to the
-hooked block. Contexts, steps, rate and penalties are a ValueConfig's. It takes every step, as the
-published description has it; when it would have stopped, had it stopped at `enough` as ours does, is
-noted beside.
+hooked block. Contexts, steps, rate and penalties are a ValueConfig's. It takes every step; when it
+would have stopped, had it stopped at `enough` as ours does, is noted beside.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

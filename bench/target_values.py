@@ -84,7 +84,7 @@ def measure(
 
 
 def reliability(editor: ch.Editor, requests: Sequence[ch.EditRequest], values: Tensor) -> float:
-    """Share of target tokens that are first choices once `values` are written; then forgets them."""
+    """Share of target tokens that are first choices once `values` are written, and only then."""
     with patch.object(editor, "_values", lambda _: values):
         editor.edit(requests)
     rows = [encode_request(editor.tokenizer, request) for request in requests]
