@@ -70,14 +70,14 @@ class ShiftedRows:
 
     def part(self, rows: Tensor, width: int) -> "ShiftedRows":
         """The rows selected by index, and the first `width` columns from the subject on."""
-        by_row = {name: getattr(self, name)[rows] for name in ("owner", "gain", "weight", "length")}
+        by_row = ("owner", "gain", "weight", "length")
         by_token = ("ids", "positions", "labels", "hidden")
         kept = self.mask.shape[1] - self.ids.shape[1] + width
         return ShiftedRows(
-            **by_row,
-            **{name: getattr(self, name)[rows, :width] for name in by_token},
-            mask=self.mask[rows, :kept],
-            past=[(keys[rows], values[rows]) for keys, values in self.past],
+            **{name: _picked(getattr(self, name), rows) for name in by_row},
+            **{name: _picked(getattr(self, name), rows)[:, :width] for name in by_token},
+            mask=_picked(self.mask, rows)[:, :kept],
+            past=[(_picked(keys, rows), _picked(values, rows)) for keys, values in self.past],
         )
 
     def buckets(self, active: Tensor) -> list["ShiftedRows"]:
@@ -89,7 +89,7 @@ class ShiftedRows:
         widths, numbers = counts[0].tolist(), counts[1].tolist()
         # best[i]: least cost of the i smallest lengths, and where their last part begins.
         best: list[tuple[float, int]] = [(0.0, 0)]
-        overhead = _PASS_COST[rows.device.type]
+        overhead = _PASS_COST["cpu" if rows.device.type == "cpu" else "cuda"]
         for end in range(1, len(widths) + 1):
             best.append(
                 min(
@@ -121,7 +121,7 @@ def prepare(
 
     past, mask = _extend(model, [], None, heads, pad_id)
     of_group = torch.arange(len(rows), device=device) // n
-    past = [(keys[of_group], values[of_group]) for keys, values in past]
+    past = [(_picked(keys, of_group), _picked(values, of_group)) for keys, values in past]
     past, mask = _extend(model, past, mask[of_group], lefts, pad_id)
     ids, positions, real = _rectangle(rights, pad_id, device)
     mask = torch.cat([mask, real], dim=1)
@@ -137,19 +137,21 @@ def prepare(
     for i, (row, end) in enumerate(zip(rows, ends, strict=True)):
         stop = end - row.subject
         labels[i, stop - row.n_target : stop] = torch.tensor(row.target, dtype=torch.long)
-    position = torch.arange(len(rows), device=device)
+    hidden = hidden_of(result)
+    # The hooked block and the embeddings may live on different devices.
+    position = torch.arange(len(rows), device=hidden.device)
     is_scored = position < len(rows) - n
-    unshifted = (position >= n) & is_scored
+    in_context = (position >= n) & is_scored
     return ShiftedRows(
         owner=position % n,
-        gain=torch.where(unshifted, gain, 1.0),
+        gain=torch.where(in_context, gain, 1.0),
         weight=is_scored / (len(groups) - 1),
-        length=real.sum(-1),
+        length=real.sum(-1).to(hidden.device),
         ids=ids,
         positions=positions,
         mask=mask,
-        labels=labels,
-        hidden=hidden_of(result),
+        labels=labels.to(hidden.device),
+        hidden=hidden,
         past=past,
     ), result
 
@@ -188,18 +190,18 @@ def score(
             attention_mask=rows.mask,
             **_cached(rows.past),
         ).last_hidden_state
-        wanted = rows.labels >= 0
-        is_kl = rows.weight == 0
+        row, column = (rows.labels >= 0).nonzero(as_tuple=True)
+        kl_row = (rows.weight == 0).nonzero().squeeze(-1)
         # One product with the output embeddings for both.
-        ends = final[is_kl, rows.length[is_kl] - 1]
-        log_p = log_softmax(logits_of(model, torch.cat([final[wanted], ends])), -1)
-        log_p, now = log_p.split([len(log_p) - len(ends), len(ends)])
-        nll = -log_p.gather(-1, rows.labels[wanted][:, None]).squeeze(-1)
-        row = wanted.nonzero()[:, 0]
+        at = (torch.cat([row, kl_row]), torch.cat([column, rows.length[kl_row] - 1]))
+        states = final[at[0].to(final.device), at[1].to(final.device)]
+        log_p = log_softmax(logits_of(model, states), -1).to(shift.device)
+        log_p, now = log_p.split([len(row), len(kl_row)])
+        nll = -log_p.gather(-1, rows.labels[row, column][:, None]).squeeze(-1)
         # Mean over the tokens of a row; the rows of a request by their weight.
-        share = rows.weight[row] / wanted.sum(-1)[row]
+        share = rows.weight[row] / row.bincount(minlength=len(rows.owner))[row]
         nll = shift.new_zeros(len(shift)).index_add(0, rows.owner[row], (nll * share).to(shift))
-        owner = rows.owner[is_kl]
+        owner = rows.owner[kl_row]
         unknown = reference[owner].isnan().any(-1, keepdim=True)
         reference[owner] = torch.where(unknown, now.detach(), reference[owner])
         penalty = kl_div(now, reference[owner], log_target=True, reduction="sum")
@@ -227,6 +229,10 @@ class _Piece:
 
     ids: tuple[int, ...]
     position: int
+
+
+def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device)]
 
 
 def _shared_length(group: Sequence[Row]) -> int:
