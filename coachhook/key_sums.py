@@ -124,20 +124,22 @@ def _check_finite(keys: Tensor, batch: Batch, tokenizer: Any, layer: int) -> Non
     if torch.isfinite(keys).all():
         return
     wrong = ~torch.isfinite(keys).all(-1).cpu()
-    if batch.mask is not None:
-        wrong &= batch.mask
+    real = torch.ones_like(wrong) if batch.mask is None else batch.mask
+    wrong &= real
     if not wrong.any():
         return
     row, column = wrong.nonzero()[0].tolist()
-    token = tokenizer.decode([int(batch.ids[row, column])])
-    text = tokenizer.decode(
-        batch.ids[row, max(0, column - _QUOTED) : column + _QUOTED + 1].tolist(),
-        skip_special_tokens=True,
-    )
+    ids = batch.ids[row][real[row]].tolist()
+    around = tokenizer.decode(ids[max(0, column - _QUOTED) : column + _QUOTED + 1])
+    if wrong[row].sum() == len(ids) > 1:
+        # Attention spreads what is not finite, also to the tokens before it.
+        place = f"at every token of a text that starts with {around!r}"
+    else:
+        token = tokenizer.decode([ids[column]])
+        place = f"at the token {token!r}, number {column} of its sequence, in {around!r}"
     raise StatisticsError(
-        f"layer {layer} has a key that is not finite on ordinary text: at the token {token!r}, "
-        f"number {column} of its sequence, in {text!r}; load the model in bfloat16 or float32, or "
-        "look whether its weights are whole"
+        f"layer {layer} has keys that are not finite on ordinary text, {place}; load the model in "
+        "bfloat16 or float32, or look whether its weights are whole"
     )
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from coachhook.errors import ProcessError
 
@@ -33,6 +35,7 @@ _TIMEOUT = timedelta(hours=1)
 # end broke a connection: the system closes a process's sockets before it takes the process away.
 _LOOK_SECONDS = 0.5
 _SEARCH_SECONDS = 3.0
+_joined_before = count()
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -200,10 +203,10 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """The processes of this job, for as long as the block lasts; `ALONE` outside torchrun.
 
-    A collective. A job that the caller has initialised is used as it is, and left so; else the
-    one that torchrun's environment describes is joined, with nccl for tensors on GPUs and gloo for
-    others, and `cuda` means this process's own GPU. Where torchrun asks this process to stop,
-    because another one has died, a `ProcessError` that names the dead one is raised.
+    A collective. A job that the caller has initialised is used as it is, and left so. Else the one
+    that torchrun's environment describes is joined: with nccl for tensors on GPUs if every process
+    has one of its own, which is then the device "cuda", and gloo for all others. Where torchrun
+    asks this process to stop, because another one has died, a `ProcessError` names the dead one.
     """
     owned = not _initialised()
     if owned:
@@ -242,17 +245,18 @@ def _under_torchrun() -> bool:
 
 def _initialise() -> None:
     backend = "gloo"
-    if torch.cuda.is_available() and dist.is_nccl_available():
-        backend = "cpu:gloo,cuda:nccl"
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ProcessError(
-                f"process {local} of this host has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}; start at most one process a GPU"
-            )
-        torch.cuda.set_device(local)
+    if torch.cuda.is_available():
+        local, n_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        torch.cuda.set_device(local % n_gpus)
+        # nccl needs a GPU for each process.
+        if dist.is_nccl_available() and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= n_gpus:
+            backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+        # Without a name of its own a job would find the addresses of the one before it.
+        name = f"coachhook {next(_joined_before)}"
+        store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ProcessError(
