@@ -253,25 +253,31 @@ def statistics(
     layers: Layers = None,
     template: Template = None,
     text: TextFile = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of text to read.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of text to read; without it, 8 a dimension and 16,384 at least."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the key statistics that editing needs, or find them in the cache."""
+    """Measure the key statistics that editing needs, or find them in the cache.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m coachhook statistics …
+    """
     from coachhook.models import Architecture, check_layers, default_layers, load_model
+    from coachhook.processes import joined
     from coachhook.statistics import StatisticsSource, key_statistics
 
     chosen = None if layers is None else parse_layers(layers)
-    source = StatisticsSource(
-        path=None if text is None else str(text.resolve()),
-        n_tokens=StatisticsSource.n_tokens if tokens is None else tokens,
-    )
-    loaded, tokenizer = load_model(model)
-    architecture = Architecture.of(loaded, template)
-    n_blocks = len(architecture.blocks(loaded))
-    hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
-    found = key_statistics(loaded, tokenizer, architecture, hooked, source)
-    document = {"model": model, "layers": report.statistics_entries(found)}
-    report.show(document, report.statistics_view, as_json=as_json)
+    source = StatisticsSource(None if text is None else str(text.resolve()), tokens)
+    with joined() as processes:
+        loaded, tokenizer = load_model(model)
+        architecture = Architecture.of(loaded, template)
+        n_blocks = len(architecture.blocks(loaded))
+        hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
+        found = key_statistics(loaded, tokenizer, architecture, hooked, source, processes)
+        if processes.is_first:
+            document = {"model": model, "layers": report.statistics_entries(found)}
+            report.show(document, report.statistics_view, as_json=as_json)
 
 
 @app.command()

@@ -70,3 +70,7 @@ class FolderLockedError(FolderError):
 
 class SaveError(FolderError):
     """Writing failed (no space left, no permission); what the folder held before is intact."""
+
+
+class ProcessError(CoachhookError, RuntimeError):
+    """Another process of a torchrun job has died, or cannot be reached."""

@@ -29,6 +29,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training.get(module, False)
 
 
+def input_device(model: Any) -> torch.device:
+    """Where `model` takes its inputs: where its embeddings are. Embeddings that are kept elsewhere
+    until they are needed (offloaded) take inputs from the CPU."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def read_pass(
     model: nn.Module,
     inputs: dict[str, Tensor],

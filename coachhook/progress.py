@@ -17,8 +17,11 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar for `total` steps; the yielded function is told how many more are done."""
+def track(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows a bar for `total` steps; the yielded function is told how many more are done.
+
+    shown: false in all processes of a job but the one that prints.
+    """
     with Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -26,7 +29,7 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.advance(task, steps)
