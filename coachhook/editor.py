@@ -1,12 +1,14 @@
 """`Editor`: batch after batch of facts into one model, with an account of which of them took."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ModelError
@@ -28,8 +30,11 @@ from coachhook.progress import track
 from coachhook.requests import EditRequest, check_batch
 from coachhook.statistics import KeyStatistics, key_statistics
 from coachhook.tokens import check_length, context_length, encode_request
+from coachhook.update import Earlier, RecursiveInverse
 from coachhook.values import optimise_values
-from coachhook.writing import Contexts, LayerWriter, refuse_sinks, write_batch
+from coachhook.writing import Contexts, LayerWriter, layer_sketch, refuse_sinks, write_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,7 @@ class Editor:
         self.model = model
         self.tokenizer = tokenizer
         self.hooks = hooks
-        self._statistics = statistics
-        self._writers = _writers(hooks, statistics)
+        self._writers = _writers(model, hooks, statistics)
         hooks.attach(model)
 
     @classmethod
@@ -89,8 +93,8 @@ class Editor:
         )
         sketches = {}
         for layer in layers:
-            writer = LayerWriter.of(statistics[layer], config, None)
-            sketches[layer] = (writer.projection, writer.offset)
+            device = _inverse_device(config, modules[layer])
+            sketches[layer] = layer_sketch(statistics[layer], config, device)
         return cls(model, tokenizer, HookSet(base, config, sketches), statistics)
 
     @classmethod
@@ -149,8 +153,13 @@ class Editor:
                 journal.batches.pop()
                 self.hooks.refresh()
                 raise
-        for layer, factors in batch.layers.items():
-            self._writers[layer].solver.absorb(factors.keys)
+        try:
+            for layer, factors in batch.layers.items():
+                self._writers[layer].solver.absorb(factors.keys)
+        except BaseException:
+            # The batch stands; what some layers have not absorbed yet is in the journal.
+            self._forget_inverses()
+            raise
         return BatchReport(len(journal.batches), batch.edits)
 
     def rollback(self, batch: int) -> None:
@@ -160,7 +169,7 @@ class Editor:
                 f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
             )
         del self.hooks.journal.batches[batch:]
-        self._writers = _writers(self.hooks, self._statistics)
+        self._forget_inverses()
         self.hooks.refresh()
 
     def close(self) -> None:
@@ -180,6 +189,10 @@ class Editor:
             for context in ("{}", *self.hooks.config.values.contexts):
                 row = encode_request(self.tokenizer, request, context)
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
+
+    def _forget_inverses(self) -> None:
+        for writer in self._writers.values():
+            writer.solver.forget()
 
     def _values(self, requests: Sequence[EditRequest]) -> Tensor:
         hooks = self.hooks
@@ -260,11 +273,40 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     return model, prepare_tokenizer(tokenizer)
 
 
-def _writers(hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
+def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
     """Writers in the state after the last batch of the journal."""
+    architecture = Architecture(hooks.base.template)
     writers = {}
-    for layer in hooks.layers:
-        writers[layer] = LayerWriter.of(statistics[layer], hooks.config, hooks.sketches[layer])
-        for batch in hooks.journal.batches:
-            writers[layer].solver.absorb(batch.layers[layer].keys)
+    with track("update inverses", len(hooks.layers)) as advance:
+        for layer in hooks.layers:
+            solver = RecursiveInverse(
+                statistics[layer].moment,
+                hooks.config.preservation,
+                partial(_earlier, hooks, layer),
+                device=_inverse_device(hooks.config, architecture.down_projection(model, layer)),
+                dtype=getattr(torch, hooks.config.inverse_dtype),
+            )
+            sketch = hooks.sketches[layer]
+            writers[layer] = LayerWriter.of(statistics[layer], hooks.config, sketch, solver)
+            advance(1)
     return writers
+
+
+def _earlier(hooks: HookSet, layer: int) -> Earlier:
+    """The keys of all batches written into a layer; one that is under way may not have any yet."""
+    batches = hooks.journal.batches
+    return Earlier(batch.layers[layer].keys for batch in batches if layer in batch.layers)
+
+
+def _inverse_device(config: EditConfig, module: nn.Module) -> torch.device:
+    """Where the inverse of the layer of `module`, a down-projection hooked or not, is to live."""
+    held = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    # Only these compute in float64; "meta" is a layer whose weights are elsewhere until they run.
+    own = held if held is not None and held.type == "cuda" else torch.device("cpu")
+    if config.inverse_device is None:
+        return own
+    asked = torch.device(config.inverse_device)
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        logger.warning("there is no %s here; a layer's update is computed on %s", asked, own)
+        return own
+    return asked

@@ -45,6 +45,19 @@ def _fingerprint(keys: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
     return normalize(keys @ projection.T - offset, dim=-1)
 
 
+def layer_sketch(
+    statistics: LayerStatistics, config: EditConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Projection `(s, d_in)` and offset `(s,)` of a layer's fingerprints, float32 on the CPU.
+
+    device: where the whitening is computed, in float64.
+    """
+    projection = whitening_sketch(
+        statistics.moment, config.preservation, config.fingerprint_size, seed=0, device=device
+    )
+    return projection, (statistics.background.float() @ projection.T).mean(0)
+
+
 @dataclass
 class LayerWriter:
     """What writing into one layer needs: its inverse, its sketch, and background keys.
@@ -62,14 +75,16 @@ class LayerWriter:
 
     @classmethod
     def of(
-        cls, statistics: LayerStatistics, config: EditConfig, sketch: tuple[Tensor, Tensor] | None
+        cls,
+        statistics: LayerStatistics,
+        config: EditConfig,
+        sketch: tuple[Tensor, Tensor],
+        solver: RecursiveInverse,
     ) -> "LayerWriter":
-        """From a layer's statistics, with the sketch of an existing hook set if there is one."""
-        solver = RecursiveInverse(statistics.moment, config.preservation)
-        if sketch is None:
-            projection = whitening_sketch(solver.factor, config.fingerprint_size, seed=0)
-            offset = (statistics.background.float() @ projection.T).mean(0)
-            sketch = projection, offset
+        """From a layer's statistics, the sketch of its hook set, and its inverse.
+
+        sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU.
+        """
         projection, offset = sketch
         return cls(
             solver=solver,
