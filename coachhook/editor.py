@@ -28,6 +28,7 @@ from coachhook.models import (
 )
 from coachhook.progress import track
 from coachhook.requests import EditRequest, check_batch
+from coachhook.sharded import is_sharded
 from coachhook.statistics import KeyStatistics, key_statistics
 from coachhook.tokens import check_length, context_length, encode_request
 from coachhook.update import Earlier, RecursiveInverse
@@ -267,6 +268,12 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     if not hasattr(model, "config"):
         raise ModelError(
             f"{type(model).__name__} is not a model; give a name, a folder, or a loaded model"
+        )
+    if is_sharded(model):
+        raise ModelError(
+            "processes share this model's weights, and editing needs all of them in one; edit a "
+            "copy of it in one process, save, and attach the hooks here: "
+            "HookSet.from_pretrained(folder).attach(model)"
         )
     if tokenizer is None:
         raise ModelError("a model that is already loaded needs its tokenizer as well; pass both")

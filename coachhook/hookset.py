@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, Seque
 from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
+from coachhook.sharded import RowParallel, gathered
 from coachhook.trace import Trace, trace_text
 from coachhook_kernels import Delta
 
@@ -58,8 +59,10 @@ class HookSet:
         """Put the hooks on `model`, in place; its weights are shared, not changed.
 
         check: compare the checksum of the hooked weights. Turn it off for a quantised copy of the
-        base model, whose weights cannot be compared. Raises `AttachError` if the model already has
-        hooks, `BaseModelMismatchError` if it is another model. Returns `model`.
+        base model, whose weights cannot be compared. Where processes share the model (tensor
+        parallelism), each of them must attach the same hooks. Raises `AttachError` if they differ,
+        or the model already has hooks, `BaseModelMismatchError` if it is another model. Returns
+        `model`.
         """
         architecture = Architecture(self.base.template)
         modules = {i: architecture.down_projection(model, i) for i in self.layers}
@@ -67,6 +70,7 @@ class HookSet:
             raise AttachError(
                 f"this {type(model).__name__} already has hooks attached; detach those first"
             )
+        self._check_processes(modules.values())
         if check:
             self.check_base(model)
         base_model = getattr(model, "base_model", model)
@@ -191,6 +195,7 @@ class HookSet:
 
     def _place(self, hook: HookLinear, base: nn.Module) -> None:
         """Move a hook's own tensors to where its base module is, in the dtype it computes in."""
+        hook.split_over_processes()
         tensors = [*base.parameters(), *base.buffers()]
         device = tensors[0].device if tensors else None
         # A quantised weight says nothing of the dtype to compute in; its scales may.
@@ -205,6 +210,15 @@ class HookSet:
             hook.up = nn.functional.pad(hook.up, (0, missing))
         hook.gate.to(device, dtype)
 
+    def _check_processes(self, bases: Iterable[nn.Module]) -> None:
+        """Raise `AttachError` where processes share a base in a way that hooks cannot follow, or
+        are not about to attach the same hooks."""
+        shared = [split for split in map(RowParallel.of, bases) if split is not None]
+        if shared:
+            thresholds = [batch.thresholds for batch in self.journal.batches]
+            state = (self.base.checksums, self.config, self.edits, thresholds)
+            shared[0].check_agreement(repr(state))
+
     def check_base(self, model: nn.Module) -> None:
         """Raise `BaseModelMismatchError` unless `model`'s hooked weights are the base model's."""
         architecture = Architecture(self.base.template)
@@ -217,7 +231,8 @@ class HookSet:
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
             weights.append(weight)
-        found = weight_checksums(weights)
+        # One by one: processes that share the model gather every weight for it.
+        found = weight_checksums(gathered(weight) for weight in weights)
         if not set(found.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "
