@@ -154,14 +154,24 @@ class Editor:
         return BatchReport(len(journal.batches), batch.edits)
 
     def rollback(self, batch: int) -> None:
-        """Forget every batch after number `batch`; 0 forgets them all."""
+        """Forget every batch after number `batch`; 0 forgets them all.
+
+        Raises `CompactedError` for a batch before the last that `compact` merged.
+        """
         if not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
                 f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
             )
-        del self.hooks.journal.batches[batch:]
-        self._writers = _writers(self.hooks, self._statistics)
-        self.hooks.refresh()
+        journal = self.hooks.journal
+        forgotten = journal.batches[batch:]
+        journal.forget_after(batch)
+        try:
+            writers = _writers(self.hooks, self._statistics)
+            self.hooks.refresh()
+        except BaseException:
+            journal.batches += forgotten
+            raise
+        self._writers = writers
 
     def close(self) -> None:
         """Take the hooks off the model, which is then bit for bit what it was."""
@@ -265,6 +275,16 @@ def _writers(hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter
     writers = {}
     for layer in hooks.layers:
         writers[layer] = LayerWriter.of(statistics[layer], hooks.config, hooks.sketches[layer])
-        for batch in hooks.journal.batches:
-            writers[layer].solver.absorb(batch.layers[layer].keys)
+        gram = hooks.journal.gram(layer)
+        if gram is not None:
+            writers[layer].solver.absorb(_root(gram))
+        for keys in hooks.journal.keys(layer):
+            writers[layer].solver.absorb(keys)
     return writers
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Keys `(d_in, d_in)` with the Gram matrix `K'K'ᵀ`, float64."""
+    sizes, directions = torch.linalg.eigh(gram)
+    root: Tensor = sizes.clamp_min(0).sqrt()[:, None] * directions.T
+    return root

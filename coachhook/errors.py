@@ -66,3 +66,7 @@ class FolderLockedError(FolderError):
 
 class SaveError(FolderError):
     """Writing failed (no space left, no permission); what the folder held before is intact."""
+
+
+class CompactedError(CoachhookError):
+    """What was asked for needs batches one by one that `compact` has merged into one."""
