@@ -22,18 +22,21 @@ def no_delta(shape: tuple[int, int]) -> Delta:
     return Delta(torch.zeros(0, d_in), torch.zeros(d_out, 0))
 
 
-def add(delta: Delta, residuals: Tensor, solutions: Tensor) -> Delta:
+def add(delta: Delta, residuals: Tensor, solutions: Tensor, *, in_place: bool = False) -> Delta:
     """`Δ + Σ rᵢ aᵢᵀ` for rows rᵢ `(n, d_out)` and aᵢ `(n, d_in)`; all float32 on the CPU.
 
-    `delta` itself is left as it is. Directions whose share is below `DROPPED` of ‖Δ‖ are left out;
-    dense once the rank r has `r · (d_in + d_out) ≥ d_in · d_out`.
+    in_place: a dense `delta` may be overwritten, which changes no bit of the result.
+
+    Directions whose share is below `DROPPED` of ‖Δ‖ are left out. The sum becomes dense once its
+    rank r has `r · (d_in + d_out) ≥ d_in · d_out`, and stays so.
     """
     written = (residuals != 0).any(-1)
     residuals, solutions = residuals[written], solutions[written]
     if not len(residuals):
         return delta
     if delta.up is None:
-        return Delta(torch.addmm(delta.down, residuals.T, solutions))
+        down = delta.down if in_place else delta.down.clone()
+        return Delta(down.addmm_(residuals.T, solutions))
     mix, rest = _split(delta.up, residuals)
     down = torch.addmm(delta.down, mix.float(), solutions)
     directions, rows = _directions(rest, solutions, down)
@@ -62,7 +65,7 @@ def _directions(rest: Tensor, solutions: Tensor, down: Tensor) -> tuple[Tensor, 
     # E G = basis · (triangle · factorᵀ) · (orthonormal rows): its singular values are those of a
     # matrix no larger than (n, n).
     turn, sizes, _ = torch.linalg.svd(triangle @ factor.T, full_matrices=False)
-    whole = (down.double().square().sum() + sizes.square().sum()).sqrt()
+    whole = torch.hypot(torch.linalg.vector_norm(down), torch.linalg.vector_norm(sizes))
     without = sizes.square().flip(0).cumsum(0).flip(0).sqrt()
     kept = int((without > DROPPED * whole).sum())
     turn = turn[:, :kept]

@@ -348,10 +348,12 @@ def _more_marks(
 def _more_delta(
     delta: Delta, batches: Sequence[Batch], *, layer: int, left_out: frozenset[int]
 ) -> Delta:
+    known = delta
     for batch in batches:
         factors = batch.layers[layer]
         kept = torch.tensor([edit.id not in left_out for edit in batch.edits])
-        delta = add(delta, factors.residuals[kept], factors.solutions[kept])
+        share = factors.residuals[kept], factors.solutions[kept]
+        delta = add(delta, *share, in_place=delta is not known)
     return delta
 
 
