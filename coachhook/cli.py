@@ -236,7 +236,7 @@ def rollback(
                 f"there is no batch {to} in {directory}; give a number from 0 to {len(batches)}"
             )
         before = len(batches)
-        del batches[to:]
+        hookset.journal.forget_after(to)
         hookset.save_pretrained(directory)
     document = {
         "folder": str(directory),
@@ -245,6 +245,33 @@ def rollback(
         "edits": len(hookset.edits),
     }
     report.show(document, report.rollback_view, as_json=as_json)
+
+
+@app.command()
+def compact(
+    directory: Annotated[Path, typer.Argument(help="The folder of edits.")],
+    keep: Annotated[int, typer.Option(min=0, help="Latest batches to leave as they are.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Merge batches into one, which cannot be taken apart any more. Needs no model."""
+    from coachhook import folder
+    from coachhook.hookset import HookSet
+
+    folder.read_config(directory)  # before the lock, which would make a folder that is missing
+    with folder.locked(directory):
+        hookset = HookSet.from_pretrained(directory)
+        before = report.folder_bytes(directory)
+        hookset.compact(keep)
+        hookset.save_pretrained(directory)
+    document = {
+        "folder": str(directory),
+        "batches": len(hookset.journal.batches),
+        "merged_batches": hookset.journal.merged,
+        "edits": len(hookset.edits),
+        "bytes_before": before,
+        "bytes": report.folder_bytes(directory),
+    }
+    report.show(document, report.compaction_view, as_json=as_json)
 
 
 @app.command()

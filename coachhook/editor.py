@@ -164,14 +164,23 @@ class Editor:
         return BatchReport(len(journal.batches), batch.edits)
 
     def rollback(self, batch: int) -> None:
-        """Forget every batch after number `batch`; 0 forgets them all."""
+        """Forget every batch after number `batch`; 0 forgets them all.
+
+        Raises `CompactedError` for a batch before the last that `compact` merged.
+        """
         if not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
                 f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
             )
-        del self.hooks.journal.batches[batch:]
+        journal = self.hooks.journal
+        forgotten = journal.batches[batch:]
+        journal.forget_after(batch)
+        try:
+            self.hooks.refresh()
+        except BaseException:
+            journal.batches += forgotten
+            raise
         self._forget_inverses()
-        self.hooks.refresh()
 
     def close(self) -> None:
         """Take the hooks off the model, which is then bit for bit what it was."""
@@ -300,9 +309,7 @@ def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dic
 
 
 def _earlier(hooks: HookSet, layer: int) -> Earlier:
-    """The keys of all batches written into a layer; one that is under way may not have any yet."""
-    batches = hooks.journal.batches
-    return Earlier(batch.layers[layer].keys for batch in batches if layer in batch.layers)
+    return Earlier(hooks.journal.keys(layer), hooks.journal.gram(layer))
 
 
 def _inverse_device(config: EditConfig, module: nn.Module) -> torch.device:

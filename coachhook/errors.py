@@ -74,3 +74,7 @@ class SaveError(FolderError):
 
 class ProcessError(CoachhookError, RuntimeError):
     """Another process of a torchrun job has died, or cannot be reached."""
+
+
+class CompactedError(CoachhookError):
+    """What was asked for needs batches one by one that `compact` has merged into one."""

@@ -19,6 +19,7 @@ from coachhook.hooks import HookLinear, HookState
 from coachhook.hookset import HookSet
 from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models import Architecture
+from coachhook.nearest import BackgroundScores
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
 from coachhook.tokens import Padded, encode_request, pad
@@ -72,6 +73,9 @@ class LayerWriter:
     background: Tensor
     sketched: Tensor
     first: Tensor
+
+    def __post_init__(self) -> None:
+        self.background_scores = BackgroundScores(self.sketched)
 
     @classmethod
     def of(
@@ -174,7 +178,7 @@ def write_batch(
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
             batch.thresholds[layer] = Threshold()
             hooks.refresh([layer])
-            batch.thresholds[layer] = _threshold(hooks, layer, hook, writer, contexts, keys, rate)
+            batch.thresholds[layer] = threshold(hooks, layer, hook, writer, contexts, keys, rate)
             hooks.refresh([layer])
             hook.state = HookState.VALIDATED
     finally:
@@ -232,7 +236,7 @@ def _solve(
     )
 
 
-def _threshold(
+def threshold(
     hooks: HookSet,
     layer: int,
     hook: HookLinear,
@@ -243,19 +247,12 @@ def _threshold(
 ) -> Threshold:
     """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
     if hooks.config.gate == KeyedGate.name:
-        fingerprints, owner = hooks.journal.fingerprints(layer, len(writer.offset))
-        # Disabled ones too: they may come back, and must then find their threshold.
-        standing = torch.tensor([e.id for e in hooks.journal.standing()], dtype=torch.long)
-        fingerprints = fingerprints[torch.isin(owner, standing)]
-        if not len(fingerprints):
+        scores = writer.background_scores.of(hooks.journal, layer)
+        if scores is None:
             return Threshold()
-        scores = torch.full((len(writer.sketched),), -1.0)
-        # In blocks: the whole product of background and fingerprints need not fit in memory.
-        for block in fingerprints.split(1024):
-            scores = torch.maximum(scores, (writer.sketched @ block.T).amax(-1))
-        threshold = Threshold.above(scores, rate)
-        least = (hooks.config.resemblance - threshold.mean) / threshold.std
-        return replace(threshold, alpha=max(threshold.alpha, least))
+        found = Threshold.above(scores, rate)
+        least = (hooks.config.resemblance - found.mean) / found.std
+        return replace(found, alpha=max(found.alpha, least))
     delta = hook.delta
     if hooks.config.gate == CalibratedGate.name:
         pieces = writer.background.split(4096)
@@ -265,8 +262,8 @@ def _threshold(
     at_subject = z[contexts.subject_mask()][: contexts.n_requests]
     reachable = at_subject[~at_subject.isnan()]
     alphas = [hooks.config.sequence_alpha]
-    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[:-1]]
-    # The paper's rule: α falls to the least z-score of any edit; a little below it, because the
-    # same token in another batch rounds otherwise.
+    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[-2:-1]]
+    # The paper's rule: α falls to the least z-score of any edit, batch after batch; a little below
+    # it, because the same token in another batch rounds otherwise.
     alphas += [reachable.min().item() - _ROUNDING] if len(reachable) else []
     return Threshold(alpha=min(alphas))

@@ -1,11 +1,10 @@
-"""The recursive update against its closed form in float64, and the compact form of Δ."""
+"""The recursive update against its closed form in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from coachhook.errors import StatisticsError
-from coachhook.journal import compact
 from coachhook.update import Earlier, RecursiveInverse, whitening_sketch
 from tests.closed_form import (
     D_IN,
@@ -197,42 +196,3 @@ class TestWhiteningSketch:
     def test_a_useless_moment_is_refused(self) -> None:
         with pytest.raises(StatisticsError, match="more text"):
             whitening_sketch(-torch.eye(4), PRESERVATION, 8, seed=0)
-
-
-class TestCompact:
-    @pytest.mark.parametrize("rank", [0, 1, 9, 13, 14, 15, 30, 90], ids=lambda r: f"rank-{r}")
-    def test_equals_the_sum_of_outer_products(self, rank: int) -> None:
-        residuals = random(rank, D_OUT, seed=rank, dtype=torch.float32)
-        solutions = random(rank, D_IN, seed=rank + 1, dtype=torch.float32)
-        delta = compact(residuals, solutions)
-        want = residuals.double().T @ solutions.double()
-        got = delta.down if delta.up is None else delta.up.double() @ delta.down.double()
-        assert got.shape == (D_OUT, D_IN)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
-        # The smaller of the two forms: rank 14 is the last to be smaller than 20 x 48.
-        assert (delta.up is None) == (rank * (D_IN + D_OUT) >= D_IN * D_OUT)
-        assert (delta.up is None) == (rank > 14)
-        assert delta.down.is_contiguous()
-
-    @pytest.mark.parametrize("repeat", [1, 3], ids=["independent", "dependent"])
-    def test_up_is_orthonormal(self, repeat: int) -> None:
-        residuals = random(4, D_OUT, seed=1, dtype=torch.float32).repeat(repeat, 1)
-        solutions = random(4 * repeat, D_IN, seed=2, dtype=torch.float32)
-        delta = compact(residuals, solutions)
-        assert delta.up is not None
-        rank = delta.up.shape[1]
-        torch.testing.assert_close(delta.up.T @ delta.up, torch.eye(rank), rtol=0, atol=1e-6)
-        keys = random(6, D_IN, seed=3, dtype=torch.float32)
-        want = (keys.double() @ solutions.double().T @ residuals.double()).norm(dim=-1)
-        got = delta.project(keys).norm(dim=-1).double()
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
-
-    def test_rows_that_were_not_written_take_no_room(self) -> None:
-        residuals = random(9, D_OUT, seed=1, dtype=torch.float32)
-        solutions = random(9, D_IN, seed=2, dtype=torch.float32)
-        residuals[[0, 4, 8]] = 0
-        delta = compact(residuals, solutions)
-        assert delta.up is not None
-        assert delta.down.shape == (6, D_IN)
-        assert delta.up.shape == (D_OUT, 6)
-        torch.testing.assert_close(delta.up @ delta.down, residuals.T @ solutions)
