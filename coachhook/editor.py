@@ -1,5 +1,6 @@
 """`Editor`: batch after batch of facts into one model, with an account of which of them took."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_checksums,
 )
+from coachhook.processes import ALONE, Processes
 from coachhook.progress import track
+from coachhook.records import batch_from_bytes, batch_to_bytes
 from coachhook.requests import EditRequest, check_batch
 from coachhook.sharded import is_sharded
 from coachhook.statistics import KeyStatistics, key_statistics
@@ -53,15 +56,25 @@ class Editor:
     """Edits facts into `model` through hooks, which stay attached to it while the editor is open.
 
     `model`, `tokenizer` and `hooks` are public. Nothing of the model itself is ever changed.
+
+    With several `processes`, each has a copy of the model and an editor, and all call `edit` with
+    the same requests: statistics and target values are shared out among them, the first process
+    writes and judges each batch, and the others take it over. An error ends the whole job.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, hooks: HookSet, statistics: KeyStatistics
+        self,
+        model: Any,
+        tokenizer: Any,
+        hooks: HookSet,
+        statistics: KeyStatistics,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.hooks = hooks
-        self._writers = _writers(model, hooks, statistics)
+        self._processes = processes
+        self._writers = _writers(model, hooks, statistics) if processes.is_first else {}
         hooks.attach(model)
 
     @classmethod
@@ -72,6 +85,7 @@ class Editor:
         *,
         config: EditConfig | None = None,
         statistics: KeyStatistics | None = None,
+        processes: Processes = ALONE,
     ) -> "Editor":
         """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
         with its `tokenizer`. Key statistics are measured unless cached or given."""
@@ -81,7 +95,9 @@ class Editor:
         n_blocks = len(architecture.blocks(model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         if statistics is None:
-            statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
+            statistics = key_statistics(
+                model, tokenizer, architecture, layers, config.statistics, processes
+            )
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=_name_of(given),
@@ -96,7 +112,7 @@ class Editor:
         for layer in layers:
             device = _inverse_device(config, modules[layer])
             sketches[layer] = layer_sketch(statistics[layer], config, device)
-        return cls(model, tokenizer, HookSet(base, config, sketches), statistics)
+        return cls(model, tokenizer, HookSet(base, config, sketches), statistics, processes)
 
     @classmethod
     def resume(
@@ -106,6 +122,7 @@ class Editor:
         tokenizer: Any = None,
         *,
         statistics: KeyStatistics | None = None,
+        processes: Processes = ALONE,
     ) -> "Editor":
         """The editor that wrote `directory`, ready for its next batch.
 
@@ -118,9 +135,9 @@ class Editor:
         architecture = Architecture(hooks.base.template)
         if statistics is None:
             statistics = key_statistics(
-                model, tokenizer, architecture, hooks.layers, hooks.config.statistics
+                model, tokenizer, architecture, hooks.layers, hooks.config.statistics, processes
             )
-        return cls(model, tokenizer, hooks, statistics)
+        return cls(model, tokenizer, hooks, statistics, processes)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
@@ -138,25 +155,25 @@ class Editor:
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
         # Values need gradients, whatever the caller has switched off.
         with torch.inference_mode(False), eval_mode(self.model):
-            refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+            if self._processes.is_first:
+                refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+            self._share_verdicts(batch.edits)
             usable = [e.request for e in batch.edits if e.verdict is not Verdict.REFUSED]
             values = self._values(usable) if usable else None
-            journal.batches.append(batch)
             try:
-                if values is None:
-                    self._write_nothing(batch)
-                else:
-                    write_batch(
-                        self.model, self.tokenizer, self.hooks, self._writers, batch, values
-                    )
-                    self._judge(batch)
+                if self._processes.is_first:
+                    journal.batches.append(batch)
+                    self._write(batch, values)
+                if self._processes.size > 1:
+                    batch = self._of_first(batch)
             except BaseException:
-                journal.batches.pop()
-                self.hooks.refresh()
+                if journal.batches and journal.batches[-1] is batch:
+                    journal.batches.pop()
+                    self.hooks.refresh()
                 raise
         try:
-            for layer, factors in batch.layers.items():
-                self._writers[layer].solver.absorb(factors.keys)
+            for layer, writer in self._writers.items():
+                writer.solver.absorb(batch.layers[layer].keys)
         except BaseException:
             # The batch stands; what some layers have not absorbed yet is in the journal.
             self._forget_inverses()
@@ -206,7 +223,8 @@ class Editor:
 
     def _values(self, requests: Sequence[EditRequest]) -> Tensor:
         hooks = self.hooks
-        with track("target values", len(requests)) as advance:
+        shown = self._processes.is_first
+        with track("target values", len(requests), shown=shown) as advance:
             return optimise_values(
                 self.model,
                 self.tokenizer,
@@ -215,7 +233,33 @@ class Editor:
                 requests,
                 hooks.config.values,
                 advance,
+                self._processes,
             ).hidden
+
+    def _share_verdicts(self, edits: Sequence[EditRecord]) -> None:
+        """Take over from the first process which edits are refused before any work."""
+        refused = [[edit.verdict, edit.reason] for edit in edits]
+        known = json.loads(self._processes.broadcast_bytes(json.dumps(refused).encode()))
+        for edit, (verdict, reason) in zip(edits, known, strict=True):
+            edit.verdict, edit.reason = Verdict(verdict), reason
+
+    def _of_first(self, batch: Batch) -> Batch:
+        """The batch as the first process wrote it, in force in every process."""
+        first = self._processes.is_first
+        data = self._processes.broadcast_bytes(batch_to_bytes(batch) if first else b"")
+        if not first:
+            batch = batch_from_bytes(self.hooks.layers, data)
+            self.hooks.journal.batches.append(batch)
+            self.hooks.refresh()
+        return batch
+
+    def _write(self, batch: Batch, values: Tensor | None) -> None:
+        """Write `batch`, the last of the journal, and judge it."""
+        if values is None:
+            self._write_nothing(batch)
+            return
+        write_batch(self.model, self.tokenizer, self.hooks, self._writers, batch, values)
+        self._judge(batch)
 
     def _write_nothing(self, batch: Batch) -> None:
         """A batch of refused requests: in the journal, without any effect."""

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from coachhook.gates import Threshold
@@ -16,6 +17,7 @@ from coachhook.journal import (
     Batch,
     Factors,
     Journal,
+    LayerFactors,
     MergedFactors,
     StoredFactors,
     edit_from_json,
@@ -45,6 +47,21 @@ def read_batch(layers: Sequence[int], file: TensorFile) -> Batch:
     return _batch_from_json(
         entry, {k: StoredFactors(file, k, *marks[k]) for k in layers}, stored=file
     )
+
+
+def batch_to_bytes(batch: Batch) -> bytes:
+    """All that `batch_from_bytes` needs, as the contents of a safetensors file."""
+    return save({name: tensor.contiguous() for name, tensor in batch_tensors(batch).items()})
+
+
+def batch_from_bytes(layers: Sequence[int], data: bytes) -> Batch:
+    """A batch in memory, from `batch_to_bytes`."""
+    held = load(data)
+    factors: dict[int, Factors] = {
+        layer: LayerFactors(**{name: held[f"{name}.{layer}"] for name in FACTORS})
+        for layer in layers
+    }
+    return _batch_from_json(_unpacked(held), factors)
 
 
 def base_tensors(journal: Journal) -> dict[str, Tensor]:
@@ -106,7 +123,11 @@ def _read_marks(
 def _read(layers: Sequence[int], file: TensorFile) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
     """The JSON in a file, and the fingerprints of each layer with their owners."""
     held = file.read([_RECORDS, *_mark_names(layers)])
-    return json.loads(held[_RECORDS].numpy().tobytes()), _read_marks(layers, held)
+    return _unpacked(held), _read_marks(layers, held)
+
+
+def _unpacked(held: Mapping[str, Tensor]) -> Any:
+    return json.loads(held[_RECORDS].numpy().tobytes())
 
 
 def _batch_to_json(batch: Batch) -> dict[str, Any]:

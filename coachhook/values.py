@@ -16,6 +16,7 @@ from coachhook.config import ValueConfig
 from coachhook.errors import OutOfMemoryError
 from coachhook.forward import eval_mode, starting_after
 from coachhook.models import Architecture
+from coachhook.processes import ALONE, Processes
 from coachhook.requests import EditRequest
 from coachhook.shifted import contexts_of, prepare, score
 from coachhook.tokens import Row
@@ -40,43 +41,42 @@ def optimise_values(
     requests: Sequence[EditRequest],
     config: ValueConfig,
     progress: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> TargetValues:
     """Optimise the value of every request at the output of block `layer`.
 
     As many requests at once as `config.tokens` admits; where memory does not suffice, half as many.
-    `progress` is told how many are done. Raises `OutOfMemoryError` if one alone is too many.
+    `progress` is told how many are done. With several `processes`, a collective: each takes its
+    share of the requests, and all return the values of all. Raises `OutOfMemoryError` if one
+    request alone is too many.
     """
     groups = contexts_of(tokenizer, requests, config)
     # The tokens of a request's rows, padded to the longest.
     sizes = [len(groups) * max(len(group[i].ids) for group in groups) for i in range(len(requests))]
     # Alike in length, so that little of a pass is padding.
-    waiting = sorted(range(len(requests)), key=lambda i: sizes[i])
+    order = sorted(range(len(requests)), key=lambda i: sizes[i])
+    waiting = [order[place] for place in processes.share(len(requests))]
     tokens = config.tokens
-    hidden: dict[int, Tensor] = {}
-    loss: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
     with eval_mode(model), torch.no_grad():
         while waiting:
             chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
-            reported: list[int] = []
+            rows = [[group[i] for i in chosen] for group in groups]
+            done = 0
 
-            def tell(done: int, reported: list[int] = reported) -> None:
-                reported.append(done)
-                progress(done)
+            def tell(more: int) -> None:
+                nonlocal done
+                done += more
+                progress(more)
 
             try:
-                found = _together(
-                    model,
-                    tokenizer.pad_token_id,
-                    architecture.blocks(model),
-                    layer,
-                    [[group[i] for i in chosen] for group in groups],
-                    config,
-                    tell,
+                values = _together(
+                    model, tokenizer.pad_token_id, architecture, layer, rows, config, tell
                 )
             except RuntimeError as error:
                 if not _is_out_of_memory(error):
                     raise
-                progress(-sum(reported))
+                progress(-done)
                 if len(chosen) == 1:
                     raise OutOfMemoryError(
                         f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
@@ -90,16 +90,14 @@ def optimise_values(
                     tokens,
                 )
                 continue
-            finally:
-                # What a failed pass has left to other uses of the device.
-                if model.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            for at, i in enumerate(chosen):
-                hidden[i], loss[i] = found.hidden[at], found.loss[at]
+            for i, hidden, loss in zip(chosen, values.hidden, values.loss, strict=True):
+                found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
             waiting = waiting[len(chosen) :]
+    found = processes.gather(found)
     everyone = range(len(requests))
     return TargetValues(
-        torch.stack([hidden[i] for i in everyone]), torch.stack([loss[i] for i in everyone])
+        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(model.device),
+        torch.stack([found[f"loss.{i}"] for i in everyone]).to(model.device),
     )
 
 
@@ -115,7 +113,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 def _together(
     model: Any,
     pad_id: int,
-    blocks: Any,
+    architecture: Architecture,
     layer: int,
     groups: Sequence[Sequence[Row]],
     config: ValueConfig,
@@ -123,6 +121,7 @@ def _together(
 ) -> TargetValues:
     """The values of n requests; each leaves when it has converged."""
     n = len(groups[0])
+    blocks = architecture.blocks(model)
     rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
     origin = rows.hidden[:n, 0].float()
     size = origin.norm(dim=-1, keepdim=True)
