@@ -30,6 +30,10 @@ _PROBES = 4
 _CHUNK = 2048
 
 
+# Rows of a block: enough to keep a GPU busy, and little above the diagonal is held.
+_BLOCK = 1024
+
+
 class Earlier(NamedTuple):
     """Keys of earlier batches: tensors `(c, d_in)`, and the Gram matrix `Σ k kᵀ` `(d_in, d_in)` of
     those that are no longer kept one by one."""
@@ -227,9 +231,8 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _block_rows(matrix: Tensor) -> list[Tensor]:
     """The lower triangle of a matrix: rows s to e, columns 0 to e, for blocks of rows; views."""
-    # A GPU needs large products to be busy; on a CPU a block should stay in the last cache.
-    size = 512 if matrix.device.type == "cpu" else 2048
-    return [matrix[s : s + size, : s + size] for s in range(0, len(matrix), size)]
+    starts = range(0, len(matrix), _BLOCK)
+    return [matrix[s : s + _BLOCK, : s + _BLOCK] for s in starts]
 
 
 def _multiply(rows: Tensor, blocks: list[Tensor]) -> Tensor:
