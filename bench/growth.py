@@ -116,8 +116,8 @@ def add_batch(
 
 def measure(batches: int = 200, edits: int = 25, gate: str = "keyed") -> list[dict[str, Any]]:
     """One entry a batch: seconds of its hooks (Δ, gates and thresholds of all layers, twice),
-    seconds to save the folder, and resident memory in MB after it. Then two entries of what a
-    fresh process does: load the folder, and attach."""
+    seconds to save the folder, and resident memory in MB after it. The last entry: seconds to load
+    the folder and to attach, before and after compaction, and of compaction itself."""
     hooks, writers = empty_hooks(gate)
     model, rng = Layers(), torch.Generator().manual_seed(1)
     hooks.attach(model, check=False)
@@ -142,13 +142,23 @@ def measure(batches: int = 200, edits: int = 25, gate: str = "keyed") -> list[di
                     "config_kb": (Path(name) / "hook_config.json").stat().st_size / 1e3,
                 }
             )
+        fresh, times = load_and_attach(name)
         started = time.perf_counter()
-        fresh = HookSet.from_pretrained(name)
-        loaded = time.perf_counter()
-        fresh.attach(Layers(), check=False)
-        attached = time.perf_counter()
-        found.append({"load_s": loaded - started, "attach_s": attached - loaded})
+        fresh.compact()
+        fresh.save_pretrained(name)
+        times["compact_s"] = time.perf_counter() - started
+        times["folder_mb"] = sum(file.stat().st_size for file in Path(name).iterdir()) / 1e6
+        compacted = load_and_attach(name)[1]
+        found.append(times | {f"compacted_{key}": value for key, value in compacted.items()})
     return found
+
+
+def load_and_attach(name: str) -> tuple[HookSet, dict[str, float]]:
+    started = time.perf_counter()
+    hooks = HookSet.from_pretrained(name)
+    loaded = time.perf_counter()
+    hooks.attach(Layers(), check=False)
+    return hooks, {"load_s": loaded - started, "attach_s": time.perf_counter() - loaded}
 
 
 def main(
@@ -179,7 +189,9 @@ def main(
     console = Console()
     console.print(table)
     console.print(
-        f"fresh: loaded in {fresh['load_s']:.2f} s, attached in {fresh['attach_s']:.2f} s"
+        f"fresh: load {fresh['load_s']:.2f} s, attach {fresh['attach_s']:.2f} s; compacted in "
+        f"{fresh['compact_s']:.2f} s to {fresh['folder_mb']:.0f} MB: load "
+        f"{fresh['compacted_load_s']:.2f} s, attach {fresh['compacted_attach_s']:.2f} s"
     )
 
 

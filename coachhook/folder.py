@@ -24,23 +24,22 @@ from torch import Tensor
 
 from coachhook.config import EditConfig
 from coachhook.errors import (
-    CoachhookError,
-    ConfigError,
     CorruptFolderError,
     FolderError,
     FolderLockedError,
     NewerFormatError,
-    RequestError,
     SaveError,
 )
 from coachhook.journal import Base, Batch, Journal
 from coachhook.models import BaseModel
+from coachhook.progress import each
 from coachhook.records import (
     base_tensors,
     batch_tensors,
     read_base,
     read_batch,
     read_batch_of_1,
+    whole,
 )
 from coachhook.tensorfile import STAGING, TensorFile, pack, write
 
@@ -136,7 +135,7 @@ def load(folder: Path) -> Contents:
     Of the batches, edits and fingerprints are read; their factors stay in the folder.
     """
     config = read_config(folder)
-    try:
+    with whole(folder / CONFIG_NAME):
         base = BaseModel(
             name=config["base_model"]["name"],
             checksums=config["base_model"]["checksums"],
@@ -151,6 +150,8 @@ def load(folder: Path) -> Contents:
             journal = Journal([*map(partial(read_batch_of_1, base.layers), files, entries)])
         else:
             journal = _journal(folder, config, base.layers)
+        if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
+            raise ValueError("the numbers of the edits")
         return Contents(
             base=base,
             config=EditConfig.from_dict(config["settings"]),
@@ -161,12 +162,6 @@ def load(folder: Path) -> Contents:
             journal=journal,
             digest=config["digest"],
         )
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, CoachhookError) and not isinstance(error, ConfigError | RequestError):
-            raise
-        raise CorruptFolderError(
-            f"{folder / CONFIG_NAME} lacks or garbles {error}; restore it from a copy"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -238,11 +233,8 @@ def _store(
         name, data = pack(stem, tensors())
     elif sizes.get(stored.name) == stored.size:
         # What is stored never changes: a whole file that is already here needs no second look.
-        return (
-            stored
-            if stored.path.parent == folder
-            else TensorFile(folder / stored.name, stored.size)
-        )
+        same = stored.path.parent == folder
+        return stored if same else TensorFile(folder / stored.name, stored.size)
     else:
         name, data = stored.name, stored.data()
     if sizes.get(name) != len(data):
@@ -290,7 +282,8 @@ def _journal(folder: Path, config: Mapping[str, Any], layers: Sequence[int]) -> 
         base, batches = read_base(layers, _file(folder, config["base"]))
     if not isinstance(config["batches"], list):
         raise TypeError("the list of batches")
-    batches += [read_batch(layers, _file(folder, name)) for name in config["batches"]]
+    for name in each("reading the folder", config["batches"]):
+        batches.append(read_batch(layers, _file(folder, name)))
     disabled = set(config["disabled"])
     for edit in (edit for batch in batches for edit in batch.edits):
         edit.enabled = edit.id not in disabled

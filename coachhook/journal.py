@@ -17,6 +17,7 @@ from torch import Tensor
 from coachhook.accumulate import add, no_delta
 from coachhook.errors import CompactedError
 from coachhook.gates import Threshold
+from coachhook.progress import each
 from coachhook.requests import EditRequest
 from coachhook.running import Running
 from coachhook.tensorfile import TensorFile
@@ -351,7 +352,7 @@ def _more_delta(
     delta: Delta, batches: Sequence[Batch], *, layer: int, left_out: frozenset[int]
 ) -> Delta:
     known = delta
-    for batch in batches:
+    for batch in each(f"edits of layer {layer}", batches):
         factors = batch.layers[layer]
         kept = torch.tensor([edit.id not in left_out for edit in batch.edits])
         share = factors.residuals[kept], factors.solutions[kept]

@@ -2,14 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from coachhook.errors import CoachhookError, ConfigError, CorruptFolderError, RequestError
 from coachhook.gates import Threshold
 from coachhook.journal import (
     FACTORS,
@@ -30,6 +33,19 @@ _RECORDS = "records"
 _MARKS = ("fingerprints", "owner")
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Where the contents of `path` make no sense, raises `CorruptFolderError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        if isinstance(error, CoachhookError) and not isinstance(error, ConfigError | RequestError):
+            raise
+        raise CorruptFolderError(
+            f"{path} lacks or garbles {error}; restore it from a copy"
+        ) from error
+
+
 def batch_tensors(batch: Batch) -> dict[str, Tensor]:
     """All that `read_batch` needs."""
     tensors = {
@@ -41,12 +57,12 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def read_batch(layers: Sequence[int], file: TensorFile) -> Batch:
-    """A batch whose factors stay in `file`. Raises `KeyError`, `ValueError` or `TypeError` where
-    the file holds something else."""
-    entry, marks = _read(layers, file)
-    return _batch_from_json(
-        entry, {k: StoredFactors(file, k, *marks[k]) for k in layers}, stored=file
-    )
+    """A batch whose factors stay in `file`. Raises `CorruptFolderError`."""
+    with whole(file.path):
+        entry, marks = _read(layers, file)
+        return _batch_from_json(
+            entry, {k: StoredFactors(file, k, *marks[k]) for k in layers}, stored=file
+        )
 
 
 def batch_to_bytes(batch: Batch) -> bytes:
@@ -78,17 +94,19 @@ def base_tensors(journal: Journal) -> dict[str, Tensor]:
 
 
 def read_base(layers: Sequence[int], file: TensorFile) -> tuple[Base, list[Batch]]:
-    """A base whose tensors stay in `file`, and the batches that were merged into it."""
-    entries, marks = _read(layers, file)
-    pieces = {}
-    for layer, tensors in marks.items():
-        counts = [entry["fingerprints"][str(layer)] for entry in entries]
-        pieces[layer] = list(zip(*(tensor.split(counts) for tensor in tensors), strict=True))
-    batches = [
-        _batch_from_json(entry, {k: MergedFactors(*pieces[k][i]) for k in layers})
-        for i, entry in enumerate(entries)
-    ]
-    return Base(len(batches), file), batches
+    """A base whose tensors stay in `file`, and the batches that were merged into it. Raises
+    `CorruptFolderError`."""
+    with whole(file.path):
+        entries, marks = _read(layers, file)
+        pieces = {}
+        for layer, tensors in marks.items():
+            counts = [entry["fingerprints"][str(layer)] for entry in entries]
+            pieces[layer] = list(zip(*(tensor.split(counts) for tensor in tensors), strict=True))
+        batches = [
+            _batch_from_json(entry, {k: MergedFactors(*pieces[k][i]) for k in layers})
+            for i, entry in enumerate(entries)
+        ]
+        return Base(len(batches), file), batches
 
 
 def read_batch_of_1(layers: Sequence[int], file: TensorFile, entry: Mapping[str, Any]) -> Batch:

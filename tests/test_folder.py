@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from journals import assert_same, batch, contents, file_like, files, rewrite
+from safetensors.torch import load_file
 
 from coachhook.errors import (
     CorruptFolderError,
@@ -30,6 +32,7 @@ from coachhook.errors import (
 )
 from coachhook.folder import CONFIG_NAME, FORMAT_VERSION, Contents, load, locked, save
 from coachhook.hookset import HookSet
+from coachhook.tensorfile import pack
 
 FORK = multiprocessing.get_context("fork")
 
@@ -290,6 +293,28 @@ class TestDamage:
     ) -> None:
         rewrite(folder, change)
         with pytest.raises(CorruptFolderError, match=CONFIG_NAME):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "records",
+        [
+            b'{"edits": [], "thresholds": {}}',
+            b'{"edits": [{}], "thresholds": {}}',
+            b'{"edits": 3}',
+            b"[]",
+            b"null",
+            b'{"edits": [',
+            b"\xff",
+            b"",
+        ],
+    )
+    def test_nonsense_in_the_file_of_a_batch(self, folder: Path, records: bytes) -> None:
+        tensors = load_file(file_like(folder, "batch-0001-*"))
+        tensors["records"] = torch.tensor(list(records), dtype=torch.uint8)
+        name, data = pack("batch-0001", tensors)
+        (folder / name).write_bytes(data)
+        rewrite(folder, lambda config: config["batches"].__setitem__(0, name))
+        with pytest.raises(CorruptFolderError, match=name):
             load(folder)
 
     @pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
