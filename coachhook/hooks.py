@@ -106,7 +106,7 @@ class HookLinear(nn.Module):
         `F k` goes into one sum over the processes, and all of them correct the same tokens."""
         own = shared.own(keys)
         products = self._products(own)
-        weight = shared.partial_weight(self.base)
+        weight = None if _is_watched(self.base) else shared.partial_weight(self.base)
         if weight is None:
             output: Tensor = self.base(keys)
             products = shared.sum(products)
@@ -182,9 +182,7 @@ def _plain_weight(base: Any) -> Tensor | None:
     other."""
     if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
         return None
-    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
-        return None
-    if base._backward_hooks or base._backward_pre_hooks:
+    if _is_watched(base):
         return None
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
@@ -192,6 +190,13 @@ def _plain_weight(base: Any) -> Tensor | None:
     if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
         return None
     return weight if type(base) is nn.Linear else weight.mT
+
+
+def _is_watched(base: nn.Module) -> bool:
+    """Whether hooks of torch's own wait for `base` to be called."""
+    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
+        return True
+    return bool(base._backward_hooks or base._backward_pre_hooks)
 
 
 def _differentiated_forward() -> bool:

@@ -33,8 +33,9 @@ class HookSet:
     """Hooks for the layers of one base model, derived from the journal of all batches.
 
     sketches: per layer `(F, offset)`, see `KeyedGate`. The same set can be attached to several
-    copies of its base model, in any dtype and on any device. A set that is never saved keeps every
-    batch in memory; one that is, only what its hooks need.
+    copies of its base model, in any dtype and on any device, and to one that processes share
+    (tensor parallelism): every process then has a set of its own, and calls it as the others do. A
+    set that is never saved keeps every batch in memory; one that is, only what its hooks need.
     """
 
     def __init__(
@@ -66,10 +67,9 @@ class HookSet:
         """Put the hooks on `model`, in place; its weights are shared, not changed.
 
         check: compare the checksum of the hooked weights. Turn it off for a quantised copy of the
-        base model, whose weights cannot be compared. Where processes share the model (tensor
-        parallelism), each of them must attach the same hooks. Raises `AttachError` if they differ,
-        or the model already has hooks, `BaseModelMismatchError` if it is another model. Returns
-        `model`.
+        base model, whose weights cannot be compared. Raises `AttachError` if the model already has
+        hooks, or processes share it and attach different ones or share it in a way that hooks
+        cannot follow; `BaseModelMismatchError` if it is another model. Returns `model`.
         """
         architecture = Architecture(self.base.template)
         modules = {i: architecture.down_projection(model, i) for i in self.layers}

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from coachhook.errors import AttachError
 
@@ -41,22 +40,23 @@ class RowParallel:
 
         Raises `AttachError` where the split is one that hooks cannot follow.
         """
-        weight = getattr(base, "weight", None)
-        if not isinstance(weight, DTensor) or not any(map(_splits_keys, weight.placements)):
-            return None
-        placement, mesh = weight.placements[0], weight.device_mesh
-        if mesh.ndim != 1 or type(placement) is not Shard or not isinstance(base, nn.Linear):
-            raise AttachError(
-                f"a {type(base).__name__} split as {weight.placements} over a mesh of shape "
-                f"{tuple(mesh.shape)} cannot be hooked; hooks follow a Linear split along its "
-                "input over one dimension of processes (DistributedConfig(tp_plan='auto'))"
-            )
+        weight: Any = getattr(base, "weight", None)
         style = _style(base)
+        split = isinstance(weight, DTensor) and any(map(_splits_keys, weight.placements))
+        if not split and style is None:
+            return None
+        if not split or not _along_input(base, weight):
+            raise AttachError(
+                f"processes share a {type(base).__name__} in a way that hooks cannot follow; they "
+                "follow a Linear whose unquantised weight is split along its input over one "
+                "dimension of processes, as DistributedConfig(tp_plan='auto') does it"
+            )
         if style is not None and style.output_layouts != Replicate():
             raise AttachError(
-                f"the output of a hooked layer must be whole in every process, not "
+                "the output of a hooked layer must be whole in every process, not "
                 f"{style.output_layouts}; use the plan 'rowwise' for it"
             )
+        mesh = weight.device_mesh
         d_in = weight.shape[1]
         width = -(-d_in // mesh.size())
         start = min(mesh.get_local_rank() * width, d_in)
@@ -85,9 +85,8 @@ class RowParallel:
 
     def partial_weight(self, base: nn.Module) -> Tensor | None:
         """This process's columns of the weight, where `base` only multiplies by them and sums over
-        the processes; None where it does more or is watched, and must run by itself."""
-        watched = base._forward_hooks or base._forward_pre_hooks or has_any_global_hook()
-        if not self.sums_alone or watched or type(base) is not nn.Linear:
+        the processes; None where it may do more, and must run by itself."""
+        if not self.sums_alone or type(base) is not nn.Linear:
             return None
         return local(base.weight)
 
@@ -95,7 +94,8 @@ class RowParallel:
         """Each of `parts` `(..., n_i)` summed over the processes, by one collective for all.
 
         Every process gets the same numbers, and so opens the same gates. The sum is taken in the
-        widest of their dtypes; each comes back in its own.
+        widest of their dtypes; each comes back in its own. A sum over more than two processes may
+        round otherwise in company than alone.
         """
         flat = torch.cat(list(parts), dim=-1)
         if torch.is_grad_enabled() and flat.requires_grad:
@@ -129,8 +129,10 @@ def is_sharded(model: nn.Module) -> bool:
 def gathered(weight: Tensor) -> Tensor:
     """The whole of a weight. Of a sharded one this is a collective: every process must take part,
     and gets a copy."""
-    whole: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return whole
+    if not isinstance(weight, DTensor):
+        return weight
+    with torch.no_grad():
+        return weight.full_tensor()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -141,6 +143,13 @@ def local(tensor: Tensor) -> Tensor:
 def _splits_keys(placement: Any) -> bool:
     """Whether `placement` splits the input dimension of a `(d_out, d_in)` weight."""
     return getattr(placement, "dim", None) in (1, -1)
+
+
+def _along_input(base: nn.Module, weight: DTensor) -> bool:
+    """Whether `weight` holds `base`'s input in unpacked columns, in slices one after the other."""
+    if weight.device_mesh.ndim != 1 or type(weight.placements[0]) is not Shard:
+        return False
+    return isinstance(base, nn.Linear) and weight.shape == (base.out_features, base.in_features)
 
 
 def _style(base: nn.Module) -> Any:

@@ -17,10 +17,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import RowwiseParallel
 
 from coachhook import EditConfig, Editor, EditRequest, HookLinear, HookSet
 from coachhook.errors import AttachError, BaseModelMismatchError, ModelError
@@ -28,6 +31,7 @@ from coachhook.forward import read_pass
 from coachhook.gates import Threshold
 from coachhook.journal import Batch, EditRecord, Journal, LayerFactors
 from coachhook.models import Architecture, BaseModel, weight_checksums
+from coachhook.sharded import RowParallel
 
 LAYERS = (1, 2)
 SKETCH = 16
@@ -36,15 +40,20 @@ PROMPTS = ["It rained, and the streets were wet again", "They moved to France", 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and hooks on it. n_edits: in each of two batches. whole_keys: the plan hands whole
+    """A model and hooks on it. dense: so many edits that Δ is. whole_keys: the plan hands whole
     keys to every process, which cuts its slice out of them."""
 
     name: str
     kind: str
     gate: str
-    n_edits: int
+    dense: bool = False
     d_in: int = tiny.D_FF
     whole_keys: bool = False
+
+    @property
+    def n_edits(self) -> int:
+        """In each of two batches."""
+        return 12 if self.dense else 2
 
     @property
     def even(self) -> bool:
@@ -71,25 +80,18 @@ class Case:
 
 
 CASES = [
-    Case("keyed", "llama", "keyed", 2),
-    Case("keyed-dense-bias", "gpt_neox", "keyed", 12),
-    Case("sequence-bias", "phi", "sequence", 2),
-    Case("sequence-dense-whole-keys", "llama", "sequence", 12, whole_keys=True),
-    Case("calibrated-uneven", "llama", "calibrated", 2, d_in=tiny.D_FF + 1),
+    Case("keyed", "llama", "keyed"),
+    Case("keyed-dense-bias", "gpt_neox", "keyed", dense=True),
+    Case("sequence-bias", "phi", "sequence"),
+    Case("sequence-dense-whole-keys", "llama", "sequence", dense=True, whole_keys=True),
+    Case("calibrated-uneven", "llama", "calibrated", d_in=tiny.D_FF + 1),
 ]
 
 
 def prepare(case: Case, folder: Path) -> None:
     """Save a random model, and hooks that one process made for it. They correct some of the tokens
     of `PROMPTS`, and no token of them is near the threshold."""
-    name = "intermediate_size"
-    settings = tiny._SETTINGS[case.kind]
-    given = settings[name]
-    try:
-        settings[name] = case.d_in
-        model = tiny_model(case.kind, tied=False)
-    finally:
-        settings[name] = given
+    model = tiny_model(case.kind, tied=False, intermediate_size=case.d_in)
     # Where biases start at zero, adding one twice would go unseen.
     random = torch.Generator().manual_seed(1)
     for parameter in (p for n, p in model.named_parameters() if n.endswith("bias")):
@@ -167,6 +169,7 @@ def measure(case: Case, model: Any, hooks: HookSet) -> dict[str, Tensor]:
     before = dict(model.named_modules()), list(model.state_dict())
     logits("unhooked")
     hooks.attach(model)
+    assert all((hook.up is None) == case.dense for hook in hooks.modules(model).values())
     assert list(model.state_dict()) == before[1]
     logits("hooked")
     with torch.no_grad():
@@ -267,8 +270,30 @@ def refusals(case: Case, model: Any, folder: Path) -> dict[str, str]:
         "foreign": refusal(BaseModelMismatchError, lambda: foreign.attach(model)),
         "editing": refusal(ModelError, editing),
     }
+    for name, base in unfit_bases().items():
+        found[name] = refusal(AttachError, partial(RowParallel.of, base))
     assert not any(isinstance(module, HookLinear) for module in model.modules())
     return found
+
+
+def unfit_bases() -> dict[str, nn.Module]:
+    """Layers that processes share in ways that hooks cannot follow."""
+    n = dist.get_world_size()
+    line, grid = init_device_mesh("cpu", (n,)), init_device_mesh("cpu", (1, n))
+
+    def linear(mesh: DeviceMesh, *placements: Placement) -> nn.Linear:
+        base = nn.Linear(8, 4)
+        base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), mesh, placements))
+        return base
+
+    replicated, by_input = Replicate(), Shard(1)
+    plain, by_token = nn.Linear(8, 4), linear(line, by_input)
+    RowwiseParallel().install_forward(plain, line)
+    RowwiseParallel(output_layouts=by_input).install_forward(by_token, line)
+    packed = linear(line, by_input)
+    packed.in_features = 16
+    two = linear(grid, replicated, by_input)
+    return {"plain": plain, "packed": packed, "two dimensions": two, "output": by_token}
 
 
 def main(folder: Path) -> None:

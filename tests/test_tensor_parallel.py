@@ -144,6 +144,9 @@ def test_all_processes_refuse_together(folder: Path) -> None:
     assert "number 1 is attaching other hooks than number 0" in first["differing"]
     assert "checksum" in first["foreign"]
     assert "HookSet.from_pretrained" in first["editing"]
+    for name in ("plain", "packed", "two dimensions"):
+        assert "in a way that hooks cannot follow" in first[name]
+    assert "whole in every process" in first["output"]
 
 
 def test_saving_from_a_shared_model_writes_the_same_files(folder: Path) -> None:
