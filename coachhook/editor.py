@@ -27,6 +27,7 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_checksums,
 )
+from coachhook.offloaded import whole
 from coachhook.processes import ALONE, Processes
 from coachhook.progress import track
 from coachhook.records import batch_from_bytes, batch_to_bytes
@@ -101,7 +102,7 @@ class Editor:
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=_name_of(given),
-            checksums=weight_checksums([modules[layer].weight for layer in layers]),
+            checksums=weight_checksums(whole(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], model.config.hidden_size)

@@ -24,6 +24,7 @@ from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, Seque
 from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
+from coachhook.offloaded import device_of, whole
 from coachhook.sharded import RowParallel, gathered
 from coachhook.trace import Trace, trace_text
 from coachhook_kernels import Delta
@@ -237,7 +238,7 @@ class HookSet:
         """Move a hook's own tensors to where its base module is, in the dtype it computes in."""
         hook.split_over_processes()
         tensors = [*base.parameters(), *base.buffers()]
-        device = tensors[0].device if tensors else None
+        device = device_of(base)
         # A quantised weight says nothing of the dtype to compute in; its scales may.
         wide = [t.dtype for t in tensors if t.dtype.is_floating_point and t.itemsize > 1]
         dtype = wide[0] if wide else torch.float32
@@ -262,17 +263,16 @@ class HookSet:
     def check_base(self, model: nn.Module) -> None:
         """Raise `BaseModelMismatchError` unless `model`'s hooked weights are the base model's."""
         architecture = Architecture(self.base.template)
-        weights = []
-        for layer in self.layers:
-            weight = getattr(architecture.down_projection(model, layer), "weight", None)
+        modules = [architecture.down_projection(model, layer) for layer in self.layers]
+        for layer, module in zip(self.layers, modules, strict=True):
+            weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
                 raise BaseModelMismatchError(
                     f"{architecture.name(layer)} has no floating-point weight to compare with the "
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
-            weights.append(weight)
-        # One by one: processes that share the model gather every weight for it.
-        found = weight_checksums(gathered(weight) for weight in weights)
+        # One by one: weights may be gathered from processes that share them, or from a disk.
+        found = weight_checksums(gathered(whole(module)) for module in modules)
         if not set(found.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from coachhook.config import ValueConfig
-from coachhook.forward import final_hidden, hidden_of, logits_of, run_to
+from coachhook.forward import final_hidden, hidden_of, input_device, logits_of, run_to
 from coachhook.requests import EditRequest
 from coachhook.tokens import Row, encode, encode_request
 
@@ -111,7 +111,7 @@ def prepare(
 ) -> tuple[ShiftedRows, Any]:
     """The rows of `contexts_of`, and what block `layer`, the last hooked one, returned for them."""
     rows = [row for group in groups for row in group]
-    device, n = model.device, len(groups[0])
+    device, n = input_device(model), len(groups[0])
     shared = [_shared_length(group) for group in groups for _ in group]
     heads = [_Piece(group[0].ids[: _shared_length(group)], 0) for group in groups]
     lefts = [_Piece(r.ids[k : r.subject], k) for r, k in zip(rows, shared, strict=True)]
@@ -274,7 +274,7 @@ def _extend(
     pad_id: int,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Keys and values of `past` and of one piece a row behind it, and the mask of both."""
-    ids, positions, real = _rectangle(pieces, pad_id, model.device, right_aligned=True)
+    ids, positions, real = _rectangle(pieces, pad_id, input_device(model), right_aligned=True)
     mask = real if mask is None else torch.cat([mask, real], dim=1)
     if ids.shape[1] == 0:
         return past, mask

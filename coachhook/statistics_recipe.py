@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from coachhook import corpus
 from coachhook.errors import StatisticsError
 from coachhook.models import Architecture
+from coachhook.offloaded import whole
 
 
 def recipe_of(
@@ -61,7 +61,9 @@ def _weights_checksum(model: Any, left_out: set[int]) -> str:
             title = f"{name} {weight.dtype} {tuple(weight.shape)} "
             if weight.is_meta:
                 # One at a time in memory: offloaded weights may be more than fit.
-                sums.append((title, _checksum(_offloaded(model, name))))
+                path, _, leaf = name.rpartition(".")
+                fetched = whole(model.get_submodule(path), leaf)
+                sums.append((title, _checksum(fetched)))
             else:
                 sums.append((title, pool.submit(_checksum, weight)))
     digest = hashlib.sha256()
@@ -83,20 +85,6 @@ def _divided() -> StatisticsError:
         "this model's weights are divided among processes, and with tensor parallelism so are its "
         "keys; measure its key statistics with the model loaded whole"
     )
-
-
-def _offloaded(model: Any, name: str) -> Tensor:
-    """A weight that accelerate keeps on the CPU or on disk until it is needed."""
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if not has_offloaded_params(module):
-        raise StatisticsError(
-            f"the weight {name!r} holds no values (it is on torch's meta device); load the model "
-            "with its weights"
-        )
-    with align_module_device(module, torch.device("cpu")):
-        weight: Tensor = getattr(module, leaf).detach()
-    return weight
 
 
 def _file_checksum(path: Path) -> str:

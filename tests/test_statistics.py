@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from coachhook import corpus, statistics
 from coachhook.corpus import Batch, Shard
-from coachhook.errors import StatisticsError
+from coachhook.errors import ModelError, StatisticsError
 from coachhook.key_sums import KeyReader, KeySums
 from coachhook.models import Architecture
 from coachhook.statistics import KeyStatistics, StatisticsSource, key_statistics
@@ -369,7 +369,7 @@ class TestFaults:
         assert torch.equal(offloaded[1].moment, measure(self.text)[1].moment)
 
     def test_weights_without_values(self) -> None:
-        with pytest.raises(StatisticsError, match="meta device"):
+        with pytest.raises(ModelError, match="meta device"):
             measure(self.text, tiny_model("llama").to("meta"))
 
     def test_divided_weights(self) -> None:
