@@ -121,28 +121,39 @@ class Editor:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
         self.hooks.save_pretrained(directory)
 
-    def edit(self, requests: Sequence[EditRequest]) -> BatchReport:
+    def edit(self, requests: Sequence[EditRequest], values: Tensor | None = None) -> BatchReport:
         """Edit one batch of facts. If anything fails on the way, nothing of it remains.
+
+        values: float32 `(n, d)`, what `optimise_values` found for these requests at the last hooked
+        layer, one row each; by default it is asked now.
 
         Raises `RequestError` and its kinds for unusable requests, before any work is done.
         """
         requests = check_batch(requests)
         self.check(requests)
+        if values is not None and len(values) != len(requests):
+            raise ConfigError(f"{len(values)} values do not fit {len(requests)} distinct requests")
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
         # Values need gradients, whatever the caller has switched off.
         with torch.inference_mode(False), eval_mode(self.model):
             refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
-            usable = [e.request for e in batch.edits if e.verdict is not Verdict.REFUSED]
-            values = self._values(usable) if usable else None
+            usable = [i for i, e in enumerate(batch.edits) if e.verdict is not Verdict.REFUSED]
+            wanted = None
+            if usable:
+                wanted = (
+                    self._values([requests[i] for i in usable])
+                    if values is None
+                    else values[usable]
+                )
             journal.batches.append(batch)
             try:
-                if values is None:
+                if wanted is None:
                     self._write_nothing(batch)
                 else:
                     write_batch(
-                        self.model, self.tokenizer, self.hooks, self._writers, batch, values
+                        self.model, self.tokenizer, self.hooks, self._writers, batch, wanted
                     )
                     self._judge(batch)
             except BaseException:
@@ -243,9 +254,9 @@ class Editor:
 
 def _name_of(model: Any) -> str:
     """What `resume` will load, from any working directory."""
-    if not isinstance(model, str | Path):
-        return str(model.config._name_or_path or type(model).__name__)
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    loaded = not isinstance(model, str | Path)
+    name = (model.config._name_or_path or type(model).__name__) if loaded else model
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:

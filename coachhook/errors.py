@@ -36,6 +36,14 @@ class ArchitectureError(ModelError):
     """The registry does not know where this architecture keeps its down-projection."""
 
 
+class NotEnoughMemoryError(CoachhookError):
+    """A run cannot fit into memory; the message counts what it needs and says what to change."""
+
+
+class ProfileError(CoachhookError):
+    """A profile of settings cannot be read or written, is broken, or of a newer version."""
+
+
 class StatisticsError(CoachhookError):
     """Key statistics are missing, too small, not finite, or of another model."""
 
