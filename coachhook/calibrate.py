@@ -39,22 +39,27 @@ from coachhook.values import optimise_values
 MINUTES = 6.0
 # Above the middle of the depth a value has too little left to act on (csrc_notes/editing.md).
 _SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
-# A larger fingerprint must separate better by this much; a layer may separate worse by that much.
-_WORTHWHILE, _ACCEPTABLE = 0.02, 0.1
+# A larger fingerprint must separate better by this much; a layer may separate worse by that much,
+# because later layers make values that generalise better.
+_WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
 _COUNTS = (3, 1, 5)
 # λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
 # far below 1, ordinary text holds a key fast.
 _FREEDOM, _FREEDOMS, _FINER = 30.0, (3.0, 300.0), (10.0, 100.0)
 _CLAMPS = (0.5, 2.0)
+# Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
+_RATES = (1e-3, 3e-3)
 MOST_TRIALS = 13
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Probe edits with some settings, and what became of the probes."""
+    """Probe edits with some settings, and what became of the probes; seconds include those of the
+    target values where they were not known from an earlier trial."""
 
     settings: Settings
     scores: ProbeScores
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -251,15 +256,18 @@ class _Bench:
     def figures(self) -> list[LayerFigures]:
         """What the keys of the layers read so far say; chooses the size of the fingerprints."""
         values = {
-            layer: {size: self._separation([layer], size).value for size in SIZES}
+            layer: {size: self._separation(layer, size).value for size in SIZES}
             for layer in self.sketches
         }
-        mean = {size: fmean(value[size] for value in values.values()) for size in SIZES}
+        # Layers that no size makes usable say nothing of the size.
+        best = max(max(value.values()) for value in values.values())
+        usable = [v for v in values.values() if max(v.values()) >= best - _ACCEPTABLE]
+        mean = {size: fmean(value[size] for value in usable) for size in SIZES}
         self.size = next(size for size in SIZES if mean[size] >= max(mean.values()) - _WORTHWHILE)
         return [
             LayerFigures(
                 layer=layer,
-                separation=self._separation([layer], self.size),
+                separation=self._separation(layer, self.size),
                 sizes=values[layer],
                 sinks=sink_share(sketches, self.size),
                 leverage=sketches.leverage,
@@ -282,18 +290,18 @@ class _Bench:
         """Whether keys at `last` tell subjects apart nearly as well as anywhere."""
         if last not in self.sketches:
             return False
-        values = {layer: self._separation([layer], self.size).value for layer in self.sketches}
+        values = {layer: self._separation(layer, self.size).value for layer in self.sketches}
         return values[last] >= max(values.values()) - _ACCEPTABLE
 
-    def _separation(self, layers: Sequence[int], size: int) -> Separation:
-        rate = self.config.false_alarms / _COUNTS[0]
-        return separation([self._cosines(layer, size) for layer in layers], rate)
+    def _separation(self, layer: int, size: int) -> Separation:
+        return separation([self._cosines(layer, size)], self.config.false_alarms / _COUNTS[0])
 
     def _cosines(self, layer: int, size: int) -> Cosines:
         return Cosines.of(self.sketches[layer], size)
 
     def trial(self, choice: _Choice) -> Trial:
         """Edit all probes in one batch with a choice's settings, and see what became of them."""
+        started = time.monotonic()
         self.read(choice.layers)
         settings = self._settings(choice)
         editor = Editor.from_pretrained(
@@ -305,7 +313,8 @@ class _Bench:
         values = self._target_values(choice, editor.hooks.config)
         with editor:
             editor.edit(self.probes.requests, values)
-            return Trial(settings, self.probes.scores(self.model, self.tokenizer))
+            scores = self.probes.scores(self.model, self.tokenizer)
+        return Trial(settings, scores, time.monotonic() - started)
 
     def _target_values(self, choice: _Choice, config: EditConfig) -> Tensor:
         key = (choice.layers[-1], choice.clamp)
@@ -324,14 +333,15 @@ class _Bench:
         """λ from the leverage of the probes, the gate's floor from their cosines."""
         cosines = [self._cosines(layer, self.size) for layer in choice.layers]
         leverage = fmean(self.sketches[layer].leverage for layer in choice.layers)
-        usual = self.config.false_alarms
-        found = separation(cosines, usual / len(cosines))
+        found = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
+        most = max(separated.value for separated in found.values())
+        rate = next(rate for rate in _RATES if found[rate].value >= most - _WORTHWHILE)
         return Settings(
             layers=choice.layers,
             # Two figures are as many as the probes can tell.
             preservation=float(f"{leverage / choice.freedom:.2g}"),
             clamp=choice.clamp,
             fingerprint_size=self.size,
-            resemblance=found.floor,
-            false_alarms=usual,
+            resemblance=found[rate].floor,
+            false_alarms=rate,
         )

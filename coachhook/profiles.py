@@ -150,6 +150,9 @@ def _settings(data: Any) -> Settings:
     names = {f.name for f in fields(Settings)}
     if set(data) != names:
         raise KeyError(f"settings {sorted(names ^ set(data))}")
+    numbers = [data[name] for name in names - {"layers"}]
+    if not all(isinstance(value, int | float) for value in (*numbers, *data["layers"])):
+        raise TypeError("a setting that is no number")
     settings = Settings(**{**data, "layers": tuple(data["layers"])})
     # An EditConfig refuses what is out of range.
     settings.applied(EditConfig())

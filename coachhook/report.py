@@ -306,8 +306,18 @@ def calibration_view(document: Document) -> None:
             f"{layer['leverage']:.3g}",
         )
     console.print(keys)
-    headings = ("layers", "λ", "clamp", "floor", "reliability", "generality", "locality", "forced")
-    tried = _table(f"{len(document['trials'])} trials", *headings, numeric=7)
+    headings = (
+        "layers",
+        "λ",
+        "clamp",
+        "floor",
+        "reliability",
+        "generality",
+        "locality",
+        "forced",
+        "s",
+    )
+    tried = _table(f"{len(document['trials'])} trials", *headings, numeric=8)
     for trial in document["trials"]:
         settings, scores = trial["settings"], trial["scores"]
         chosen = settings == document["settings"]
@@ -318,6 +328,7 @@ def calibration_view(document: Document) -> None:
             f"{settings['resemblance']:.2f}",
             *(_percent(scores[name]) for name in ("reliability", "generality", "locality")),
             " ".join(map(_percent, scores["teacher_forced"])),
+            f"{trial['seconds']:.0f}",
             style="green" if chosen else "",
         )
     console.print(tried)

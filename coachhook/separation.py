@@ -19,8 +19,6 @@ from coachhook.writing import LayerWriter
 SIZES = (32, 64, 128)
 _AT_ONCE = 16
 _FLOORS = tuple(step / 100 for step in range(30, 96))
-# Other prompts are asked of as many edits as a folder may hold; the probes alone are few.
-_EDITS = 100
 _ALIKE = 0.62
 
 
@@ -149,7 +147,7 @@ class Separation:
 
     floor: the cosine that a keyed gate should ask for; ceiling: what the allowed share of ordinary
     tokens clears at the worst of the layers; recall: share of paraphrased subjects above the floor;
-    firing: share of prompts about other subjects that one of `_EDITS` edits would open on.
+    firing: share of prompts about other subjects with any token above it.
     """
 
     floor: float
@@ -172,8 +170,8 @@ def separation(layers: Sequence[Cosines], rate: float) -> Separation:
     for floor in _FLOORS:
         if floor >= ceiling or floor == _FLOORS[-1]:
             recall = float((reworded >= floor).float().mean())
-            alone = float((others >= floor).float().mean())
-            found.append(Separation(floor, ceiling, recall, 1 - (1 - alone) ** _EDITS))
+            firing = float((others.amax(1) >= floor).float().mean())
+            found.append(Separation(floor, ceiling, recall, firing))
     best = max(found, key=lambda s: s.value).value
     equal = [s for s in found if s.value > best - 1e-9]
     return equal[len(equal) // 2]
