@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from published_values import published_value, sampled_prefixes
 from torch import Tensor
 
 import coachhook as ch
-from coachhook.evaluate import teacher_forced
+from coachhook.evaluate import target_hits
 from coachhook.models import Architecture
 from coachhook.tokens import encode_request
 from coachhook.values import optimise_values
@@ -85,9 +84,8 @@ def measure(
 
 def reliability(editor: ch.Editor, requests: Sequence[ch.EditRequest], values: Tensor) -> float:
     """Share of target tokens that are first choices once `values` are written, and only then."""
-    with patch.object(editor, "_values", lambda _: values):
-        editor.edit(requests)
+    editor.edit(requests, values)
     rows = [encode_request(editor.tokenizer, request) for request in requests]
-    hits = teacher_forced(editor.model, editor.tokenizer, rows)
+    hits = target_hits(editor.model, editor.tokenizer, rows)
     editor.rollback(0)
     return fmean(hits)

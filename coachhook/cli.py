@@ -8,38 +8,34 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import click
 import typer
 from typer.core import TyperGroup
 
 from coachhook import report
+from coachhook.arguments import (
+    Facts,
+    Hooks,
+    Json,
+    Layers,
+    Model,
+    Template,
+    TextFile,
+    check_settings,
+    checked,
+    page_of,
+    parse_layers,
+    profiled,
+    usable,
+    with_hooks,
+)
 from coachhook.backlog import latest, remaining
 from coachhook.errors import CoachhookError, ConfigError, ContextLengthError, RequestError
-from coachhook.loaders import load_requests
-from coachhook.requests import EditRequest, check_batch
-
-if TYPE_CHECKING:
-    from coachhook.hookset import HookSet
-
-Model = Annotated[str, typer.Argument(help="smollm2, a folder with a checkpoint, or a hub id.")]
-Facts = Annotated[Path, typer.Argument(help="A .jsonl, .json or .csv file of facts.")]
-Hooks = Annotated[Path, typer.Option("--hooks", file_okay=False, help="The folder of edits.")]
-Layers = Annotated[str | None, typer.Option(help="Blocks to hook: 8,9,10 or 8-12.")]
-Template = Annotated[
-    str | None,
-    typer.Option(help="Name of the down-projections, as in 'model.layers.{}.mlp.down_proj'."),
-]
-TextFile = Annotated[
-    Path | None, typer.Option("--text", exists=True, dir_okay=False, help="Ordinary text.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-
-
-_MOST_LAYERS = 10_000
+from coachhook.requests import check_batch
 
 
 class _Group(TyperGroup):
@@ -90,20 +86,29 @@ def edit(
     layers: Layers = None,
     template: Template = None,
     text: TextFile = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Settings from 'calibrate --output'."),
+    ] = None,
     skip_invalid: Annotated[
         bool, typer.Option("--skip-invalid", help="Leave out malformed records.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Edit facts into a model, going on from what the folder already holds."""
-    from coachhook import folder
+    """Edit facts into a model, going on from what the folder already holds.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m coachhook edit …
+    """
+    from coachhook import folder, profiles
     from coachhook.config import EditConfig
     from coachhook.editor import Editor
     from coachhook.hookset import HookSet
-    from coachhook.models import load_model
+    from coachhook.models import Architecture, check_layers, default_layers, load_model
+    from coachhook.plan import Sizes, check_weights, edit_plan
+    from coachhook.processes import joined
     from coachhook.statistics import StatisticsSource
 
-    wanted = _usable(facts, skip_invalid)
+    wanted = usable(facts, skip_invalid)
     path = None if text is None else str(text.resolve())
     config = EditConfig(
         layers=None if layers is None else parse_layers(layers),
@@ -111,40 +116,71 @@ def edit(
         gate=gate or EditConfig.gate,
         statistics=StatisticsSource(path),
     )
-    with folder.locked(hooks):
+    with joined() as processes, ExitStack() as holding:
+        first = processes.is_first
+        if first:
+            holding.enter_context(folder.locked(hooks))
+        # The others look into the folder once the first has it.
+        processes.everyone(True)
         held = HookSet.from_pretrained(hooks) if folder.exists(hooks) else None
         if held is not None:
             asked = {"gate": gate, "layers": config.layers, "template": template, "text": path}
-            _check_settings(asked, held, hooks)
+            check_settings(asked, held, hooks)
+            if profile is not None and profiles.load(profile).settings.applied(held.config) != (
+                held.config
+            ):
+                raise ConfigError(
+                    f"{hooks} was made with other settings than those of {profile}; "
+                    "leave --profile out, or use another folder"
+                )
         done = [] if held is None else [record.request for record in held.edits]
         left = remaining(done, wanted)
         # All of them are checked before the first, and before the model is loaded.
         batches = [
-            check_batch(left[first : first + batch_size])
-            for first in range(0, len(left), batch_size)
+            check_batch(left[start : start + batch_size])
+            for start in range(0, len(left), batch_size)
         ]
         edited: list[dict[str, Any]] = []
+        plan = None
         if batches:
+            check_weights(model)
+            loaded, tokenizer = load_model(model)
+            if held is not None:
+                held.check_base(loaded)
+                config = held.config
+            else:
+                config = profiled(config, loaded, profile, shown=first)
+            architecture = Architecture.of(loaded, config.template)
+            n_blocks = len(architecture.blocks(loaded))
+            hooked = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+            sizes = Sizes.of(loaded, architecture)
+            plan = checked(
+                edit_plan(sizes, hooked, config, tokenizer, left, batch_size),
+                shown=first and not as_json,
+            )
             editor = (
-                Editor.from_pretrained(model, config=config)
+                Editor.from_pretrained(loaded, tokenizer, config=config, processes=processes)
                 if held is None
-                else Editor.resume(hooks, *load_model(model))
+                else Editor.resume(hooks, loaded, tokenizer, processes=processes)
             )
             for batch in batches:
                 editor.check(batch)
             for batch in batches:
                 outcome = editor.edit(batch)
-                editor.hooks.save_pretrained(hooks)
-                edited.append(report.batch_document(outcome.number, outcome.edits))
-                if not as_json:
-                    report.batch_view(edited[-1])
-    document = {
-        "folder": str(hooks),
-        "facts": len(wanted),
-        "already_in_place": len(wanted) - len(left),
-        "batches": edited,
-    }
-    report.show(document, report.edited_view, as_json=as_json)
+                if first:
+                    editor.hooks.save_pretrained(hooks)
+                    edited.append(report.batch_document(outcome.number, outcome.edits))
+                    if not as_json:
+                        report.batch_view(edited[-1])
+        if first:
+            document = {
+                "folder": str(hooks),
+                "facts": len(wanted),
+                "already_in_place": len(wanted) - len(left),
+                "plan": plan,
+                "batches": edited,
+            }
+            report.show(document, report.edited_view, as_json=as_json)
 
 
 @app.command("eval")
@@ -158,9 +194,9 @@ def evaluate(
     """Measure what the edits do to the facts of a file, and to everything else."""
     from coachhook.evaluate import evaluate as measure
 
-    requests = latest(_usable(facts, skip_invalid=False))
-    page = None if text is None else _page(text)
-    loaded, tokenizer, hookset = _hooked(model, hooks)
+    requests = latest(usable(facts, skip_invalid=False))
+    page = None if text is None else page_of(text)
+    loaded, tokenizer, hookset = with_hooks(model, hooks)
     result = measure(loaded, tokenizer, hookset, requests, page)
     report.show(result.to_dict(), report.evaluation_view, as_json=as_json)
 
@@ -182,7 +218,7 @@ def generate(
         raise RequestError("the prompt is empty; give at least one word")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("the prompt is not UTF-8 text; set the terminal to UTF-8")
-    loaded, tokenizer, hookset = _hooked(model, hooks)
+    loaded, tokenizer, hookset = with_hooks(model, hooks)
     length, limit = len(tokenizer(prompt)["input_ids"]), context_length(loaded)
     if limit is not None and length + max_new_tokens > limit:
         raise ContextLengthError(
@@ -291,20 +327,83 @@ def statistics(
     Several processes share the work: torchrun --nproc-per-node 2 -m coachhook statistics …
     """
     from coachhook.models import Architecture, check_layers, default_layers, load_model
+    from coachhook.plan import Sizes, check_weights, statistics_plan
     from coachhook.processes import joined
     from coachhook.statistics import StatisticsSource, key_statistics
 
     chosen = None if layers is None else parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()), tokens)
+    check_weights(model)
     with joined() as processes:
         loaded, tokenizer = load_model(model)
         architecture = Architecture.of(loaded, template)
         n_blocks = len(architecture.blocks(loaded))
         hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
+        plan = checked(
+            statistics_plan(Sizes.of(loaded, architecture), hooked, source),
+            shown=processes.is_first and not as_json,
+        )
         found = key_statistics(loaded, tokenizer, architecture, hooked, source, processes)
         if processes.is_first:
-            document = {"model": model, "layers": report.statistics_entries(found)}
+            document = {"model": model, "plan": plan, "layers": report.statistics_entries(found)}
             report.show(document, report.statistics_view, as_json=as_json)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    layers: Layers = None,
+    template: Template = None,
+    text: TextFile = None,
+    budget: Annotated[
+        float, typer.Option(min=0, help="Minutes; it ends at the first trial after them.")
+    ] = 6,
+    output: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write the profile here; 'edit' must then be told."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the settings that suit a model by probe edits; 'edit' uses them from then on."""
+    from dataclasses import asdict
+
+    from coachhook import profiles
+    from coachhook.calibrate import MOST_TRIALS, layers_to_read
+    from coachhook.calibrate import calibrate as search
+    from coachhook.models import Architecture, load_model
+    from coachhook.plan import Sizes, calibration_plan, check_weights
+    from coachhook.probes import probe_requests
+    from coachhook.statistics import StatisticsSource
+
+    chosen = None if layers is None else parse_layers(layers)
+    source = StatisticsSource(None if text is None else str(text.resolve()))
+    check_weights(model)
+    loaded, tokenizer = load_model(model)
+    architecture = Architecture.of(loaded, template)
+    read = layers_to_read(loaded, architecture, chosen, source)
+    sizes = Sizes.of(loaded, architecture)
+    needed = calibration_plan(sizes, read, source, tokenizer, probe_requests(), MOST_TRIALS)
+    plan = checked(needed, shown=not as_json)
+    result = search(
+        loaded, tokenizer, layers=chosen, template=template, source=source, minutes=budget
+    )
+    path = output or profiles.default_path(result.profile.identity)
+    profiles.save(result.profile, path)
+    if not result.took:
+        report.tell(
+            "warning: under no settings did half of the probe edits take; these are the best found"
+        )
+    document = {
+        "model": model,
+        "profile": str(path),
+        "plan": plan,
+        "settings": result.profile.to_dict()["settings"],
+        "layers": [asdict(layer) for layer in result.layers],
+        "trials": [asdict(trial) for trial in result.trials],
+        "seconds": result.seconds,
+        "cut_short": result.cut_short,
+    }
+    report.show(document, report.calibration_view, as_json=as_json)
 
 
 @app.command()
@@ -320,65 +419,3 @@ def demo(
 
     if not run(hooks, as_json=as_json):
         raise typer.Exit(1)
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """The layers in "8,9,10", "8-12" or a mixture, in order. Raises `ConfigError`."""
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        try:
-            span = range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            span = range(0)
-        if not span or span[-1] > _MOST_LAYERS:
-            raise ConfigError(f"cannot read layers {text!r}; write them as 8,9,10 or 8-12")
-        layers.update(span)
-    return tuple(sorted(layers))
-
-
-def _usable(facts: Path, skip_invalid: bool) -> list[EditRequest]:
-    loaded = load_requests(facts, skip_invalid=skip_invalid)
-    for reason in loaded.skipped:
-        typer.echo(f"skipped: {reason}", err=True)
-    if not loaded.requests:
-        raise RequestError(f"{facts} has no valid record; give at least one fact")
-    return loaded.requests
-
-
-def _page(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read text from {text}: {error}") from error
-
-
-def _check_settings(asked: Mapping[str, Any], held: HookSet, directory: Path) -> None:
-    """Raise `ConfigError` if an option that was given is not what `directory` was made with."""
-    settings = {
-        "gate": held.config.gate,
-        "layers": held.layers,
-        "template": held.base.template,
-        "text": held.config.statistics.path,
-    }
-    for name, value in asked.items():
-        if value is not None and value != settings[name]:
-            raise ConfigError(
-                f"--{name} {_shown(value)} was asked for, but {directory} was made with "
-                f"{_shown(settings[name])}; leave --{name} out, or use another folder"
-            )
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _hooked(name: str, directory: Path) -> tuple[Any, Any, HookSet]:
-    """A model with the hooks of a folder on it, its tokenizer, and the hooks."""
-    from coachhook.hookset import HookSet
-    from coachhook.models import load_model
-
-    hookset = HookSet.from_pretrained(directory)
-    model, tokenizer = load_model(name)
-    hookset.attach(model)
-    return model, tokenizer, hookset

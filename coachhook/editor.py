@@ -144,13 +144,18 @@ class Editor:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
         self.hooks.save_pretrained(directory)
 
-    def edit(self, requests: Sequence[EditRequest]) -> BatchReport:
+    def edit(self, requests: Sequence[EditRequest], values: Tensor | None = None) -> BatchReport:
         """Edit one batch of facts. If anything fails on the way, nothing of it remains.
+
+        values: float32 `(n, d)`, what `optimise_values` found for these requests at the last hooked
+        layer, one row each; by default it is asked now.
 
         Raises `RequestError` and its kinds for unusable requests, before any work is done.
         """
         requests = check_batch(requests)
         self.check(requests)
+        if values is not None and len(values) != len(requests):
+            raise ConfigError(f"{len(values)} values do not fit {len(requests)} distinct requests")
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
@@ -159,12 +164,15 @@ class Editor:
             if self._processes.is_first:
                 refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
             self._share_verdicts(batch.edits)
-            usable = [e.request for e in batch.edits if e.verdict is not Verdict.REFUSED]
-            values = self._values(usable) if usable else None
+            usable = [i for i, e in enumerate(batch.edits) if e.verdict is not Verdict.REFUSED]
+            wanted = None
+            if usable:
+                chosen = [requests[i] for i in usable]
+                wanted = self._values(chosen) if values is None else values[usable]
             try:
                 if self._processes.is_first:
                     journal.batches.append(batch)
-                    self._write(batch, values)
+                    self._write(batch, wanted)
                 if self._processes.size > 1:
                     batch = self._of_first(batch)
             except BaseException:
@@ -311,9 +319,9 @@ class Editor:
 
 def _name_of(model: Any) -> str:
     """What `resume` will load, from any working directory."""
-    if not isinstance(model, str | Path):
-        return str(model.config._name_or_path or type(model).__name__)
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    loaded = not isinstance(model, str | Path)
+    name = (model.config._name_or_path or type(model).__name__) if loaded else model
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
 def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -36,8 +36,13 @@ class ArchitectureError(ModelError):
     """The registry does not know where this architecture keeps its down-projection."""
 
 
-class OutOfMemoryError(CoachhookError, RuntimeError):
-    """A single edit, or a run as a whole, needs more memory than there is."""
+class NotEnoughMemoryError(CoachhookError):
+    """A run, or a single edit, cannot fit into memory; the message counts what it needs and says
+    what to change."""
+
+
+class ProfileError(CoachhookError):
+    """A profile of settings cannot be read or written, is broken, or of a newer version."""
 
 
 class StatisticsError(CoachhookError):

@@ -101,13 +101,13 @@ def evaluate(
             return result
 
         with hooks.off(model):
-            before = step(teacher_forced(model, tokenizer, asked))
-            local_before = step(_choices(model, tokenizer, beside))
+            before = step(target_hits(model, tokenizer, asked))
+            local_before = step(first_choices(model, tokenizer, beside))
             plain_local = step(_answers(model, tokenizer, [p.prompt for _, p in local]))
             perplexity_before = step(perplexity(model, tokenizer, text))
-        hits = step(teacher_forced(model, tokenizer, asked))
-        reworded_hits = step(teacher_forced(model, tokenizer, reworded))
-        local_after = step(_choices(model, tokenizer, beside))
+        hits = step(target_hits(model, tokenizer, asked))
+        reworded_hits = step(target_hits(model, tokenizer, reworded))
+        local_after = step(first_choices(model, tokenizer, beside))
         answers = step(_answers(model, tokenizer, [r.prompt for r in requests]))
         reworded_answers = step(_answers(model, tokenizer, [p for _, p in paraphrases]))
         edited_local = step(_answers(model, tokenizer, [p.prompt for _, p in local]))
@@ -174,7 +174,7 @@ def _pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:
     return pieces
 
 
-def _choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
+def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
     """First choice of the model for each target token of each row, int64 `(n_target,)`."""
     found: list[Tensor] = []
     for first in range(0, len(rows), _AT_ONCE):
@@ -188,11 +188,11 @@ def _choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
     return found
 
 
-def teacher_forced(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
     """Share of each row's target tokens that are the model's first choice."""
     return [
         float((choice == torch.tensor(row.target)).float().mean())
-        for choice, row in zip(_choices(model, tokenizer, rows), rows, strict=True)
+        for choice, row in zip(first_choices(model, tokenizer, rows), rows, strict=True)
     ]
 
 

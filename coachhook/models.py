@@ -139,6 +139,8 @@ def load_model(
             f"cannot load model {str(name)!r}: {reason} (expected 'smollm2', a folder with a "
             "transformers checkpoint, or a hub id)"
         ) from error
+    # The name that was asked for, which for the embedded model is not that of its folder.
+    model.config._name_or_path = str(name)
     return model.eval().to(device), prepare_tokenizer(tokenizer)
 
 

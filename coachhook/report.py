@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from coachhook.progress import console as progress_console
 from coachhook.requests import EditRequest
 
 if TYPE_CHECKING:
@@ -295,6 +296,75 @@ def statistics_view(document: Document) -> None:
             f"{layer['first_key_norm']:.4g}",
         )
     console.print(table)
+
+
+def plan_view(plan: Document) -> None:
+    """What a run will need, on standard error: it is no part of the result."""
+    table = _table(None, "part", "on", "GB", "seconds at most", numeric=2)
+    for part in plan["parts"]:
+        seconds = f"{part['seconds']:.0f}" if part["seconds"] else ""
+        table.add_row(part["name"], part["device"], f"{part['n_bytes'] / 1e9:.3f}", seconds)
+    progress_console.print(table)
+    for device, free in plan["free_bytes"].items():
+        needed = plan["needed_bytes"][device] / 1e9
+        weights = plan["weights_bytes"].get(device, 0) / 1e9
+        beside = f" beside {weights:.2f} GB of weights" if weights else ""
+        tell(f"needs {needed:.2f} GB of {free / 1e9:.1f} GB free on {device}{beside}")
+
+
+def tell(text: str) -> None:
+    """Print one plain line on standard error."""
+    progress_console.print(Text(text), soft_wrap=True)
+
+
+def calibration_view(document: Document) -> None:
+    """What the keys said, what was tried, and what was chosen."""
+    columns = ("layer", "recall", "firing", "floor", "ceiling", "sinks", "leverage")
+    keys = _table("keys of the probes, before any edit", *columns, numeric=7)
+    for layer in document["layers"]:
+        found = layer["separation"]
+        keys.add_row(
+            str(layer["layer"]),
+            _percent(found["recall"]),
+            _percent(found["firing"]),
+            f"{found['floor']:.2f}",
+            f"{found['ceiling']:.2f}",
+            _percent(layer["sinks"]),
+            f"{layer['leverage']:.3g}",
+        )
+    console.print(keys)
+    headings = (
+        "layers",
+        "λ",
+        "clamp",
+        "floor",
+        "reliability",
+        "generality",
+        "locality",
+        "forced",
+        "s",
+    )
+    tried = _table(f"{len(document['trials'])} trials", *headings, numeric=8)
+    for trial in document["trials"]:
+        settings, scores = trial["settings"], trial["scores"]
+        chosen = settings == document["settings"]
+        tried.add_row(
+            _layers(settings["layers"]),
+            f"{settings['preservation']:g}",
+            f"{settings['clamp']:g}",
+            f"{settings['resemblance']:.2f}",
+            *(_percent(scores[name]) for name in ("reliability", "generality", "locality")),
+            " ".join(map(_percent, scores["teacher_forced"])),
+            f"{trial['seconds']:.0f}",
+            style="green" if chosen else "",
+        )
+    console.print(tried)
+    say(
+        f"fingerprints of {document['settings']['fingerprint_size']} numbers; "
+        f"{document['seconds']:.0f} seconds"
+        + (", when the time was over" if document["cut_short"] else "")
+    )
+    say(f"saved in {document['profile']}")
 
 
 def _finite(value: Any) -> Any:

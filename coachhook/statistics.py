@@ -56,6 +56,10 @@ class StatisticsSource:
                 f"statistics need at least {corpus.FEWEST_TOKENS} tokens, not {self.n_tokens}"
             )
 
+    def tokens_for(self, d_in: int) -> int:
+        """How many tokens to read where the widest hooked layer has keys of `d_in` dimensions."""
+        return self.n_tokens or max(_FEWEST_BY_DEFAULT, _TOKENS_PER_WIDTH * d_in)
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -98,7 +102,7 @@ def key_statistics(
     source = source or StatisticsSource()
     modules = {layer: architecture.down_projection(model, layer) for layer in layers}
     with eval_mode(model), ExitStack() as holding:
-        n_tokens = source.n_tokens or _default_n_tokens(model, modules)
+        n_tokens = source.tokens_for(_widest(model, modules))
         recipe = recipe_of(
             model,
             tokenizer,
@@ -132,10 +136,10 @@ def key_statistics(
     return found
 
 
-def _default_n_tokens(model: Any, modules: Mapping[int, Any]) -> int:
+def _widest(model: Any, modules: Mapping[int, Any]) -> int:
     ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
     keys, _ = read_pass(model, {"input_ids": ids}, inputs_of=list(modules.values()))
-    return max(_FEWEST_BY_DEFAULT, *(_TOKENS_PER_WIDTH * rows.shape[-1] for rows in keys))
+    return max(rows.shape[-1] for rows in keys)
 
 
 def _shards(model: Any, tokenizer: Any, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from coachhook.config import ValueConfig
-from coachhook.errors import OutOfMemoryError
+from coachhook.errors import NotEnoughMemoryError
 from coachhook.forward import eval_mode, starting_after
 from coachhook.models import Architecture
 from coachhook.processes import ALONE, Processes
@@ -47,7 +47,7 @@ def optimise_values(
 
     As many requests at once as `config.tokens` admits; where memory does not suffice, half as many.
     `progress` is told how many are done. With several `processes`, a collective: each takes its
-    share of the requests, and all return the values of all. Raises `OutOfMemoryError` if one
+    share of the requests, and all return the values of all. Raises `NotEnoughMemoryError` if one
     request alone is too many.
     """
     groups = contexts_of(tokenizer, requests, config)
@@ -78,7 +78,7 @@ def optimise_values(
                     raise
                 progress(-done)
                 if len(chosen) == 1:
-                    raise OutOfMemoryError(
+                    raise NotEnoughMemoryError(
                         f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
                         f"{len(groups)} contexts beside the model; give fewer contexts "
                         "(ValueConfig.contexts) or a shorter prompt"

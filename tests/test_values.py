@@ -10,7 +10,7 @@ from tiny import TARGETS, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from coachhook import EditRequest, ValueConfig
-from coachhook.errors import OutOfMemoryError
+from coachhook.errors import NotEnoughMemoryError
 from coachhook.forward import hidden_of, starting_after
 from coachhook.models import Architecture
 from coachhook.shifted import _PASS_COST, ShiftedRows, contexts_of, prepare, score
@@ -192,7 +192,7 @@ def test_too_many_tokens_for_the_memory_are_split(
 
 def test_one_edit_too_large_for_the_memory_is_told(small_memory: list[int]) -> None:
     small_memory[0] = 3
-    with pytest.raises(OutOfMemoryError, match="fewer contexts"):
+    with pytest.raises(NotEnoughMemoryError, match="fewer contexts"):
         optimise(tiny_model("llama"), FACTS[:1], CONFIG)
 
 

@@ -1,0 +1,351 @@
+"""What a run will need, part by part: memory and time, told and checked before it starts.
+
+Moments, inverses and background keys are counted exactly. Activations are estimates: the numbers
+of values kept per token below are rules of thumb, and right within a factor of two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from coachhook import embedded
+from coachhook.config import EditConfig
+from coachhook.corpus import SEQUENCE_LENGTH
+from coachhook.errors import NotEnoughMemoryError
+from coachhook.machine import free_bytes, matmul_rate
+from coachhook.models import Architecture
+from coachhook.requests import EditRequest
+from coachhook.statistics import StatisticsSource
+from coachhook.tokens import encode_request
+
+_HOST = torch.device("cpu")
+# Bytes of each of a layer's d_in² numbers: the float32 moment; one triangle of the inverse.
+_MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
+# Of what is alive beside those two while they are made, in float64: the matrix, and its factor.
+_SCRATCH = 16
+# Background keys and first words kept a layer; sequences sampled at once.
+_MOST_BACKGROUND, _FIRST_WORDS, _SAMPLED_AT_ONCE = 65_536, 1_024, 128
+# Values of width `hidden` and of width `d_in` that a block keeps of a token for its backward pass,
+# or has alive at once in a pass without one.
+_KEPT_HIDDEN, _KEPT_INNER, _ALIVE_HIDDEN, _ALIVE_INNER = 8, 4, 8, 3
+# Passes are slower than a matrix product of the same operations: norms, attention, Python.
+_EFFICIENCY = 0.5
+_NEW_TOKENS = 5
+_SAMPLE = 64
+_MOST_HOOKED = 5
+
+_ADVICE = {
+    "moments": "hook fewer layers",
+    "inverses": "hook fewer layers",
+    "background keys": "hook fewer layers, or read fewer tokens of text",
+    "ordinary text": "hook fewer layers",
+    "factorising": "hook fewer layers",
+    "target values": "use a smaller batch",
+    "writing": "use a smaller batch",
+    "edits": "edit fewer facts into one folder",
+    "differences": "hook fewer layers",
+    "model weights": "use a machine with more memory, or a smaller model",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a run needs.
+
+    n_bytes on `device`. seconds: time it takes, at most. passing: whether the memory is free again
+    before the next passing part; what is not passing stays until the end.
+    """
+
+    name: str
+    device: str
+    n_bytes: int
+    seconds: float = 0.0
+    passing: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The parts of a run, what is in place already (bytes of model weights on each device), and
+    what each device has free (bytes)."""
+
+    parts: Sequence[Part]
+    in_place: dict[str, int] = field(default_factory=dict)
+    free: dict[str, int] = field(default_factory=dict)
+
+    def needed(self, device: str) -> int:
+        """Bytes that the run will have in use on `device` at its peak, beside what is in place."""
+        here = [part for part in self.parts if part.device == device]
+        staying = sum(part.n_bytes for part in here if not part.passing)
+        return staying + max((part.n_bytes for part in here if part.passing), default=0)
+
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    def check(self) -> "Plan":
+        """The plan itself. Raises `NotEnoughMemoryError`, with the arithmetic, if it cannot fit."""
+        for device, free in self.free.items():
+            needed = self.needed(device)
+            if needed <= free:
+                continue
+            here = [part for part in self.parts if part.device == device]
+            passing = [part for part in here if part.passing]
+            counted = [part for part in here if not part.passing]
+            counted += [max(passing, key=lambda part: part.n_bytes)] if passing else []
+            counted.sort(key=lambda part: -part.n_bytes)
+            terms = " + ".join(f"{gigabytes(p.n_bytes)} {p.name}" for p in counted)
+            beside = self.in_place.get(device, 0)
+            weights = f", beside the model's {gigabytes(beside)}" if beside else ""
+            raise NotEnoughMemoryError(
+                f"this needs {gigabytes(needed)} GB on {device}{weights} = {terms}, "
+                f"and {gigabytes(free)} GB is free; {_ADVICE[counted[0].name]}"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "parts": [asdict(part) for part in self.parts],
+            "weights_bytes": self.in_place,
+            "free_bytes": self.free,
+            "needed_bytes": {device: self.needed(device) for device in self.free},
+            "seconds": self.seconds(),
+        }
+
+
+def gigabytes(n_bytes: int) -> str:
+    """Bytes as people read them, in units of 10⁹; small amounts keep two figures."""
+    amount = n_bytes / 1e9
+    return f"{amount:.1f}" if amount >= 1 else f"{amount:.2g}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What decides the cost of a model's passes.
+
+    parameters: of the whole model, and block_parameters of one block. heads_width: width of all
+    query heads together, cache_width that of a token's keys and values in one block's KV cache.
+    weights_bytes: of all weights and buffers. itemsize: of one activation.
+    """
+
+    blocks: int
+    hidden: int
+    d_in: int
+    vocabulary: int
+    parameters: int
+    block_parameters: int
+    heads_width: int
+    cache_width: int
+    weights_bytes: int
+    itemsize: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Any, architecture: Architecture) -> "Sizes":
+        """The sizes of `model`, which may stand on the meta device."""
+        config = model.config.get_text_config()
+        blocks = architecture.blocks(model)
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        head = getattr(config, "head_dim", None) or hidden // heads
+        groups = getattr(config, "num_key_value_heads", None) or heads
+        tensors = [*model.parameters(), *model.buffers()]
+        return cls(
+            blocks=len(blocks),
+            hidden=hidden,
+            d_in=_d_in(architecture.down_projection(model, 0), hidden),
+            vocabulary=config.vocab_size,
+            parameters=sum(p.numel() for p in model.parameters()),
+            block_parameters=sum(p.numel() for p in blocks.parameters()) // len(blocks),
+            heads_width=heads * head,
+            cache_width=2 * groups * head,
+            weights_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            itemsize=model.dtype.itemsize,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def seconds(self, operations: float) -> float:
+        """Time of a pass with this many floating-point operations."""
+        return operations / (_EFFICIENCY * matmul_rate(self.device, self.dtype, self.hidden))
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of the KV cache of so many tokens."""
+        return tokens * self.blocks * self.cache_width * self.itemsize
+
+    def pass_bytes(self, tokens: int) -> int:
+        """Bytes alive at once in a pass over so many tokens that keeps nothing."""
+        width = _ALIVE_HIDDEN * self.hidden + _ALIVE_INNER * self.d_in
+        return tokens * width * self.itemsize
+
+
+def _d_in(module: nn.Module, hidden: int) -> int:
+    width = getattr(module, "in_features", None)
+    # Conv1D and quantised layers have no such name, the former a weight of (d_in, hidden).
+    return int(width or module.get_parameter("weight").numel() // hidden)
+
+
+def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSource) -> Plan:
+    """What `statistics.key_statistics` will need when they are not cached."""
+    tokens, d_in, n = source.tokens_for(sizes.d_in), sizes.d_in, len(layers)
+    kept = min(tokens, _MOST_BACKGROUND)
+    at_once = min(_SAMPLED_AT_ONCE, -(-tokens // SEQUENCE_LENGTH))
+    batch = at_once * SEQUENCE_LENGTH
+    sampling = sizes.cache_bytes(batch) + at_once * sizes.vocabulary * 4 * 3
+    reading = sizes.pass_bytes(batch) + n * batch * d_in * sizes.itemsize
+    sampled = 0.0 if source.path else 2.0 * tokens * sizes.parameters
+    read = 2.0 * tokens * (layers[-1] + 1) * sizes.block_parameters + n * tokens * d_in**2
+    background = n * (kept + _FIRST_WORDS) * d_in * 2
+    # While they are joined, the pieces of the background keys are there a second time.
+    working = max(sampling, reading) + (background if sizes.device == _HOST else 0)
+    parts = [
+        Part("moments", "cpu", n * d_in**2 * _MOMENT),
+        Part("background keys", "cpu", background),
+        Part(
+            "ordinary text",
+            str(sizes.device),
+            working + (0 if sizes.device == _HOST else n * d_in**2 * _MOMENT),
+            sizes.seconds(sampled + read),
+            passing=True,
+        ),
+    ]
+    return _planned(sizes, parts)
+
+
+def edit_plan(
+    sizes: Sizes,
+    layers: Sequence[int],
+    config: EditConfig,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+) -> Plan:
+    """What editing `requests` into `layers`, so many a batch, will need; statistics included."""
+    n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
+    edits, batch = len(requests), min(batch_size, len(requests))
+    on_gpu = sizes.device.type == "cuda"
+    device = torch.device(config.inverse_device or (sizes.device if on_gpu else _HOST))
+    kept = min(config.statistics.tokens_for(d_in), _MOST_BACKGROUND)
+    rate = matmul_rate(device, torch.float64, d_in)
+    texts = _Texts.of(tokenizer, requests, config, batch)
+    sketches = kept * config.fingerprint_size * 4
+    # Two fingerprints an edit, and of the batch under way residuals, solutions and keys.
+    journal = 8 * edits * config.fingerprint_size + 4 * batch * (hidden + (2 + contexts) * d_in)
+    delta = min(edits * (d_in + hidden), d_in * hidden) * sizes.itemsize
+    # One pass up to the last hooked block for each layer and one for the verdict, then decoding.
+    rows, width = batch * (1 + contexts), texts.left + texts.right
+    passes = 2.0 * rows * width * (n + 1) * (layers[-1] + 1) * sizes.block_parameters
+    answers = 2.0 * batch * (width + _NEW_TOKENS) * sizes.parameters
+    solving = n * 8.0 * d_in**2 * rows
+    batches = -(-edits // batch)
+    inverse = _INVERSE[config.inverse_dtype]
+    seconds = batches * (sizes.seconds(passes + answers) + solving / rate)
+    return _planned(
+        sizes,
+        [
+            *statistics_plan(sizes, layers, config.statistics).parts,
+            # Factor and inverse are made twice: for the sketches, and for the writers.
+            Part(
+                "inverses", str(device), n * (d_in**2 * inverse + sketches), 2 * n * d_in**3 / rate
+            ),
+            Part("factorising", str(device), d_in**2 * _SCRATCH + kept * d_in * 4, passing=True),
+            _values_part(sizes, layers[-1], config, texts, batch, batches),
+            Part("writing", str(sizes.device), sizes.pass_bytes(rows * width), seconds, True),
+            Part("edits", "cpu", n * journal),
+            Part("differences", str(sizes.device), n * delta),
+        ],
+    )
+
+
+def calibration_plan(
+    sizes: Sizes,
+    layers: Sequence[int],
+    source: StatisticsSource,
+    tokenizer: Any,
+    probes: Sequence[EditRequest],
+    trials: int,
+) -> Plan:
+    """What reading the keys of `layers` and so many trials with the probes will need."""
+    config = EditConfig(statistics=source)
+    reading = statistics_plan(sizes, layers, source)
+    one = edit_plan(sizes, layers[-_MOST_HOOKED:], config, tokenizer, probes, len(probes))
+    trial = [
+        replace(part, seconds=part.seconds * trials) for part in one.parts[len(reading.parts) :]
+    ]
+    return _planned(sizes, [*reading.parts, *trial])
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Tokens of one batch's widest rows: left of the subject's last token, from there on, and
+    the number of target tokens of a row."""
+
+    left: int
+    right: int
+    targets: float
+
+    @classmethod
+    def of(
+        cls, tokenizer: Any, requests: Sequence[EditRequest], config: EditConfig, batch: int
+    ) -> "_Texts":
+        some = requests[:: -(-len(requests) // _SAMPLE)]
+        rows = [
+            encode_request(tokenizer, request, context)
+            for request in some
+            for context in ("{}", *config.values.contexts)
+        ]
+        return cls(
+            left=max(row.subject for row in rows),
+            right=max(len(row.ids) - row.subject for row in rows),
+            targets=sum(row.n_target for row in rows) / len(rows),
+        )
+
+
+def _values_part(
+    sizes: Sizes, layer: int, config: EditConfig, texts: _Texts, batch: int, batches: int
+) -> Part:
+    """Target values: one pass over whole rows, then steps over what stands right of the subject."""
+    rows = batch * (2 + len(config.values.contexts))
+    above = sizes.blocks - layer - 1
+    width = texts.left + texts.right
+    block = texts.right * (_KEPT_HIDDEN * sizes.hidden + _KEPT_INNER * sizes.d_in)
+    # A step's own copy of the cache, and keys and values repeated for every query head.
+    block += width * (sizes.cache_width + 2 * sizes.heads_width)
+    kept = sizes.cache_bytes(rows * width) + rows * above * block * sizes.itemsize
+    # Logits, their logarithms and their gradient; those before the shift as well.
+    logits = (rows * texts.targets * 3 + 4 * batch) * sizes.vocabulary * 4
+    first = 2.0 * rows * width * sizes.parameters
+    head = rows * (texts.targets + 1) * sizes.hidden * sizes.vocabulary
+    step = 4.0 * (rows * texts.right * above * sizes.block_parameters + head)
+    seconds = batches * sizes.seconds(first + config.values.steps * step)
+    return Part("target values", str(sizes.device), int(kept + logits), seconds, passing=True)
+
+
+def check_weights(name: str) -> None:
+    """Raise `NotEnoughMemoryError` if the weights of a model that is to be loaded will not fit.
+
+    Whatever else may be wrong with `name` is left to `models.load_model` to tell.
+    """
+    source = str(embedded.embedded_model() if name == embedded.NAME else name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError):
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored = getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if device == _HOST else stored
+    n_bytes = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    quantised = getattr(config, "quantization_config", None) is not None
+    if not quantised:
+        part = Part("model weights", str(device), n_bytes)
+        Plan([part], {}, {str(device): free_bytes(device)}).check()
+
+
+def _planned(sizes: Sizes, parts: list[Part]) -> Plan:
+    devices = {"cpu": _HOST, str(sizes.device): sizes.device}
+    free = {name: free_bytes(device) for name, device in devices.items()}
+    return Plan(parts, {str(sizes.device): sizes.weights_bytes}, free)
