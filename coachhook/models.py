@@ -83,6 +83,13 @@ class Architecture:
                 "the names, and a template like 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
 
+    def d_in(self, model: Any, layer: int) -> int:
+        """Width of the keys of block `layer`."""
+        module = self.down_projection(model, layer)
+        width = getattr(module, "in_features", None)
+        # Conv1D has no such name, and a weight of (d_in, d_out).
+        return int(width or module.weight.shape[0])
+
 
 @dataclass(frozen=True)
 class BaseModel:

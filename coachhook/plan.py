@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coachhook import embedded
@@ -155,7 +154,7 @@ class Sizes:
         return cls(
             blocks=len(blocks),
             hidden=hidden,
-            d_in=_d_in(architecture.down_projection(model, 0), hidden),
+            d_in=architecture.d_in(model, 0),
             vocabulary=config.vocab_size,
             parameters=sum(p.numel() for p in model.parameters()),
             block_parameters=sum(p.numel() for p in blocks.parameters()) // len(blocks),
@@ -179,12 +178,6 @@ class Sizes:
         """Bytes alive at once in a pass over so many tokens that keeps nothing."""
         width = _ALIVE_HIDDEN * self.hidden + _ALIVE_INNER * self.d_in
         return tokens * width * self.itemsize
-
-
-def _d_in(module: nn.Module, hidden: int) -> int:
-    width = getattr(module, "in_features", None)
-    # Conv1D and quantised layers have no such name, the former a weight of (d_in, hidden).
-    return int(width or module.get_parameter("weight").numel() // hidden)
 
 
 def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSource) -> Plan:

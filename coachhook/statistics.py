@@ -20,7 +20,7 @@ from coachhook import corpus
 from coachhook import statistics_files as files
 from coachhook.corpus import Batch, Progress, Shard
 from coachhook.errors import AttachError, ConfigError, StatisticsError
-from coachhook.forward import eval_mode, input_device, read_pass
+from coachhook.forward import eval_mode, input_device
 from coachhook.hooks import HookLinear
 from coachhook.key_sums import KeyReader, KeySums
 from coachhook.models import Architecture
@@ -102,7 +102,7 @@ def key_statistics(
     source = source or StatisticsSource()
     modules = {layer: architecture.down_projection(model, layer) for layer in layers}
     with eval_mode(model), ExitStack() as holding:
-        n_tokens = source.tokens_for(_widest(model, modules))
+        n_tokens = source.tokens_for(max(architecture.d_in(model, layer) for layer in layers))
         recipe = recipe_of(
             model,
             tokenizer,
@@ -134,12 +134,6 @@ def key_statistics(
             processes.everyone(True)
             files.remove_partials(file)
     return found
-
-
-def _widest(model: Any, modules: Mapping[int, Any]) -> int:
-    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
-    keys, _ = read_pass(model, {"input_ids": ids}, inputs_of=list(modules.values()))
-    return max(rows.shape[-1] for rows in keys)
 
 
 def _shards(model: Any, tokenizer: Any, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:
