@@ -1,7 +1,6 @@
 """Weights that accelerate keeps on the CPU or on disk until a layer runs (`device_map`)."""
 
 import torch
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
 from coachhook.errors import ModelError
@@ -15,6 +14,9 @@ def whole(module: nn.Module, name: str = "weight") -> Tensor:
     tensor: Tensor = getattr(module, name)
     if not tensor.is_meta:
         return tensor
+    # Imported here, because commands without a model should start at once.
+    from accelerate.utils import align_module_device, has_offloaded_params
+
     if not has_offloaded_params(module):
         raise ModelError(
             f"a {type(module).__name__} has a {name} without values (it is on torch's meta "

@@ -275,22 +275,13 @@ def inspection_view(document: Document) -> None:
 
 def statistics_view(document: Document) -> None:
     """Key statistics layer by layer."""
-    columns = (
-        "layer",
-        "d_in",
-        "tokens",
-        "background keys",
-        "trace of moment",
-        "key norm",
-        "first-position norm",
-    )
+    columns = ("layer", "d_in", "tokens", "trace of moment", "key norm", "first-position norm")
     table = _table(None, *columns)
     for layer in document["layers"]:
         table.add_row(
             str(layer["layer"]),
             str(layer["d_in"]),
             str(layer["tokens"]),
-            str(layer["background_keys"]),
             f"{layer['moment_trace']:.4g}",
             f"{layer['mean_key_norm']:.4g}",
             f"{layer['first_key_norm']:.4g}",

@@ -88,12 +88,12 @@ class Partial:
             return
         try:
             name = _save_partial(self._file, sums)
+            for replaced in self._names - {name}:
+                self._file.with_name(replaced).unlink(missing_ok=True)
         except OSError as error:
             logger.warning("an interrupted pass would start again: cannot write (%s)", error)
             self._due = math.inf
             return
-        for replaced in self._names - {name}:
-            self._file.with_name(replaced).unlink(missing_ok=True)
         self._names = {name}
         ended = time.monotonic()
         self._due = ended + _WORK_PER_SAVE * (ended - started)
@@ -160,8 +160,7 @@ def divide(listings: Sequence[Mapping[str, Sequence[int]]]) -> list[list[str]]:
 
 
 def remove_partials(file: Path) -> None:
-    """Remove all that unfinished passes have left beside `file`."""
-    remove_unwritten(file)
+    """Remove what unfinished passes have summed up, which nobody needs once `file` is there."""
     for partial in file.parent.glob(f"{file.stem}.*.partial"):
         partial.unlink(missing_ok=True)
 

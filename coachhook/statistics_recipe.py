@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from coachhook import corpus
 from coachhook.errors import StatisticsError
@@ -48,8 +47,7 @@ def recipe_of(
 
 
 def _weights_checksum(model: Any, left_out: set[int]) -> str:
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise _divided()
+    _check_whole(model)
     # Every byte counts: sums or samples of a weight would not tell a fine-tuned model from its
     # base. One checksum a tensor, so that several are computed at once: of an 8B model some 8 GB
     # are read, at 0.5 to 2 GB/s a thread.
@@ -74,17 +72,20 @@ def _weights_checksum(model: Any, left_out: set[int]) -> str:
 
 
 def _checksum(weight: Tensor) -> bytes:
-    if isinstance(weight, DTensor):
-        raise _divided()
     raw = weight.detach().cpu().contiguous().flatten()
     return hashlib.sha256(raw.view(torch.uint8).numpy().data).digest()
 
 
-def _divided() -> StatisticsError:
-    return StatisticsError(
-        "this model's weights are divided among processes, and with tensor parallelism so are its "
-        "keys; measure its key statistics with the model loaded whole"
-    )
+def _check_whole(model: Any) -> None:
+    # Imported here, and accelerate below, because commands without a model should start at once.
+    from torch.distributed.tensor import DTensor
+
+    has_parts = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if has_parts or (getattr(model, "tp_size", None) or 1) > 1:
+        raise StatisticsError(
+            "this model's weights are divided among processes, and with tensor parallelism so are "
+            "its keys; measure its key statistics with the model loaded whole"
+        )
 
 
 def _file_checksum(path: Path) -> str:

@@ -15,6 +15,8 @@ from jobs import torchrun
 
 from coachhook.processes import ALONE, Peer, joined
 
+Outcome = tuple[list[dict[str, Any]], str]
+
 JOB = """
 import json, os, signal, sys
 from pathlib import Path
@@ -32,7 +34,12 @@ try:
         job.sum_([number, column])
         own = {str(i): torch.full((i, 2), i, dtype=torch.bfloat16) for i in job.share(3)}
         everything = job.gather(own if job.is_first else {"1": own["1"]})
+        try:
+            job.gather({"0": number})
+        except ProcessError as error:
+            refused = str(error)
         result = {
+            "refused": refused,
             "pid": os.getpid(),
             "sums": [number.tolist(), column.tolist()],
             "gathered": {name: rows.tolist() for name, rows in everything.items()},
@@ -53,7 +60,7 @@ except ProcessError as error:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """What each of two processes found, and what the job said after the second was killed."""
     place = tmp_path_factory.mktemp("job")
     outcome = torchrun(JOB, place)
@@ -63,28 +70,33 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]],
     return [json.loads(file.read_text()) for file in files], said
 
 
-def test_sums_are_the_same_everywhere(job: tuple[list[dict[str, Any]], str]) -> None:
+def test_sums_are_the_same_everywhere(job: Outcome) -> None:
     for result in job[0]:
         assert result["sums"] == [[3, 3], [2, 8]]
 
 
-def test_tensors_of_all_processes_meet_by_name(job: tuple[list[dict[str, Any]], str]) -> None:
+def test_tensors_of_all_processes_meet_by_name(job: Outcome) -> None:
     for result in job[0]:
         assert result["gathered"] == {"0": [], "1": [[1, 1]], "2": [[2, 2], [2, 2]]}
 
 
-def test_bytes_of_any_length_arrive(job: tuple[list[dict[str, Any]], str]) -> None:
+def test_a_name_is_one_process_s(job: Outcome) -> None:
+    for result in job[0]:
+        assert "two processes both have '0'" in result["refused"]
+
+
+def test_bytes_of_any_length_arrive(job: Outcome) -> None:
     for result in job[0]:
         assert (result["told"], result["silence"]) == ("from one", "")
         assert result["all"] == ["a", "ab"]
 
 
-def test_roles(job: tuple[list[dict[str, Any]], str]) -> None:
+def test_roles(job: Outcome) -> None:
     assert [result["everyone"] for result in job[0]] == [[True, False]] * 2
     assert [result["writes"] for result in job[0]] == [True, False]
 
 
-def test_the_survivor_stops_and_names_the_dead(job: tuple[list[dict[str, Any]], str]) -> None:
+def test_the_survivor_stops_and_names_the_dead(job: Outcome) -> None:
     results, said = job
     (stopped,) = re.findall(r"^stopped: (.*)$", said, re.MULTILINE)
     assert stopped.startswith(f"process 1 (pid {results[1]['pid']} on ")

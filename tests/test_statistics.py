@@ -1,7 +1,10 @@
 """Key statistics at scale: interrupted, shared among processes, of any dtype; and what can fail."""
 
+import importlib
 import re
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,7 @@ def write_text(place: Path) -> StatisticsSource:
         "yesterday",
         "Paris",
     ]
-    lengths = [2 + (37 * i) % 89 for i in range(9)]
+    lengths = [2 + (37 * i) % 89 for i in range(11)]
     text = "\n\n".join(" ".join((words * 9)[:n]) for n in lengths)
     (place / "text.txt").write_text(text)
     return StatisticsSource(str(place / "text.txt"), n_tokens=100_000)
@@ -171,6 +174,7 @@ class TestInterruption:
         threads[1].start()
         while "waiting for it" not in caplog.text:
             assert threads[1].is_alive()
+            time.sleep(0.01)
         may_go_on.set()
         for thread in threads:
             thread.join(30)
@@ -184,6 +188,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_tokenizer
 from coachhook import cli, corpus
+from coachhook.errors import StatisticsError
 from coachhook.key_sums import KeySums
 from coachhook.models import Architecture
 from coachhook.processes import joined
@@ -205,6 +210,11 @@ with joined() as job:
         for layer, s in found.items():
             tensors |= {f"{k}.{layer}": getattr(s, k) for k in ("moment", "background", "first")}
         save_file(tensors, place / f"{name}-{job.rank}.safetensors")
+    other = tiny_model("llama", seed=job.rank)
+    try:
+        key_statistics(other, tiny_tokenizer(), Architecture.of(other), (1,), None, job)
+    except StatisticsError as error:
+        (place / f"refused-{job.rank}").write_text(str(error))
 
 add = KeySums.add
 
@@ -253,6 +263,10 @@ class TestTwoProcesses:
     def test_file_text(self, job: tuple[Path, str], tmp_path: Path, rank: int) -> None:
         ours = measure(write_text(tmp_path))
         assert_close(ours, load_file(job[0] / f"file-{rank}.safetensors"))
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_different_models_are_refused(self, job: tuple[Path, str], rank: int) -> None:
+        assert "different models" in (job[0] / f"refused-{rank}").read_text()
 
     def test_the_survivor_stops_with_one_line_that_names_the_dead(
         self, job: tuple[Path, str]
@@ -382,3 +396,17 @@ class TestFaults:
                 measure(self.text, model)
         finally:
             dist.destroy_process_group()
+
+
+def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    bench = importlib.import_module("key_statistics")
+    try:
+        found = bench.measure(str(tmp_path / "model"), rounds=2)
+    finally:
+        for name in ("key_statistics", "timing"):
+            sys.modules.pop(name, None)
+    assert found["layers"] == [0, 1, 2]
+    assert found["statistics_overhead"] > 0
