@@ -47,12 +47,14 @@ def _earlier(journal: Journal, layer: int, d_in: int) -> tuple[str, Tensor]:
     The Gram matrix is float64: added to a second moment whose eigenvalues span many orders of
     magnitude, float32 would lose the least of them.
     """
-    gram, pieces, rows = journal.gram(layer), [torch.zeros(0, d_in)], 0
+    gram, rows = journal.gram(layer), torch.zeros(0, d_in)
     for keys in journal.keys(layer):
-        pieces.append(keys)
-        rows += len(keys)
-        if gram is not None or 4 * rows > 8 * d_in:
-            several = torch.cat(pieces).double()
-            gram = several.T @ several if gram is None else gram.addmm(several.T, several)
-            pieces, rows = [torch.zeros(0, d_in)], 0
-    return ("keys", torch.cat(pieces)) if gram is None else ("gram", gram)
+        rows = torch.cat([rows, keys])
+        # Many at a time, too: products of few rows are slow.
+        if 4 * len(rows) > 8 * d_in:
+            gram, rows = _with(gram, rows.double()), rows[:0]
+    return ("keys", rows) if gram is None else ("gram", _with(gram, rows.double()))
+
+
+def _with(gram: Tensor | None, keys: Tensor) -> Tensor:
+    return keys.T @ keys if gram is None else torch.addmm(gram, keys.T, keys)

@@ -186,8 +186,8 @@ class HookSet:
             raise
 
     def compact(self, keep: int = 0) -> None:
-        """Merge all batches but the last `keep` into one, which takes the room of one dense Δ a
-        layer, however many there were, and is all that loading needs to read.
+        """Merge all batches but the last `keep` into one, of constant size: a Δ and the second
+        moment of the edited keys a layer, beside the records and fingerprints of all edits.
 
         What the hooks do stays the same, bit for bit, and editing goes on from it. Every edit keeps
         its record, its verdict and its fingerprints. But there is no way back to a batch before the

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
+from coachhook.errors import ModelError
 from coachhook.forward import read_pass
 from coachhook.gates import CalibratedGate, KeyedGate, Threshold
 from coachhook.hooks import HookLinear, HookState
@@ -172,6 +173,10 @@ def write_batch(
             assert output is not None
             reached = contexts.at_subject(output)[: len(requests)].float()
             missing = (values - reached) / (len(hooks.layers) - done)
+            if not missing.isfinite().all():
+                raise ModelError(
+                    f"what layer {layer} should add is not finite; load the model in a wider dtype"
+                )
             factors = _solve(
                 writer, contexts.at_subject(keys).float().cpu(), missing.cpu(), hooks.config, rate
             )
