@@ -45,7 +45,7 @@ _WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
 _COUNTS = (3, 1, 5)
 # λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
 # far below 1, ordinary text holds a key fast.
-_FREEDOM, _FREEDOMS, _FINER = 30.0, (3.0, 300.0), (10.0, 100.0)
+_FREEDOM, _COARSE, _FINE = 30.0, 10.0, 3.0
 _CLAMPS = (0.5, 2.0)
 # Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
 _RATES = (1e-3, 3e-3)
@@ -195,8 +195,9 @@ def _search(
             yield [replace(best(), layers=_ending_at(i, count)) for i in near]
         else:
             yield [_Choice(fixed)]
-        yield [replace(best(), freedom=freedom) for freedom in _FREEDOMS]
-        yield [replace(best(), freedom=freedom) for freedom in _FINER]
+        for factor in (_COARSE, _FINE):
+            freedom = best().freedom
+            yield [replace(best(), freedom=f) for f in (freedom / factor, freedom * factor)]
         yield [replace(best(), clamp=clamp) for clamp in _CLAMPS]
 
     for choices in rounds():
@@ -227,6 +228,7 @@ class _Bench:
         self.config, self.probes = config, probes
         self.statistics: KeyStatistics = {}
         self.sketches: dict[int, ProbeSketches] = {}
+        self._cosines: dict[tuple[int, int], Cosines] = {}
         self._values: dict[tuple[int, float], Tensor] = {}
 
     def read(self, layers: Sequence[int]) -> None:
@@ -294,24 +296,24 @@ class _Bench:
         return values[last] >= max(values.values()) - _ACCEPTABLE
 
     def _separation(self, layer: int, size: int) -> Separation:
-        return separation([self._cosines(layer, size)], self.config.false_alarms / _COUNTS[0])
+        return separation([self._at(layer, size)], self.config.false_alarms / _COUNTS[0])
 
-    def _cosines(self, layer: int, size: int) -> Cosines:
-        return Cosines.of(self.sketches[layer], size)
+    def _at(self, layer: int, size: int) -> Cosines:
+        if (layer, size) not in self._cosines:
+            self._cosines[layer, size] = Cosines.of(self.sketches[layer], size)
+        return self._cosines[layer, size]
 
     def trial(self, choice: _Choice) -> Trial:
         """Edit all probes in one batch with a choice's settings, and see what became of them."""
         started = time.monotonic()
         self.read(choice.layers)
         settings = self._settings(choice)
-        editor = Editor.from_pretrained(
-            self.model,
-            self.tokenizer,
-            config=settings.applied(self.config),
-            statistics={layer: self.statistics[layer] for layer in choice.layers},
-        )
-        values = self._target_values(choice, editor.hooks.config)
-        with editor:
+        config = settings.applied(self.config)
+        values = self._target_values(choice, config)
+        statistics = {layer: self.statistics[layer] for layer in choice.layers}
+        with Editor.from_pretrained(
+            self.model, self.tokenizer, config=config, statistics=statistics
+        ) as editor:
             editor.edit(self.probes.requests, values)
             scores = self.probes.scores(self.model, self.tokenizer)
         return Trial(settings, scores, time.monotonic() - started)
@@ -331,7 +333,7 @@ class _Bench:
 
     def _settings(self, choice: _Choice) -> Settings:
         """λ from the leverage of the probes, the gate's floor from their cosines."""
-        cosines = [self._cosines(layer, self.size) for layer in choice.layers]
+        cosines = [self._at(layer, self.size) for layer in choice.layers]
         leverage = fmean(self.sketches[layer].leverage for layer in choice.layers)
         found = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
         most = max(separated.value for separated in found.values())
