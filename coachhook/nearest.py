@@ -45,7 +45,7 @@ class BackgroundScores:
             self._settled = self._after(self._settled, journal, layer, len(settled))
             self._batches = settled
         found = self._after(self._settled, journal, layer, len(journal.batches))
-        return None if (found.edit < 0).any() else found.score
+        return None if (found.edit < 0).all() else found.score
 
     def _none(self) -> _Nearest:
         no_rows = self._sketched[:0]
