@@ -10,8 +10,8 @@ demo: $(READY)
 
 # Small tests side by side, on a core each; then the real model, on all of them.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_model.py
-	$(BIN)/python -m pytest tests/test_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not model"
+	$(BIN)/python -m pytest -m model
 
 lint: $(READY)
 	$(BIN)/ruff check .

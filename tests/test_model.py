@@ -18,13 +18,15 @@ from coachhook.statistics import key_statistics
 
 pytestmark = pytest.mark.model
 
+# Sixty facts, two of which correct earlier ones.
 FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
+FACTS += ch.load_requests(Path(__file__).with_name("facts.jsonl")).requests
 BATCH = 10
 
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[ch.Editor]:
-    """An editor after the demo's three consecutive batches; tests leave it as it was."""
+    """An editor after six consecutive batches; tests leave it as it was."""
     editor = ch.Editor.from_pretrained("smollm2")
     for first in range(0, len(FACTS), BATCH):
         editor.edit(FACTS[first : first + BATCH])
@@ -139,10 +141,11 @@ class TestHooks:
     def test_one_edit_switched_off_and_on(self, editor: ch.Editor) -> None:
         edit = editor.hooks.journal.live()[3]
         others = [e.request for e in editor.hooks.journal.live() if e.id != edit.id]
+        before = answers(editor.model, editor.tokenizer, others)
         editor.hooks.disable(edit.id)
         try:
             assert answers(editor.model, editor.tokenizer, [edit.request]) == [False]
-            assert all(answers(editor.model, editor.tokenizer, others))
+            assert answers(editor.model, editor.tokenizer, others) == before
         finally:
             editor.hooks.enable(edit.id)
         assert answers(editor.model, editor.tokenizer, [edit.request]) == [True]
@@ -281,6 +284,6 @@ def test_an_interrupted_batch_leaves_no_trace(
         patch.setattr("coachhook.editor.Editor._judge", stop)
         with pytest.raises(KeyboardInterrupt):
             editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
-    assert len(editor.hooks.journal.batches) == 3
+    assert len(editor.hooks.journal.batches) == len(FACTS) // BATCH
     assert greedy_tokens(editor, FACTS[0].prompt) == before
     assert editor.hooks.modules(editor.model)[9].state is ch.HookState.VALIDATED
