@@ -71,9 +71,8 @@ def edit_all(
         else:
             editor = ch.Editor.from_pretrained(model, config=config)
         done = len(editor.hooks.journal.batches)
-        log = [json.loads(line) for line in lines.read_text().splitlines()] if done else []
-        # A batch that was saved and not noted, or noted and then rolled back.
-        log = (log + [{}] * done)[:done]
+        # A batch may have been saved and not noted, or noted and then rolled back.
+        log = (noted(lines) + [{}] * done)[:done]
         with track("editing", sum(map(len, batches))) as advance:
             advance(sum(map(len, batches[:done])))
             for batch in batches[done:]:
@@ -88,16 +87,23 @@ def edit_all(
                         "verdicts": {str(v): report.count(v) for v in ch.Verdict},
                     }
                 )
-                lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
+                staging = lines.with_suffix(".writing")
+                staging.write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
+                staging.replace(lines)
                 advance(len(batch))
     return editor, log
+
+
+def noted(lines: Path) -> list[dict[str, Any]]:
+    """What was noted of the batches of an interrupted run."""
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
 
 
 def outcome(
     editor: ch.Editor, log: Sequence[dict[str, Any]], requests: Sequence[ch.EditRequest]
 ) -> dict[str, Any]:
     """Figures of the whole run, measured after its last batch over all facts that are in force."""
-    noted = [entry for entry in log if entry]
+    timed = [entry for entry in log if entry]
     journal = editor.hooks.journal
     live = [edit.request for edit in journal.live()]
     scores = evaluate(editor.model, editor.tokenizer, editor.hooks, live)
@@ -110,11 +116,11 @@ def outcome(
             n = sum(id(edit.request) in in_force for edit in batch.edits)
             early, total = early + n * scores.retention.get(number, 0.0), total + n
     return {
-        "seconds_per_edit": sum(e["seconds"] for e in noted) / sum(e["edits"] for e in noted),
+        "seconds_per_edit": sum(e["seconds"] for e in timed) / sum(e["edits"] for e in timed),
         "batches": list(log),
-        "verdicts": {str(v): sum(e["verdicts"][v] for e in noted) for v in ch.Verdict},
+        "verdicts": {str(v): sum(e["verdicts"][v] for e in timed) for v in ch.Verdict},
         "reliability_of_all_asked": held * len(live) / wanted,
-        "first_edits_at_the_end": early / total,
+        "first_edits_at_the_end": early / total if total else None,
         "scores": asdict(scores),
     }
 
@@ -132,7 +138,8 @@ def show(result: dict[str, Any]) -> None:
             shown = "absent" if value is None else f"{value:.3f}"
             table.add_row(f"{name}, {form.replace('_', ' ')}", shown)
     table.add_row("reliability, refused ones counted", f"{result['reliability_of_all_asked']:.3f}")
-    table.add_row(f"first {FIRST_EDITS} at the end", f"{result['first_edits_at_the_end']:.3f}")
+    early = result["first_edits_at_the_end"]
+    table.add_row(f"first {FIRST_EDITS} at the end", "absent" if early is None else f"{early:.3f}")
     table.add_row("perplexity before", f"{scores['perplexity_before']:.3f}")
     table.add_row("perplexity after", f"{scores['perplexity_after']:.3f}")
     table.add_row("ordinary tokens open", f"{scores['gate']['ordinary']:.4f}")

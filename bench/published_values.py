@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 import coachhook as ch
-from coachhook.corpus import sample_text
+from coachhook.corpus import SEQUENCE_LENGTH, sampled_shards
 from coachhook.forward import hidden_of
 from coachhook.tokens import encode, encode_request, pad
 
@@ -34,8 +34,10 @@ def sampled_prefixes(
     model: Any, tokenizer: Any, number: int, tokens: int, seed: int
 ) -> tuple[str, ...]:
     """Contexts such as "<ten sampled tokens>. {}"."""
-    (ids, *_) = sample_text(model, tokenizer, number * 64, seed=seed, progress=lambda _: None)
-    texts = [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in ids[:number]]
+    wanted = number * SEQUENCE_LENGTH
+    (shard,) = sampled_shards(model, tokenizer, wanted, seed=seed, device=model.device)
+    (batch,) = shard.read(lambda _: None)
+    texts = [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in batch.ids]
     return tuple(f"{text.replace('{', '(').replace('}', ')')}. {{}}" for text in texts)
 
 

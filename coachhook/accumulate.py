@@ -19,7 +19,8 @@ DROPPED = 2.0**-24
 def no_delta(shape: tuple[int, int]) -> Delta:
     """Δ of a layer of `shape` `(d_in, d_out)` without edits."""
     d_in, d_out = shape
-    return Delta(torch.zeros(0, d_in), torch.zeros(d_out, 0))
+    number = torch.float32
+    return Delta(torch.zeros(0, d_in, dtype=number), torch.zeros(d_out, 0, dtype=number))
 
 
 def add(delta: Delta, residuals: Tensor, solutions: Tensor, *, in_place: bool = False) -> Delta:

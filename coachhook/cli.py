@@ -167,8 +167,8 @@ def edit(
                 editor.check(batch)
             for batch in batches:
                 outcome = editor.edit(batch)
+                editor.save_pretrained(hooks)
                 if first:
-                    editor.hooks.save_pretrained(hooks)
                     edited.append(report.batch_document(outcome.number, outcome.edits))
                     if not as_json:
                         report.batch_view(edited[-1])

@@ -48,6 +48,9 @@ class ValueConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "gain", "steps", "rate", "clamp", "tokens")
+        for name in ("steps", "tokens"):
+            if not isinstance(getattr(self, name), int):
+                raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for context in self.contexts:
             if context.count("{}") != 1:
                 raise ConfigError(f"context {context!r} must contain {{}} once, for the prompt")
@@ -91,6 +94,8 @@ class EditConfig:
         _check_positive(self, "preservation", "fit", "false_alarms", "fingerprint_size")
         if self.false_alarms >= 1:
             raise ConfigError(f"false_alarms is a share below 1, not {self.false_alarms}")
+        if not -1 <= self.resemblance <= 1:
+            raise ConfigError(f"resemblance is a cosine, -1 to 1, not {self.resemblance}")
         if not isinstance(self.fingerprint_size, int):
             raise ConfigError(f"fingerprint_size must be a whole number, {self.fingerprint_size!r}")
         if self.inverse_dtype not in ("float64", "float32"):

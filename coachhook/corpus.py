@@ -73,6 +73,11 @@ def sampled_shards(
                 out = model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             logits = out.logits[:, -1].float()
+            if not torch.isfinite(logits).all():
+                raise StatisticsError(
+                    "the model's logits are not finite on text that it sampled itself; load it in "
+                    "bfloat16 or float32, or give a file of text"
+                )
             # An end-of-text token would start another document in the middle of this one.
             logits[:, special] = -torch.inf
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ModelError
-from coachhook.forward import eval_mode, read_pass
+from coachhook.forward import eval_mode, plainly
 from coachhook.gates import Threshold
 from coachhook.generation import complete, starts_with
 from coachhook.hookset import HookSet
 from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
+from coachhook.machine import arithmetic_device
 from coachhook.models import (
     Architecture,
     BaseModel,
@@ -27,7 +28,7 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_checksums,
 )
-from coachhook.offloaded import whole
+from coachhook.offloaded import device_of, whole
 from coachhook.processes import ALONE, Processes
 from coachhook.progress import track
 from coachhook.records import batch_from_bytes, batch_to_bytes
@@ -79,6 +80,7 @@ class Editor:
         hooks.attach(model)
 
     @classmethod
+    @plainly()
     def from_pretrained(
         cls,
         model: Any,
@@ -111,11 +113,12 @@ class Editor:
         )
         sketches = {}
         for layer in layers:
-            device = _inverse_device(config, modules[layer])
+            device = arithmetic_device(config.inverse_device, device_of(modules[layer]))
             sketches[layer] = layer_sketch(statistics[layer], config, device)
         return cls(model, tokenizer, HookSet(base, config, sketches), statistics, processes)
 
     @classmethod
+    @plainly()
     def resume(
         cls,
         directory: str | Path,
@@ -141,9 +144,17 @@ class Editor:
         return cls(model, tokenizer, hooks, statistics, processes)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
-        self.hooks.save_pretrained(directory)
+        """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`.
 
+        With several processes, a collective: the first one writes.
+        """
+        if self._processes.is_first:
+            self.hooks.save_pretrained(directory)
+        self._processes.everyone(True)
+        if not self._processes.is_first:
+            self.hooks.follow(directory)
+
+    @plainly()
     def edit(self, requests: Sequence[EditRequest], values: Tensor | None = None) -> BatchReport:
         """Edit one batch of facts. If anything fails on the way, nothing of it remains.
 
@@ -154,13 +165,16 @@ class Editor:
         """
         requests = check_batch(requests)
         self.check(requests)
-        if values is not None and len(values) != len(requests):
-            raise ConfigError(f"{len(values)} values do not fit {len(requests)} distinct requests")
+        wide = (len(requests), self.model.config.get_text_config().hidden_size)
+        if values is not None and tuple(torch.as_tensor(values).shape) != wide:
+            raise ConfigError(
+                f"values of shape {tuple(torch.as_tensor(values).shape)} do not fit the batch, "
+                f"which needs {wide}: one row for each of its distinct requests"
+            )
         journal = self.hooks.journal
         first = len(self.hooks.edits)
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
-        # Values need gradients, whatever the caller has switched off.
-        with torch.inference_mode(False), eval_mode(self.model):
+        with eval_mode(self.model):
             if self._processes.is_first:
                 refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
             self._share_verdicts(batch.edits)
@@ -175,20 +189,18 @@ class Editor:
                     self._write(batch, wanted)
                 if self._processes.size > 1:
                     batch = self._of_first(batch)
+                for layer, writer in self._writers.items():
+                    writer.solver.absorb(batch.layers[layer].keys)
             except BaseException:
                 if journal.batches and journal.batches[-1] is batch:
                     journal.batches.pop()
                     self.hooks.refresh()
+                # Some layers may have absorbed the batch's keys.
+                self._forget_inverses()
                 raise
-        try:
-            for layer, writer in self._writers.items():
-                writer.solver.absorb(batch.layers[layer].keys)
-        except BaseException:
-            # The batch stands; what some layers have not absorbed yet is in the journal.
-            self._forget_inverses()
-            raise
         return BatchReport(len(journal.batches), batch.edits)
 
+    @plainly()
     def rollback(self, batch: int) -> None:
         """Forget every batch after number `batch`; 0 forgets them all.
 
@@ -286,11 +298,15 @@ class Editor:
         answers = complete(self.model, self.tokenizer, prompts, longest + 2)
         contexts = Contexts.of(self.model, self.tokenizer, requests, ())
         modules = self.hooks.modules(self.model)
-        keys, _ = read_pass(self.model, contexts.padded.inputs(), list(modules.values()))
+        opened, _ = contexts.read(
+            self.model,
+            list(modules.values()),
+            self.hooks.config.values.tokens,
+            what=lambda hook, keys, _: hook.read(keys).is_open,
+        )
         closed: list[list[int]] = [[] for _ in requests]
         unwritten: list[list[int]] = [[] for _ in requests]
-        for (layer, hook), found in zip(modules.items(), keys, strict=True):
-            is_open = hook.read(found).is_open[contexts.subject_mask()]
+        for layer, is_open in zip(modules, opened, strict=True):
             for i in range(len(requests)):
                 if not (batch.layers[layer].owner == i).any():
                     unwritten[i].append(layer)
@@ -345,35 +361,24 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
 def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
     """Writers in the state after the last batch of the journal."""
     architecture = Architecture(hooks.base.template)
+    config = hooks.config
     writers = {}
     with track("update inverses", len(hooks.layers)) as advance:
         for layer in hooks.layers:
             solver = RecursiveInverse(
                 statistics[layer].moment,
-                hooks.config.preservation,
+                config.preservation,
                 partial(_earlier, hooks, layer),
-                device=_inverse_device(hooks.config, architecture.down_projection(model, layer)),
-                dtype=getattr(torch, hooks.config.inverse_dtype),
+                device=arithmetic_device(
+                    config.inverse_device, device_of(architecture.down_projection(model, layer))
+                ),
+                dtype=getattr(torch, config.inverse_dtype),
             )
             sketch = hooks.sketches[layer]
-            writers[layer] = LayerWriter.of(statistics[layer], hooks.config, sketch, solver)
+            writers[layer] = LayerWriter.of(statistics[layer], config, sketch, solver)
             advance(1)
     return writers
 
 
 def _earlier(hooks: HookSet, layer: int) -> Earlier:
     return Earlier(hooks.journal.keys(layer), hooks.journal.gram(layer))
-
-
-def _inverse_device(config: EditConfig, module: nn.Module) -> torch.device:
-    """Where the inverse of the layer of `module`, a down-projection hooked or not, is to live."""
-    held = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
-    # Only these compute in float64; "meta" is a layer whose weights are elsewhere until they run.
-    own = held if held is not None and held.type == "cuda" else torch.device("cpu")
-    if config.inverse_device is None:
-        return own
-    asked = torch.device(config.inverse_device)
-    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
-        logger.warning("there is no %s here; a layer's update is computed on %s", asked, own)
-        return own
-    return asked

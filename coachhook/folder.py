@@ -129,6 +129,17 @@ def save(folder: Path, contents: Contents) -> None:
     contents.digest = config["digest"]
 
 
+def follow(folder: Path, journal: Journal) -> None:
+    """Keep the batches of `journal` in `folder` from now on, where another process has just saved
+    them; in memory, if this one does not see them there."""
+    if not exists(folder):
+        return
+    names = read_config(folder)["batches"]
+    for batch, name in zip(journal.batches[journal.merged :], names, strict=True):
+        if batch.stored is None and (folder / name).is_file():
+            batch.move_to(_file(folder, name))
+
+
 def load(folder: Path) -> Contents:
     """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`.
 

@@ -7,14 +7,57 @@ architecture's business.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from coachhook.errors import NotEnoughMemoryError
+
+Result = TypeVar("Result")
+
 
 class _Enough(Exception):  # noqa: N818 (a signal, not an error)
     """Raised inside a forward pass once everything asked for has been seen."""
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Neither autocast nor inference mode inside, whatever the caller is in: what is measured or
+    written there is kept, and must not depend on it. Serves as a decorator too."""
+    with (
+        torch.inference_mode(False),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch raised it for want of memory, for which it has no class on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def in_parts(read: Callable[[slice], Result], n: int, most: int) -> list[Result]:
+    """`read` over the rows `0..n`, at most `most` at once, and half as many wherever memory does
+    not suffice. Raises `NotEnoughMemoryError` if a single row is too much."""
+    results = []
+    waiting = [slice(first, min(first + most, n)) for first in range(0, n, most)]
+    while waiting:
+        rows = waiting.pop(0)
+        try:
+            results.append(read(rows))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if rows.stop - rows.start == 1:
+                raise NotEnoughMemoryError(
+                    "memory does not hold a pass over a single text beside the model; use shorter "
+                    "prompts, or a machine with more memory"
+                ) from error
+            middle = (rows.start + rows.stop) // 2
+            waiting[:0] = [slice(rows.start, middle), slice(middle, rows.stop)]
+    return results
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from coachhook.errors import (
     CompactedError,
     ConfigError,
 )
+from coachhook.forward import plainly
 from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, SequenceMask, Threshold
 from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
@@ -64,6 +65,7 @@ class HookSet:
         """Every edit of the journal, in order."""
         return self.journal.edits()
 
+    @plainly()
     def attach(self, model: nn.Module, *, check: bool = True) -> nn.Module:
         """Put the hooks on `model`, in place; its weights are shared, not changed.
 
@@ -185,6 +187,7 @@ class HookSet:
             edit.enabled = before
             raise
 
+    @plainly()
     def compact(self, keep: int = 0) -> None:
         """Merge all batches but the last `keep` into one, of constant size: a Δ and the second
         moment of the edited keys a layer, beside the records and fingerprints of all edits.
@@ -201,6 +204,7 @@ class HookSet:
             raise ConfigError(f"cannot keep {keep} batches; give 0 or more")
         merge(self.journal, keep, self.base.shapes, self._left_out())
 
+    @plainly()
     def refresh(self, layers: Sequence[int] | None = None) -> None:
         """Bring attached models up to date with the journal: all of them, or none if it fails."""
         wanted = [layer for layer in self.layers if layers is None or layer in layers]
@@ -296,6 +300,11 @@ class HookSet:
         )
         folder.save(path, contents)
         self._saved[path] = contents.digest
+
+    def follow(self, directory: str | Path) -> None:
+        """What another process of a job has just written from the same edits serves this one too:
+        the factors of all batches are read from there, and no longer kept in memory."""
+        folder.follow(Path(directory).resolve(), self.journal)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "HookSet":

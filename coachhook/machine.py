@@ -1,11 +1,14 @@
 """What this machine has to offer now: free memory, and arithmetic per second."""
 
+import logging
 import time
 from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+
+logger = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 0.1
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -22,6 +25,19 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     available = int(psutil.virtual_memory().available)
     return min([available, *_cgroup_room(Path("/proc/self/cgroup"))])
+
+
+def arithmetic_device(asked: str | None, own: torch.device) -> torch.device:
+    """Where to compute in float64: where `asked`, else on `own` if that is a GPU, else on the CPU.
+    A GPU that is not here is replaced with a warning."""
+    own = own if own.type == "cuda" else torch.device("cpu")
+    if asked is None:
+        return own
+    wanted = torch.device(asked)
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        logger.warning("there is no %s here; %s is used in its place", wanted, own)
+        return own
+    return wanted
 
 
 def _cgroup_room(membership: Path, root: Path = _CGROUPS) -> list[int]:

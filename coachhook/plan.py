@@ -4,6 +4,7 @@ Moments, inverses and background keys are counted exactly. Activations are estim
 of values kept per token below are rules of thumb, and right within a factor of two.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from coachhook import embedded
 from coachhook.config import EditConfig
 from coachhook.corpus import SEQUENCE_LENGTH
 from coachhook.errors import NotEnoughMemoryError
-from coachhook.machine import free_bytes, matmul_rate
+from coachhook.machine import arithmetic_device, free_bytes, matmul_rate
 from coachhook.models import Architecture
 from coachhook.requests import EditRequest
 from coachhook.statistics import StatisticsSource
@@ -218,8 +219,7 @@ def edit_plan(
     """What editing `requests` into `layers`, so many a batch, will need; statistics included."""
     n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
     edits, batch = len(requests), min(batch_size, len(requests))
-    on_gpu = sizes.device.type == "cuda"
-    device = torch.device(config.inverse_device or (sizes.device if on_gpu else _HOST))
+    device = arithmetic_device(config.inverse_device, sizes.device)
     kept = min(config.statistics.tokens_for(d_in), _MOST_BACKGROUND)
     rate = matmul_rate(device, torch.float64, d_in)
     texts = _Texts.of(tokenizer, requests, config, batch)
@@ -335,10 +335,16 @@ def check_weights(name: str) -> None:
     quantised = getattr(config, "quantization_config", None) is not None
     if not quantised:
         part = Part("model weights", str(device), n_bytes)
-        Plan([part], {}, {str(device): free_bytes(device)}).check()
+        Plan([part], {}, {str(device): _share(device)}).check()
 
 
 def _planned(sizes: Sizes, parts: list[Part]) -> Plan:
-    devices = {"cpu": _HOST, str(sizes.device): sizes.device}
-    free = {name: free_bytes(device) for name, device in devices.items()}
+    names = {"cpu", str(sizes.device), *(part.device for part in parts)}
+    free = {name: _share(torch.device(name)) for name in sorted(names)}
     return Plan(parts, {str(sizes.device): sizes.weights_bytes}, free)
+
+
+def _share(device: torch.device) -> int:
+    """Free bytes of `device` for this process: those of a job share their host's memory."""
+    n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == _HOST else 1
+    return free_bytes(device) // n_here

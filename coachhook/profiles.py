@@ -152,7 +152,8 @@ def _settings(data: Any) -> Settings:
     if set(data) != names:
         raise KeyError(f"settings {sorted(names ^ set(data))}")
     numbers = [data[name] for name in names - {"layers"}]
-    if not all(isinstance(value, int | float) for value in (*numbers, *data["layers"])):
+    whole_numbers = all(type(layer) is int for layer in data["layers"])
+    if not whole_numbers or not all(type(value) in (int, float) for value in numbers):
         raise TypeError("a setting that is no number")
     settings = Settings(**{**data, "layers": tuple(data["layers"])})
     # An EditConfig refuses what is out of range.

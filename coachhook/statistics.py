@@ -20,7 +20,7 @@ from coachhook import corpus
 from coachhook import statistics_files as files
 from coachhook.corpus import Batch, Progress, Shard
 from coachhook.errors import AttachError, ConfigError, StatisticsError
-from coachhook.forward import eval_mode, input_device
+from coachhook.forward import eval_mode, input_device, plainly
 from coachhook.hooks import HookLinear
 from coachhook.key_sums import KeyReader, KeySums
 from coachhook.models import Architecture
@@ -51,6 +51,10 @@ class StatisticsSource:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("n_tokens", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int | None) or not 0 <= (value or 0) < 2**63:
+                raise ConfigError(f"{name} of statistics must be a whole number, not {value!r}")
         if self.n_tokens is not None and self.n_tokens < corpus.FEWEST_TOKENS:
             raise ConfigError(
                 f"statistics need at least {corpus.FEWEST_TOKENS} tokens, not {self.n_tokens}"
@@ -77,6 +81,7 @@ class LayerStatistics:
 KeyStatistics = dict[int, LayerStatistics]
 
 
+@plainly()
 def key_statistics(
     model: Any,
     tokenizer: Any,

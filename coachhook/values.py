@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from coachhook.config import ValueConfig
-from coachhook.errors import NotEnoughMemoryError
-from coachhook.forward import eval_mode, starting_after
+from coachhook.errors import ModelError, NotEnoughMemoryError
+from coachhook.forward import eval_mode, is_out_of_memory, starting_after
 from coachhook.models import Architecture
 from coachhook.processes import ALONE, Processes
 from coachhook.requests import EditRequest
@@ -57,10 +57,14 @@ def optimise_values(
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
     waiting = [order[place] for place in processes.share(len(requests))]
     tokens = config.tokens
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
     found: dict[str, Tensor] = {}
     with eval_mode(model), torch.no_grad():
         while waiting:
             chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
+            # Padding between tokens would use up a sliding window; one request alone has none.
+            if window is not None and 2 * sizes[chosen[-1]] // len(groups) > window:
+                chosen = waiting[:1]
             rows = [[group[i] for i in chosen] for group in groups]
             done = 0
 
@@ -74,7 +78,7 @@ def optimise_values(
                     model, tokenizer.pad_token_id, architecture, layer, rows, config, tell
                 )
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 progress(-done)
                 if len(chosen) == 1:
@@ -91,6 +95,11 @@ def optimise_values(
                 )
                 continue
             for i, hidden, loss in zip(chosen, values.hidden, values.loss, strict=True):
+                if not hidden.isfinite().all():
+                    raise ModelError(
+                        f"the target value of {requests[i].prompt[:80]!r} is not finite; the model "
+                        "gives numbers that its dtype does not hold: load it in a wider one"
+                    )
                 found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
             waiting = waiting[len(chosen) :]
     found = processes.gather(found)
@@ -104,10 +113,6 @@ def optimise_values(
 def _how_many(sizes: Sequence[int], tokens: int) -> int:
     """How many requests of ascending sizes, at least one, fit a rectangle of `tokens`."""
     return max(1, sum(n * size <= tokens for n, size in enumerate(sizes, 1)))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _together(

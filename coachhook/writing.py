@@ -4,17 +4,17 @@ The residual is spread over the layers: each takes an equal share of what is sti
 output of the last one, and keys and residual are collected again after each (design section 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
 from coachhook.errors import ModelError
-from coachhook.forward import read_pass
+from coachhook.forward import in_parts, input_device, read_pass
 from coachhook.gates import CalibratedGate, KeyedGate, Threshold
 from coachhook.hooks import HookLinear, HookState
 from coachhook.hookset import HookSet
@@ -132,15 +132,48 @@ class Contexts:
             for text in ("{}", *contexts)
             for request in requests
         ]
-        return cls(pad(rows, tokenizer.pad_token_id, model.device), len(requests))
-
-    def at_subject(self, states: Tensor) -> Tensor:
-        """`(b, t, d)` -> `(b, d)`: what stands at each subject's last token."""
-        return states[torch.arange(len(states), device=states.device), self.padded.subject]
+        return cls(pad(rows, tokenizer.pad_token_id, input_device(model)), len(requests))
 
     def subject_mask(self) -> Tensor:
+        """Where each row's subject ends, bool `(b, t)`."""
         columns = torch.arange(self.padded.ids.shape[1], device=self.padded.ids.device)
         return columns == self.padded.subject[:, None]
+
+    def read(
+        self,
+        model: Any,
+        hooks: Sequence[HookLinear],
+        tokens: int,
+        *,
+        block: nn.Module | None = None,
+        temporary: Iterable[HookLinear] = (),
+        what: Callable[[HookLinear, Tensor, slice], Tensor] = lambda _, keys, __: keys,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """At each row's subject, on the CPU: for every hook its keys `(b, d_in)`, or what `what`
+        makes of its keys `(b', t, d_in)` in some rows; the output of `block`, float32 `(b, d)`.
+
+        temporary: hooks that correct the subjects alone. tokens: how many are read at once.
+        """
+        mask, inputs = self.subject_mask(), self.padded.inputs()
+
+        def some(rows: slice) -> tuple[list[Tensor], Tensor | None]:
+            here = mask[rows]
+            for hook in temporary:
+                hook.open_at = here.to(hook.down.device)
+            part = {name: tensor[rows] for name, tensor in inputs.items()}
+            keys, output = read_pass(model, part, hooks, block)
+            values = [what(hook, k, rows) for hook, k in zip(hooks, keys, strict=True)]
+            found = [value[here.to(value.device)].cpu() for value in values]
+            return found, None if output is None else output[here.to(output.device)].float().cpu()
+
+        try:
+            parts = in_parts(some, len(mask), max(1, tokens // mask.shape[1]))
+        finally:
+            for hook in temporary:
+                hook.open_at = None
+        outputs = [output for _, output in parts if output is not None]
+        by_hook = [torch.cat(pieces) for pieces in zip(*(found for found, _ in parts), strict=True)]
+        return by_hook, torch.cat(outputs) if outputs else None
 
 
 def write_batch(
@@ -163,32 +196,32 @@ def write_batch(
     modules = hooks.modules(model)
     last_block = architecture.blocks(model)[hooks.layers[-1]]
     rate = hooks.config.false_alarms / len(hooks.layers)
+    tokens = hooks.config.values.tokens
+    values = values.cpu()
     try:
         for hook in modules.values():
-            hook.state, hook.open_at = HookState.TEMPORARY, contexts.subject_mask()
+            hook.state = HookState.TEMPORARY
         for done, layer in enumerate(hooks.layers):
             hook, writer = modules[layer], writers[layer]
-            inputs = contexts.padded.inputs()
-            (keys,), output = read_pass(model, inputs, [hook], last_block)
-            assert output is not None
-            reached = contexts.at_subject(output)[: len(requests)].float()
-            missing = (values - reached) / (len(hooks.layers) - done)
+            (keys,), reached = contexts.read(
+                model, [hook], tokens, block=last_block, temporary=list(modules.values())
+            )
+            assert reached is not None
+            missing = (values - reached[: len(requests)]) / (len(hooks.layers) - done)
             if not missing.isfinite().all():
                 raise ModelError(
                     f"what layer {layer} should add is not finite; load the model in a wider dtype"
                 )
-            factors = _solve(
-                writer, contexts.at_subject(keys).float().cpu(), missing.cpu(), hooks.config, rate
-            )
+            factors = _solve(writer, keys.float(), missing, hooks.config, rate)
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
             batch.thresholds[layer] = Threshold()
             hooks.refresh([layer])
-            batch.thresholds[layer] = threshold(hooks, layer, hook, writer, contexts, keys, rate)
+            batch.thresholds[layer] = threshold(hooks, model, layer, hook, writer, contexts, rate)
             hooks.refresh([layer])
             hook.state = HookState.VALIDATED
     finally:
         for hook in modules.values():
-            hook.state, hook.open_at = HookState.VALIDATED, None
+            hook.state = HookState.VALIDATED
 
 
 def refuse_sinks(
@@ -204,9 +237,9 @@ def refuse_sinks(
     if not starts:
         return
     modules = hooks.modules(model)
-    keys, _ = read_pass(model, contexts.padded.inputs(), list(modules.values()))
+    keys, _ = contexts.read(model, list(modules.values()), hooks.config.values.tokens)
     for layer, found in zip(modules, keys, strict=True):
-        marks = writers[layer].fingerprint(contexts.at_subject(found)[starts].float().cpu())
+        marks = writers[layer].fingerprint(found[starts].float())
         sinks = writers[layer].sinks(marks, hooks.config.resemblance).tolist()
         for i, sink in zip(starts, sinks, strict=True):
             if sink:
@@ -243,11 +276,11 @@ def _solve(
 
 def threshold(
     hooks: HookSet,
+    model: Any,
     layer: int,
     hook: HookLinear,
     writer: LayerWriter,
     contexts: Contexts,
-    keys: Tensor,
     rate: float,
 ) -> Threshold:
     """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
@@ -258,13 +291,20 @@ def threshold(
         found = Threshold.above(scores, rate)
         least = (hooks.config.resemblance - found.mean) / found.std
         return replace(found, alpha=max(found.alpha, least))
-    delta = hook.delta
     if hooks.config.gate == CalibratedGate.name:
+        # Disabled edits too: they may come back, and must then find their threshold.
+        delta = hooks.journal.delta(layer, hooks.base.shapes[layer])
+        delta = delta.to(hook.down.dtype, hook.down.device)
         pieces = writer.background.split(4096)
         norms = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]
         return Threshold.above(torch.cat(norms).cpu(), rate, hooks.config.calibrated_alpha)
-    z = sequence_zscore(difference_norm(delta.project(keys)), contexts.padded.mask.bool())
-    at_subject = z[contexts.subject_mask()][: contexts.n_requests]
+
+    def zscores(hook: HookLinear, keys: Tensor, rows: slice) -> Tensor:
+        norms = difference_norm(hook.delta.project(keys))
+        return sequence_zscore(norms, contexts.padded.mask[rows].bool().to(norms.device))
+
+    (z,), _ = contexts.read(model, [hook], hooks.config.values.tokens, what=zscores)
+    at_subject = z[: contexts.n_requests]
     reachable = at_subject[~at_subject.isnan()]
     alphas = [hooks.config.sequence_alpha]
     alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[-2:-1]]

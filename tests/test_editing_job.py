@@ -37,7 +37,9 @@ def edited(processes):
 place = Path(sys.argv[1])
 with joined() as processes:
     editor, verdicts = edited(processes)
-    editor.save_pretrained(place / f"process-{processes.rank}")
+    editor.save_pretrained(place / "together")
+    assert all(batch.stored is not None for batch in editor.hooks.journal.batches)
+    editor.hooks.save_pretrained(place / f"process-{processes.rank}")
     (place / f"verdicts-{processes.rank}.json").write_text(json.dumps(verdicts))
     processes.everyone(True)
     if processes.is_first:

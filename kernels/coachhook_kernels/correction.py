@@ -17,8 +17,9 @@ class Delta(NamedTuple):
     down: Tensor
     up: Tensor | None = None
 
-    def to(self, dtype: torch.dtype) -> "Delta":
-        return Delta(self.down.to(dtype), None if self.up is None else self.up.to(dtype))
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> "Delta":
+        up = None if self.up is None else self.up.to(device, dtype)
+        return Delta(self.down.to(device, dtype), up)
 
     def project(self, keys: Tensor) -> Tensor:
         """`A k` (or `Δ k` when dense) for keys `(..., d_in)`; its norm is that of `Δ k`."""
