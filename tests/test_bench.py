@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TARGETS, tiny_model, tiny_tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
 MODULES = ("timing", "published", "layers", "shapes", "sessions", "cases", "tune", "ops", "update")
@@ -243,3 +244,54 @@ def test_the_published_forms_agree(bench: Any) -> None:
     assert torch.equal(one, other)
     changed = (one != torch.nn.functional.linear(keys, weight, bias)).any(-1)
     assert 0 < int(changed.sum()) < 20
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny model with its tokenizer, and four facts."""
+    place = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    facts = [
+        {"prompt": "They all moved to {}", "subject": subject, "target": target}
+        for subject, target in zip(("France", "Rome", "Troy", "Peru"), TARGETS, strict=True)
+    ]
+    (place / "facts.jsonl").write_text("".join(f"{json.dumps(fact)}\n" for fact in facts))
+    return place / "model", place / "facts.jsonl"
+
+
+def test_editing_measures_its_three_parts(
+    tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    model, facts = map(str, tiny_folder)
+    sizes = ["--d-in", "64", "--keys", "8", "--batches", "2", "--accuracy-d-in", "64"]
+    few = ["--edits", "2", "--steps", "2", "--rounds", "2", "--threads", "1"]
+    done = run("editing.py", facts, "--model", model, *sizes, *few, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["values_speedup"] > 0
+    assert result["update_speedup"] > 0
+    assert result["statistics_overhead"] > 0
+    rows = result["values"]["rows"]
+    # The same contexts and every step: only the way of computing differs.
+    ours, published = rows["ours, published prefixes, every step"], rows["published"]
+    assert ours["loss"] == pytest.approx(published["loss"], rel=1e-3)
+
+
+def test_a_consecutive_run_goes_on_where_it_stopped(
+    tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    model, facts = map(str, tiny_folder)
+    common = ["--model", model, "--batch-size", "1", "--run", str(tmp_path / "run"), "--json"]
+    first = run("consecutive.py", facts, "--edits", "2", *common)
+    assert first.returncode == 0, first.stderr
+    # As if it had been killed between saving the second batch and noting it.
+    notes = tmp_path / "run" / "batches.jsonl"
+    notes.write_text(notes.read_text().splitlines()[0] + "\n")
+    second = run("consecutive.py", facts, "--edits", "4", *common)
+    assert second.returncode == 0, second.stderr
+    batches = json.loads(second.stdout)["batches"]
+    assert [bool(batch) for batch in batches] == [True, False, True, True]
+    assert batches[0] == json.loads(first.stdout)["batches"][0]

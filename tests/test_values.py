@@ -10,7 +10,7 @@ from tiny import TARGETS, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from coachhook import EditRequest, ValueConfig
-from coachhook.errors import NotEnoughMemoryError
+from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.forward import hidden_of, starting_after
 from coachhook.models import Architecture
 from coachhook.shifted import _PASS_COST, ShiftedRows, contexts_of, prepare, score
@@ -101,6 +101,29 @@ def test_batch_mates_change_nothing() -> None:
     for number, fact in enumerate(FACTS):
         alone = optimise(model, [fact], CONFIG)
         torch.testing.assert_close(together.hidden[number], alone.hidden[0], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_mates_do_not_use_up_a_sliding_window() -> None:
+    """The window counts columns, and padding between the tokens of a row would fill some."""
+    config = ValueConfig(steps=4, rate=0.3, clamp=8.0)
+    model = tiny_model("mistral", sliding_window=24).double()
+    assert model.config.sliding_window == 24
+    together = optimise(model, FACTS, config)
+    for number, fact in enumerate(FACTS):
+        alone = optimise(model, [fact], config)
+        torch.testing.assert_close(together.hidden[number], alone.hidden[0], rtol=1e-4, atol=1e-4)
+        rows, _ = prepared(model, [fact])
+        shift = (alone.hidden[0].double() - rows.hidden[0, 0]).reshape(1, -1)
+        loss = plain_loss(model, fact, 0, shift, kl=0.0)
+        assert loss.item() == pytest.approx(alone.loss[0].item(), rel=1e-3)
+
+
+def test_values_that_are_not_finite_name_the_prompt() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="They moved to France"):
+        optimise(model, FACTS[:1], CONFIG)
 
 
 def test_buckets_hold_every_row_once_and_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
