@@ -145,7 +145,8 @@ def edit(
             hooked = check_layers(config.layers or default_layers(n_blocks), n_blocks)
             sizes = Sizes.of(loaded, architecture)
             plan = checked(
-                edit_plan(sizes, hooked, config, tokenizer, left, batch_size), as_json=as_json
+                edit_plan(sizes, hooked, config, tokenizer, left, batch_size, len(done)),
+                as_json=as_json,
             )
             editor = (
                 Editor.from_pretrained(loaded, tokenizer, config=config)
