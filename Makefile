@@ -8,10 +8,10 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/coachhook demo
 
-# Small tests side by side, on a core each; then the real model, on all of them.
+# Side by side, on a core each; the tests that take longest first.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_model.py
-	$(BIN)/python -m pytest tests/test_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		tests/test_model.py tests/test_model_alone.py tests/kernels/test_compile_report.py tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,25 +1,34 @@
-"""Consecutive batch editing, end to end: seconds an edit, peak memory, and what the edits do.
+"""Consecutive batch editing, end to end: seconds an edit, memory, and what the edits do.
 
-    python bench/consecutive.py [FACTS] [--edits 100] [--batch-size 10] [--gate keyed] [--json]
+    python bench/consecutive.py [FACTS] [--edits 1000] [--batch-size 50] [--run DIR] [--json]
 
 FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. Values,
-writing and verdicts are timed; loading, key statistics and the evaluation are not.
+writing, verdicts and saving are timed; loading, key statistics and the evaluation are not. With
+--run every batch is saved to DIR/edits and its time and memory are noted in DIR/batches.jsonl, and
+the same command goes on where it was stopped.
 """
 
 import json
-import resource
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import coachhook as ch
+from coachhook import folder
+from coachhook.backlog import latest
 from coachhook.evaluate import evaluate
+from coachhook.progress import track
+
+FIRST_EDITS = 100
 
 
 def main(
@@ -29,50 +38,116 @@ def main(
     batch_size: int = 10,
     gate: str = "keyed",
     model: str = "smollm2",
+    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     path = facts or Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
     requests = ch.load_requests(path).requests[first : first + edits]
-    editor = ch.Editor.from_pretrained(model, config=ch.EditConfig(gate=gate))
-    seconds, verdicts = [], dict.fromkeys(map(str, ch.Verdict), 0)
-    for start in range(0, len(requests), batch_size):
-        started = time.perf_counter()
-        report = editor.edit(requests[start : start + batch_size])
-        seconds.append(time.perf_counter() - started)
-        for edit in report.edits:
-            verdicts[edit.verdict] += 1
-    live = [edit.request for edit in editor.hooks.journal.live()]
-    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, live)
-    result: dict[str, Any] = {
-        "facts": str(path.name),
-        "edits": len(requests),
-        "batch_size": batch_size,
-        "gate": gate,
-        "seconds_per_edit": sum(seconds) / len(requests),
-        "seconds_per_batch": seconds,
-        # Linux counts it in KiB.
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "verdicts": verdicts,
-        "scores": asdict(scores),
-    }
+    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = run or Path(temporary)
+        editor, log = edit_all(batches, model, ch.EditConfig(gate=gate), place)
+        result = {
+            "facts": path.name,
+            "edits": len(requests),
+            "batch_size": batch_size,
+            "gate": gate,
+            **outcome(editor, log, requests),
+        }
     if as_json:
         print(json.dumps(result))
-        return
-    table = Table(title=f"{len(requests)} edits of {path.name}, {batch_size} a batch, {gate} gate")
+    else:
+        show(result)
+
+
+def edit_all(
+    batches: Sequence[Sequence[ch.EditRequest]], model: str, config: ch.EditConfig, place: Path
+) -> tuple[ch.Editor, list[dict[str, Any]]]:
+    """The editor after every batch, and what each took; goes on from what `place` holds."""
+    hooks, lines = place / "edits", place / "batches.jsonl"
+    with folder.locked(hooks):
+        if folder.exists(hooks):
+            editor = ch.Editor.resume(hooks)
+        else:
+            editor = ch.Editor.from_pretrained(model, config=config)
+        done = len(editor.hooks.journal.batches)
+        log = [json.loads(line) for line in lines.read_text().splitlines()] if done else []
+        # A batch that was saved and not noted, or noted and then rolled back.
+        log = (log + [{}] * done)[:done]
+        with track("editing", sum(map(len, batches))) as advance:
+            advance(sum(map(len, batches[:done])))
+            for batch in batches[done:]:
+                started = time.perf_counter()
+                report = editor.edit(batch)
+                editor.save_pretrained(hooks)
+                log.append(
+                    {
+                        "seconds": time.perf_counter() - started,
+                        "edits": len(batch),
+                        "memory_gb": psutil.Process().memory_info().rss / 2**30,
+                        "verdicts": {str(v): report.count(v) for v in ch.Verdict},
+                    }
+                )
+                lines.write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
+                advance(len(batch))
+    return editor, log
+
+
+def outcome(
+    editor: ch.Editor, log: Sequence[dict[str, Any]], requests: Sequence[ch.EditRequest]
+) -> dict[str, Any]:
+    """Figures of the whole run, measured after its last batch over all facts that are in force."""
+    noted = [entry for entry in log if entry]
+    journal = editor.hooks.journal
+    live = [edit.request for edit in journal.live()]
+    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, live)
+    wanted, held = len(latest(requests)), scores.reliability.teacher_forced or 0.0
+    # The first batches, weighted by how many of their facts are in force.
+    in_force = {id(request) for request in live}
+    early, total = 0.0, 0
+    for number, batch in enumerate(journal.batches, 1):
+        if batch.edits[0].id < FIRST_EDITS:
+            n = sum(id(edit.request) in in_force for edit in batch.edits)
+            early, total = early + n * scores.retention.get(number, 0.0), total + n
+    return {
+        "seconds_per_edit": sum(e["seconds"] for e in noted) / sum(e["edits"] for e in noted),
+        "batches": list(log),
+        "verdicts": {str(v): sum(e["verdicts"][v] for e in noted) for v in ch.Verdict},
+        "reliability_of_all_asked": held * len(live) / wanted,
+        "first_edits_at_the_end": early / total,
+        "scores": asdict(scores),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    title = f"{result['edits']} edits of {result['facts']}, {result['batch_size']} a batch"
+    table = Table(title=f"{title}, {result['gate']} gate")
     table.add_column("figure")
     table.add_column("value", justify="right")
-    for name in ("seconds_per_edit", "peak_memory_gb"):
-        table.add_row(name.replace("_", " "), f"{result[name]:.2f}")
-    table.add_row("verdicts", ", ".join(f"{n} {v}" for v, n in verdicts.items()))
+    scores = result["scores"]
+    table.add_row("seconds per edit", f"{result['seconds_per_edit']:.2f}")
+    table.add_row("verdicts", ", ".join(f"{n} {v}" for v, n in result["verdicts"].items()))
     for name in ("reliability", "generality", "locality"):
-        for form, value in result["scores"][name].items():
+        for form, value in scores[name].items():
             shown = "absent" if value is None else f"{value:.3f}"
             table.add_row(f"{name}, {form.replace('_', ' ')}", shown)
-    table.add_row("perplexity before", f"{scores.perplexity_before:.3f}")
-    table.add_row("perplexity after", f"{scores.perplexity_after:.3f}")
-    table.add_row("ordinary tokens open", f"{scores.gate.ordinary:.4f}")
-    table.add_row("first batch at the end", f"{scores.retention[1]:.3f}")
-    Console().print(table)
+    table.add_row("reliability, refused ones counted", f"{result['reliability_of_all_asked']:.3f}")
+    table.add_row(f"first {FIRST_EDITS} at the end", f"{result['first_edits_at_the_end']:.3f}")
+    table.add_row("perplexity before", f"{scores['perplexity_before']:.3f}")
+    table.add_row("perplexity after", f"{scores['perplexity_after']:.3f}")
+    table.add_row("ordinary tokens open", f"{scores['gate']['ordinary']:.4f}")
+    console = Console()
+    console.print(table)
+    curve = Table(title="from the first batch to the last")
+    for column in ("edits so far", "seconds an edit", "memory, GB"):
+        curve.add_column(column, justify="right")
+    so_far = 0
+    for entry in result["batches"]:
+        if entry:
+            so_far += entry["edits"]
+            pace = entry["seconds"] / entry["edits"]
+            curve.add_row(str(so_far), f"{pace:.2f}", f"{entry['memory_gb']:.2f}")
+    console.print(curve)
 
 
 if __name__ == "__main__":

@@ -84,26 +84,28 @@ def check_settings(asked: Mapping[str, Any], held: HookSet, directory: Path) -> 
             )
 
 
-def profiled(config: EditConfig, model: Any, given: Path | None) -> EditConfig:
-    """`config` with the settings of a profile, the one that is given or the model's own."""
+def profiled(config: EditConfig, model: Any, given: Path | None, *, shown: bool) -> EditConfig:
+    """`config` with the settings of a profile, the one that is given or the model's own; which one
+    is told, if `shown`."""
     from coachhook import profiles
     from coachhook.models import Architecture
 
     identity = profiles.identity(model, Architecture.of(model, config.template))
     found = profiles.find(identity) if given is None else profiles.load(given)
+    tell = report.tell if shown else lambda _: None
     if found is None:
-        report.tell("default settings; 'coachhook calibrate MODEL' finds this model's own")
+        tell("default settings; 'coachhook calibrate MODEL' finds this model's own")
         return config
     if found.identity != identity:
-        report.tell(f"warning: {given} was made for another model ({found.model})")
-    report.tell(f"settings from {given or profiles.default_path(identity)}")
+        tell(f"warning: {given} was made for another model ({found.model})")
+    tell(f"settings from {given or profiles.default_path(identity)}")
     return found.settings.applied(config)
 
 
-def checked(plan: Plan, *, as_json: bool) -> dict[str, Any]:
-    """Show a plan, unless the command's document will hold it, and refuse what cannot fit."""
+def checked(plan: Plan, *, shown: bool) -> dict[str, Any]:
+    """The plan as it goes into a command's document. Refuses what cannot fit."""
     document = plan.to_dict()
-    if not as_json:
+    if shown:
         report.plan_view(document)
     plan.check()
     return document

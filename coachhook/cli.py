@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,13 +95,17 @@ def edit(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Edit facts into a model, going on from what the folder already holds."""
+    """Edit facts into a model, going on from what the folder already holds.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m coachhook edit …
+    """
     from coachhook import folder, profiles
     from coachhook.config import EditConfig
     from coachhook.editor import Editor
     from coachhook.hookset import HookSet
     from coachhook.models import Architecture, check_layers, default_layers, load_model
     from coachhook.plan import Sizes, check_weights, edit_plan
+    from coachhook.processes import joined
     from coachhook.statistics import StatisticsSource
 
     wanted = usable(facts, skip_invalid)
@@ -111,7 +116,12 @@ def edit(
         gate=gate or EditConfig.gate,
         statistics=StatisticsSource(path),
     )
-    with folder.locked(hooks):
+    with joined() as processes, ExitStack() as holding:
+        first = processes.is_first
+        if first:
+            holding.enter_context(folder.locked(hooks))
+        # The others look into the folder once the first has it.
+        processes.everyone(True)
         held = HookSet.from_pretrained(hooks) if folder.exists(hooks) else None
         if held is not None:
             asked = {"gate": gate, "layers": config.layers, "template": template, "text": path}
@@ -127,8 +137,8 @@ def edit(
         left = remaining(done, wanted)
         # All of them are checked before the first, and before the model is loaded.
         batches = [
-            check_batch(left[first : first + batch_size])
-            for first in range(0, len(left), batch_size)
+            check_batch(left[start : start + batch_size])
+            for start in range(0, len(left), batch_size)
         ]
         edited: list[dict[str, Any]] = []
         plan = None
@@ -139,36 +149,38 @@ def edit(
                 held.check_base(loaded)
                 config = held.config
             else:
-                config = profiled(config, loaded, profile)
+                config = profiled(config, loaded, profile, shown=first)
             architecture = Architecture.of(loaded, config.template)
             n_blocks = len(architecture.blocks(loaded))
             hooked = check_layers(config.layers or default_layers(n_blocks), n_blocks)
             sizes = Sizes.of(loaded, architecture)
             plan = checked(
                 edit_plan(sizes, hooked, config, tokenizer, left, batch_size, len(done)),
-                as_json=as_json,
+                shown=first and not as_json,
             )
             editor = (
-                Editor.from_pretrained(loaded, tokenizer, config=config)
+                Editor.from_pretrained(loaded, tokenizer, config=config, processes=processes)
                 if held is None
-                else Editor.resume(hooks, loaded, tokenizer)
+                else Editor.resume(hooks, loaded, tokenizer, processes=processes)
             )
             for batch in batches:
                 editor.check(batch)
             for batch in batches:
                 outcome = editor.edit(batch)
-                editor.hooks.save_pretrained(hooks)
-                edited.append(report.batch_document(outcome.number, outcome.edits))
-                if not as_json:
-                    report.batch_view(edited[-1])
-    document = {
-        "folder": str(hooks),
-        "facts": len(wanted),
-        "already_in_place": len(wanted) - len(left),
-        "plan": plan,
-        "batches": edited,
-    }
-    report.show(document, report.edited_view, as_json=as_json)
+                if first:
+                    editor.hooks.save_pretrained(hooks)
+                    edited.append(report.batch_document(outcome.number, outcome.edits))
+                    if not as_json:
+                        report.batch_view(edited[-1])
+        if first:
+            document = {
+                "folder": str(hooks),
+                "facts": len(wanted),
+                "already_in_place": len(wanted) - len(left),
+                "plan": plan,
+                "batches": edited,
+            }
+            report.show(document, report.edited_view, as_json=as_json)
 
 
 @app.command("eval")
@@ -260,7 +272,7 @@ def rollback(
                 f"there is no batch {to} in {directory}; give a number from 0 to {len(batches)}"
             )
         before = len(batches)
-        del batches[to:]
+        hookset.journal.forget_after(to)
         hookset.save_pretrained(directory)
     document = {
         "folder": str(directory),
@@ -272,33 +284,69 @@ def rollback(
 
 
 @app.command()
+def compact(
+    directory: Annotated[Path, typer.Argument(help="The folder of edits.")],
+    keep: Annotated[int, typer.Option(min=0, help="Latest batches to leave as they are.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Merge batches into one, which cannot be taken apart any more. Needs no model."""
+    from coachhook import folder
+    from coachhook.hookset import HookSet
+
+    folder.read_config(directory)  # before the lock, which would make a folder that is missing
+    with folder.locked(directory):
+        hookset = HookSet.from_pretrained(directory)
+        before = report.folder_bytes(directory)
+        hookset.compact(keep)
+        hookset.save_pretrained(directory)
+    document = {
+        "folder": str(directory),
+        "batches": len(hookset.journal.batches),
+        "merged_batches": hookset.journal.merged,
+        "edits": len(hookset.edits),
+        "bytes_before": before,
+        "bytes": report.folder_bytes(directory),
+    }
+    report.show(document, report.compaction_view, as_json=as_json)
+
+
+@app.command()
 def statistics(
     model: Model,
     layers: Layers = None,
     template: Template = None,
     text: TextFile = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of text to read.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of text to read; without it, 8 a dimension and 16,384 at least."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the key statistics that editing needs, or find them in the cache."""
+    """Measure the key statistics that editing needs, or find them in the cache.
+
+    Several processes share the work: torchrun --nproc-per-node 2 -m coachhook statistics …
+    """
     from coachhook.models import Architecture, check_layers, default_layers, load_model
     from coachhook.plan import Sizes, check_weights, statistics_plan
+    from coachhook.processes import joined
     from coachhook.statistics import StatisticsSource, key_statistics
 
     chosen = None if layers is None else parse_layers(layers)
-    source = StatisticsSource(
-        path=None if text is None else str(text.resolve()),
-        n_tokens=StatisticsSource.n_tokens if tokens is None else tokens,
-    )
+    source = StatisticsSource(None if text is None else str(text.resolve()), tokens)
     check_weights(model)
-    loaded, tokenizer = load_model(model)
-    architecture = Architecture.of(loaded, template)
-    n_blocks = len(architecture.blocks(loaded))
-    hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
-    plan = checked(statistics_plan(Sizes.of(loaded, architecture), hooked, source), as_json=as_json)
-    found = key_statistics(loaded, tokenizer, architecture, hooked, source)
-    document = {"model": model, "plan": plan, "layers": report.statistics_entries(found)}
-    report.show(document, report.statistics_view, as_json=as_json)
+    with joined() as processes:
+        loaded, tokenizer = load_model(model)
+        architecture = Architecture.of(loaded, template)
+        n_blocks = len(architecture.blocks(loaded))
+        hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
+        plan = checked(
+            statistics_plan(Sizes.of(loaded, architecture), hooked, source),
+            shown=processes.is_first and not as_json,
+        )
+        found = key_statistics(loaded, tokenizer, architecture, hooked, source, processes)
+        if processes.is_first:
+            document = {"model": model, "plan": plan, "layers": report.statistics_entries(found)}
+            report.show(document, report.statistics_view, as_json=as_json)
 
 
 @app.command()
@@ -335,7 +383,7 @@ def calibrate(
     read = layers_to_read(loaded, architecture, chosen, source)
     sizes = Sizes.of(loaded, architecture)
     needed = calibration_plan(sizes, read, source, tokenizer, probe_requests(), MOST_TRIALS)
-    plan = checked(needed, as_json=as_json)
+    plan = checked(needed, shown=not as_json)
     result = search(
         loaded, tokenizer, layers=chosen, template=template, source=source, minutes=budget
     )

@@ -1,12 +1,15 @@
 """Settings of an editor. The defaults are what the README's figures were measured with."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from coachhook.errors import ConfigError
 from coachhook.gates import GATES
 from coachhook.statistics import StatisticsSource
+
+_INVERSE_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
 def _check_positive(settings: Any, *names: str) -> None:
@@ -26,6 +29,8 @@ class ValueConfig:
     steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
     clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
+    tokens: how many tokens, all contexts counted, are optimised at once; halved whenever memory
+    does not suffice.
     """
 
     contexts: tuple[str, ...] = (
@@ -39,9 +44,10 @@ class ValueConfig:
     kl: float = 0.0625
     decay: float = 0.01
     enough: float = 0.05
+    tokens: int = 8_192
 
     def __post_init__(self) -> None:
-        _check_positive(self, "gain", "steps", "rate", "clamp")
+        _check_positive(self, "gain", "steps", "rate", "clamp", "tokens")
         for context in self.contexts:
             if context.count("{}") != 1:
                 raise ConfigError(f"context {context!r} must contain {{}} once, for the prompt")
@@ -58,7 +64,10 @@ class EditConfig:
     leave less of the residual. false_alarms: largest share of background tokens that may open a
     gate. fingerprint_size: s. resemblance: least cosine
     that opens the keyed gate. calibrated_alpha: least α of the calibrated gate; sequence_alpha:
-    where the paper's α rule starts.
+    where the paper's α rule starts. inverse_dtype: how the `d_in² / 2` numbers of each layer's
+    inverse are stored, "float64", or "float32" for half the memory and an error of Δ that is kept
+    near 1 % at most. inverse_device: where they are kept and updated, "cpu" or a GPU such as
+    "cuda:1"; None is the GPU that holds the layer, and the CPU for a layer that is on none.
     """
 
     layers: tuple[int, ...] | None = None
@@ -71,6 +80,8 @@ class EditConfig:
     resemblance: float = 0.62
     calibrated_alpha: float = 5.0
     sequence_alpha: float = 2.2
+    inverse_dtype: str = "float64"
+    inverse_device: str | None = None
     values: ValueConfig = field(default_factory=ValueConfig)
     statistics: StatisticsSource = field(default_factory=StatisticsSource)
 
@@ -82,6 +93,14 @@ class EditConfig:
             raise ConfigError(f"false_alarms is a share below 1, not {self.false_alarms}")
         if not isinstance(self.fingerprint_size, int):
             raise ConfigError(f"fingerprint_size must be a whole number, {self.fingerprint_size!r}")
+        if self.inverse_dtype not in ("float64", "float32"):
+            raise ConfigError(f"inverse_dtype is float64 or float32, not {self.inverse_dtype!r}")
+        device = self.inverse_device
+        if device is not None and not _INVERSE_DEVICE.fullmatch(str(device)):
+            raise ConfigError(
+                f"inverse_device {device!r} is not a device that computes in float64; "
+                "give 'cpu', 'cuda' or one GPU such as 'cuda:1'"
+            )
         if self.layers is not None and (
             not self.layers or not all(isinstance(layer, int) for layer in self.layers)
         ):

@@ -1,42 +1,71 @@
-"""Ordinary text for key statistics: what the model samples itself, or a file."""
+"""Ordinary text for key statistics, in shards: what the model samples itself, or a file.
 
+A shard's text depends on nothing but the source and the shard's number: not on which process reads
+it, nor on which shards were read before.
+"""
+
+import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from coachhook.errors import StatisticsError
 
 # Short sequences give many first positions, whose keys are unlike all others (attention sink).
 SEQUENCE_LENGTH = 64
+SHARD_SEQUENCES = 128
 FEWEST_TOKENS = 256
-_SAMPLED_AT_ONCE = 128
+# Sequences share a batch with longer ones up to this ratio, which bounds what padding costs.
+_SHORTEST_IN_BATCH = 0.75
 
 Progress = Callable[[int], None]
 
 
-def sample_text(
-    model: Any, tokenizer: Any, n_tokens: int, *, seed: int, progress: Progress
-) -> Iterator[Tensor]:
-    """Text sampled from the model at temperature 1, as int64 `(b, SEQUENCE_LENGTH)` batches.
+@dataclass(frozen=True)
+class Batch:
+    """Token ids `(b, t)` int64 on the CPU, padded on the right; mask bool `(b, t)`, true on real
+    tokens, or None where all are."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of ordinary text. number: its place in the text, from 0; n_tokens: real tokens;
+    read: makes its batches, and tells `Progress` of its tokens as they come (sampling is slow)."""
+
+    number: int
+    n_tokens: int
+    read: Callable[[Progress], list[Batch]]
+
+
+def sampled_shards(
+    model: Any, tokenizer: Any, n_tokens: int, *, seed: int, device: Any
+) -> Iterator[Shard]:
+    """Text sampled from the model at temperature 1, in sequences of `SEQUENCE_LENGTH` tokens.
 
     Every sequence starts with a word drawn uniformly from the vocabulary (behind the BOS token if
-    the tokenizer puts one), so that no data set and no prompt is needed. `progress` is told the
-    number of tokens sampled since the last call.
+    the tokenizer puts one), so that no data set and no prompt is needed. device: where the model
+    takes its inputs.
     """
-    device = model.device
-    generator = torch.Generator(device=device).manual_seed(seed)
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
-    lead = tokenizer("", return_tensors=None)["input_ids"]
+    lead = torch.tensor(tokenizer("")["input_ids"], device=device).long()
     starts = torch.tensor(_word_tokens(tokenizer), device=device)
-    n_sequences = -(-n_tokens // SEQUENCE_LENGTH)
-    for first in range(0, n_sequences, _SAMPLED_AT_ONCE):
-        size = min(_SAMPLED_AT_ONCE, n_sequences - first)
+
+    def sample(number: int, size: int, progress: Progress) -> list[Batch]:
+        generator = torch.Generator(device=device).manual_seed(_shard_seed(seed, number))
         picks = torch.randint(len(starts), (size, 1), generator=generator, device=device)
-        ids = torch.cat([torch.tensor([lead] * size, device=device).long(), starts[picks]], dim=1)
+        ids = torch.cat([lead.expand(size, -1), starts[picks]], dim=1)
+        progress(ids.numel())
         cache = None
         while ids.shape[1] < SEQUENCE_LENGTH:
             new = ids if cache is None else ids[:, -1:]
@@ -49,7 +78,21 @@ def sample_text(
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, drawn], dim=1)
             progress(size)
-        yield ids
+        return [Batch(ids.cpu())]
+
+    n_sequences = -(-n_tokens // SEQUENCE_LENGTH)
+    for number, first in enumerate(range(0, n_sequences, SHARD_SEQUENCES)):
+        size = min(SHARD_SEQUENCES, n_sequences - first)
+        yield Shard(number, size * SEQUENCE_LENGTH, partial(sample, number, size))
+
+
+def _shard_seed(seed: int, number: int) -> int:
+    if number == 0:
+        return seed
+    # Not seed + number, which would give two sources of neighbouring seeds most of their text in
+    # common.
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def first_tokens(tokenizer: Any, n: int, *, seed: int) -> Tensor:
@@ -72,27 +115,66 @@ def _word_tokens(tokenizer: Any) -> list[int]:
     return words or [t for t in range(len(tokenizer)) if t not in special]
 
 
-def file_text(
-    path: Path, tokenizer: Any, n_tokens: int, *, device: Any, progress: Progress
-) -> Iterator[Tensor]:
-    """Text of a file, one document after another, as int64 `(1, t)` batches of at most
-    `SEQUENCE_LENGTH` tokens. Raises `StatisticsError` if the file has no usable text."""
+def file_shards(path: Path, tokenizer: Any, n_tokens: int) -> Iterator[Shard]:
+    """Text of a file, in its order, cut into sequences of at most `SEQUENCE_LENGTH` tokens.
+
+    Raises `StatisticsError` if the file has no usable text.
+    """
     taken = 0
-    for document in _documents(path):
-        ids = tokenizer(document)["input_ids"]
-        for start in range(0, len(ids), SEQUENCE_LENGTH):
-            if taken >= n_tokens:
-                return
-            piece = ids[start : start + SEQUENCE_LENGTH]
-            if len(piece) > 1:
-                taken += len(piece)
-                progress(len(piece))
-                yield torch.tensor([piece], device=device)
+    pieces: list[list[int]] = []
+    number = count()
+    for piece in _pieces(path, tokenizer):
+        pieces.append(piece)
+        taken += len(piece)
+        if len(pieces) == SHARD_SEQUENCES or taken >= n_tokens:
+            yield _file_shard(next(number), pieces, tokenizer)
+            pieces = []
+        if taken >= n_tokens:
+            return
     if taken < FEWEST_TOKENS:
         raise StatisticsError(
             f"{path} has {taken} tokens of text, and statistics need {FEWEST_TOKENS} at the very "
             "least; give a file with several thousand words"
         )
+    if pieces:
+        yield _file_shard(next(number), pieces, tokenizer)
+
+
+def _pieces(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+    for document in _documents(path):
+        ids = tokenizer(document)["input_ids"]
+        for start in range(0, len(ids), SEQUENCE_LENGTH):
+            piece = ids[start : start + SEQUENCE_LENGTH]
+            if len(piece) > 1:
+                yield piece
+
+
+def _file_shard(number: int, pieces: list[list[int]], tokenizer: Any) -> Shard:
+    n_tokens = sum(map(len, pieces))
+    pad_id = tokenizer.pad_token_id or 0
+
+    def read(progress: Progress) -> list[Batch]:
+        progress(n_tokens)
+        return _batches(pieces, pad_id)
+
+    return Shard(number, n_tokens, read)
+
+
+def _batches(pieces: list[list[int]], pad_id: int) -> list[Batch]:
+    """Sequences of like lengths side by side."""
+    together: list[list[list[int]]] = []
+    for piece in sorted(pieces, key=len, reverse=True):
+        if not together or len(piece) < _SHORTEST_IN_BATCH * len(together[-1][0]):
+            together.append([])
+        together[-1].append(piece)
+    return [_padded(rows, pad_id) for rows in together]
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> Batch:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)
+    return Batch(ids, None if mask.all() else mask)
 
 
 def _documents(path: Path) -> Iterator[str]:
@@ -105,7 +187,11 @@ def _documents(path: Path) -> Iterator[str]:
                     if line.strip():
                         yield _text_field(path, number, line)
         else:
-            yield from path.read_text(encoding="utf-8").split("\n\n")
+            # Paragraphs, which empty lines part.
+            with path.open(encoding="utf-8") as lines:
+                for has_text, block in groupby(lines, lambda line: line != "\n"):
+                    if has_text:
+                        yield "".join(block).removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise StatisticsError(f"cannot read text from {path}: {error}") from error
 

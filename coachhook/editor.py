@@ -1,12 +1,15 @@
 """`Editor`: batch after batch of facts into one model, with an account of which of them took."""
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ModelError
@@ -24,12 +27,19 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_checksums,
 )
+from coachhook.offloaded import whole
+from coachhook.processes import ALONE, Processes
 from coachhook.progress import track
+from coachhook.records import batch_from_bytes, batch_to_bytes
 from coachhook.requests import EditRequest, check_batch
+from coachhook.sharded import is_sharded
 from coachhook.statistics import KeyStatistics, key_statistics
 from coachhook.tokens import check_length, context_length, encode_request
+from coachhook.update import Earlier, RecursiveInverse
 from coachhook.values import optimise_values
-from coachhook.writing import Contexts, LayerWriter, refuse_sinks, write_batch
+from coachhook.writing import Contexts, LayerWriter, layer_sketch, refuse_sinks, write_batch
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,25 @@ class Editor:
     """Edits facts into `model` through hooks, which stay attached to it while the editor is open.
 
     `model`, `tokenizer` and `hooks` are public. Nothing of the model itself is ever changed.
+
+    With several `processes`, each has a copy of the model and an editor, and all call `edit` with
+    the same requests: statistics and target values are shared out among them, the first process
+    writes and judges each batch, and the others take it over. An error ends the whole job.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, hooks: HookSet, statistics: KeyStatistics
+        self,
+        model: Any,
+        tokenizer: Any,
+        hooks: HookSet,
+        statistics: KeyStatistics,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.hooks = hooks
-        self._statistics = statistics
-        self._writers = _writers(hooks, statistics)
+        self._processes = processes
+        self._writers = _writers(model, hooks, statistics) if processes.is_first else {}
         hooks.attach(model)
 
     @classmethod
@@ -67,6 +86,7 @@ class Editor:
         *,
         config: EditConfig | None = None,
         statistics: KeyStatistics | None = None,
+        processes: Processes = ALONE,
     ) -> "Editor":
         """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
         with its `tokenizer`. Key statistics are measured unless cached or given."""
@@ -76,11 +96,13 @@ class Editor:
         n_blocks = len(architecture.blocks(model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         if statistics is None:
-            statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
+            statistics = key_statistics(
+                model, tokenizer, architecture, layers, config.statistics, processes
+            )
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=_name_of(given),
-            checksums=weight_checksums([modules[layer].weight for layer in layers]),
+            checksums=weight_checksums(whole(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], model.config.hidden_size)
@@ -89,9 +111,9 @@ class Editor:
         )
         sketches = {}
         for layer in layers:
-            writer = LayerWriter.of(statistics[layer], config, None)
-            sketches[layer] = (writer.projection, writer.offset)
-        return cls(model, tokenizer, HookSet(base, config, sketches), statistics)
+            device = _inverse_device(config, modules[layer])
+            sketches[layer] = layer_sketch(statistics[layer], config, device)
+        return cls(model, tokenizer, HookSet(base, config, sketches), statistics, processes)
 
     @classmethod
     def resume(
@@ -101,6 +123,7 @@ class Editor:
         tokenizer: Any = None,
         *,
         statistics: KeyStatistics | None = None,
+        processes: Processes = ALONE,
     ) -> "Editor":
         """The editor that wrote `directory`, ready for its next batch.
 
@@ -113,9 +136,9 @@ class Editor:
         architecture = Architecture(hooks.base.template)
         if statistics is None:
             statistics = key_statistics(
-                model, tokenizer, architecture, hooks.layers, hooks.config.statistics
+                model, tokenizer, architecture, hooks.layers, hooks.config.statistics, processes
             )
-        return cls(model, tokenizer, hooks, statistics)
+        return cls(model, tokenizer, hooks, statistics, processes)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`."""
@@ -138,41 +161,52 @@ class Editor:
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
         # Values need gradients, whatever the caller has switched off.
         with torch.inference_mode(False), eval_mode(self.model):
-            refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+            if self._processes.is_first:
+                refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+            self._share_verdicts(batch.edits)
             usable = [i for i, e in enumerate(batch.edits) if e.verdict is not Verdict.REFUSED]
             wanted = None
             if usable:
-                wanted = (
-                    self._values([requests[i] for i in usable])
-                    if values is None
-                    else values[usable]
-                )
-            journal.batches.append(batch)
+                chosen = [requests[i] for i in usable]
+                wanted = self._values(chosen) if values is None else values[usable]
             try:
-                if wanted is None:
-                    self._write_nothing(batch)
-                else:
-                    write_batch(
-                        self.model, self.tokenizer, self.hooks, self._writers, batch, wanted
-                    )
-                    self._judge(batch)
+                if self._processes.is_first:
+                    journal.batches.append(batch)
+                    self._write(batch, wanted)
+                if self._processes.size > 1:
+                    batch = self._of_first(batch)
             except BaseException:
-                journal.batches.pop()
-                self.hooks.refresh()
+                if journal.batches and journal.batches[-1] is batch:
+                    journal.batches.pop()
+                    self.hooks.refresh()
                 raise
-        for layer, factors in batch.layers.items():
-            self._writers[layer].solver.absorb(factors.keys)
+        try:
+            for layer, writer in self._writers.items():
+                writer.solver.absorb(batch.layers[layer].keys)
+        except BaseException:
+            # The batch stands; what some layers have not absorbed yet is in the journal.
+            self._forget_inverses()
+            raise
         return BatchReport(len(journal.batches), batch.edits)
 
     def rollback(self, batch: int) -> None:
-        """Forget every batch after number `batch`; 0 forgets them all."""
+        """Forget every batch after number `batch`; 0 forgets them all.
+
+        Raises `CompactedError` for a batch before the last that `compact` merged.
+        """
         if not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
                 f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
             )
-        del self.hooks.journal.batches[batch:]
-        self._writers = _writers(self.hooks, self._statistics)
-        self.hooks.refresh()
+        journal = self.hooks.journal
+        forgotten = journal.batches[batch:]
+        journal.forget_after(batch)
+        try:
+            self.hooks.refresh()
+        except BaseException:
+            journal.batches += forgotten
+            raise
+        self._forget_inverses()
 
     def close(self) -> None:
         """Take the hooks off the model, which is then bit for bit what it was."""
@@ -192,9 +226,14 @@ class Editor:
                 row = encode_request(self.tokenizer, request, context)
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
 
+    def _forget_inverses(self) -> None:
+        for writer in self._writers.values():
+            writer.solver.forget()
+
     def _values(self, requests: Sequence[EditRequest]) -> Tensor:
         hooks = self.hooks
-        with track("target values", len(requests)) as advance:
+        shown = self._processes.is_first
+        with track("target values", len(requests), shown=shown) as advance:
             return optimise_values(
                 self.model,
                 self.tokenizer,
@@ -203,7 +242,33 @@ class Editor:
                 requests,
                 hooks.config.values,
                 advance,
+                self._processes,
             ).hidden
+
+    def _share_verdicts(self, edits: Sequence[EditRecord]) -> None:
+        """Take over from the first process which edits are refused before any work."""
+        refused = [[edit.verdict, edit.reason] for edit in edits]
+        known = json.loads(self._processes.broadcast_bytes(json.dumps(refused).encode()))
+        for edit, (verdict, reason) in zip(edits, known, strict=True):
+            edit.verdict, edit.reason = Verdict(verdict), reason
+
+    def _of_first(self, batch: Batch) -> Batch:
+        """The batch as the first process wrote it, in force in every process."""
+        first = self._processes.is_first
+        data = self._processes.broadcast_bytes(batch_to_bytes(batch) if first else b"")
+        if not first:
+            batch = batch_from_bytes(self.hooks.layers, data)
+            self.hooks.journal.batches.append(batch)
+            self.hooks.refresh()
+        return batch
+
+    def _write(self, batch: Batch, values: Tensor | None) -> None:
+        """Write `batch`, the last of the journal, and judge it."""
+        if values is None:
+            self._write_nothing(batch)
+            return
+        write_batch(self.model, self.tokenizer, self.hooks, self._writers, batch, values)
+        self._judge(batch)
 
     def _write_nothing(self, batch: Batch) -> None:
         """A batch of refused requests: in the journal, without any effect."""
@@ -266,16 +331,49 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
         raise ModelError(
             f"{type(model).__name__} is not a model; give a name, a folder, or a loaded model"
         )
+    if is_sharded(model):
+        raise ModelError(
+            "processes share this model's weights, and editing needs all of them in one; edit a "
+            "copy of it in one process, save, and attach the hooks here: "
+            "HookSet.from_pretrained(folder).attach(model)"
+        )
     if tokenizer is None:
         raise ModelError("a model that is already loaded needs its tokenizer as well; pass both")
     return model, prepare_tokenizer(tokenizer)
 
 
-def _writers(hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
+def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
     """Writers in the state after the last batch of the journal."""
+    architecture = Architecture(hooks.base.template)
     writers = {}
-    for layer in hooks.layers:
-        writers[layer] = LayerWriter.of(statistics[layer], hooks.config, hooks.sketches[layer])
-        for batch in hooks.journal.batches:
-            writers[layer].solver.absorb(batch.layers[layer].keys)
+    with track("update inverses", len(hooks.layers)) as advance:
+        for layer in hooks.layers:
+            solver = RecursiveInverse(
+                statistics[layer].moment,
+                hooks.config.preservation,
+                partial(_earlier, hooks, layer),
+                device=_inverse_device(hooks.config, architecture.down_projection(model, layer)),
+                dtype=getattr(torch, hooks.config.inverse_dtype),
+            )
+            sketch = hooks.sketches[layer]
+            writers[layer] = LayerWriter.of(statistics[layer], hooks.config, sketch, solver)
+            advance(1)
     return writers
+
+
+def _earlier(hooks: HookSet, layer: int) -> Earlier:
+    return Earlier(hooks.journal.keys(layer), hooks.journal.gram(layer))
+
+
+def _inverse_device(config: EditConfig, module: nn.Module) -> torch.device:
+    """Where the inverse of the layer of `module`, a down-projection hooked or not, is to live."""
+    held = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+    # Only these compute in float64; "meta" is a layer whose weights are elsewhere until they run.
+    own = held if held is not None and held.type == "cuda" else torch.device("cpu")
+    if config.inverse_device is None:
+        return own
+    asked = torch.device(config.inverse_device)
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        logger.warning("there is no %s here; a layer's update is computed on %s", asked, own)
+        return own
+    return asked

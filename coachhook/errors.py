@@ -37,7 +37,8 @@ class ArchitectureError(ModelError):
 
 
 class NotEnoughMemoryError(CoachhookError):
-    """A run cannot fit into memory; the message counts what it needs and says what to change."""
+    """A run, or a single edit, cannot fit into memory; the message counts what it needs and says
+    what to change."""
 
 
 class ProfileError(CoachhookError):
@@ -74,3 +75,11 @@ class FolderLockedError(FolderError):
 
 class SaveError(FolderError):
     """Writing failed (no space left, no permission); what the folder held before is intact."""
+
+
+class ProcessError(CoachhookError, RuntimeError):
+    """Another process of a torchrun job has died, or cannot be reached."""
+
+
+class CompactedError(CoachhookError):
+    """What was asked for needs batches one by one that `compact` has merged into one."""

@@ -2,44 +2,50 @@
 
 `hook_config.json` names every other file with its SHA-256 and is replaced last, in one rename. A
 process killed at any moment leaves the folder at its last whole batch.
+
+A batch's file holds its edits too, so that what one more batch costs does not depend on how many
+there are: the configuration only gains a name. Format version 1 kept all edits in the
+configuration; it is read, and written anew as version 2.
 """
 
 import hashlib
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
-from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from coachhook.config import EditConfig
 from coachhook.errors import (
-    CoachhookError,
-    ConfigError,
     CorruptFolderError,
     FolderError,
     FolderLockedError,
     NewerFormatError,
-    RequestError,
     SaveError,
 )
-from coachhook.gates import Threshold
-from coachhook.journal import Batch, Journal, LayerFactors, edit_from_json, edit_to_json
+from coachhook.journal import Base, Batch, Journal
 from coachhook.models import BaseModel
+from coachhook.progress import each
+from coachhook.records import (
+    base_tensors,
+    batch_tensors,
+    read_base,
+    read_batch,
+    read_batch_of_1,
+    whole,
+)
+from coachhook.tensorfile import STAGING, TensorFile, pack, write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_NAME = "hook_config.json"
-_STAGING = ".writing-"
-_OURS = re.compile(r"(batch-\d+|sketches)-[0-9a-f]{64}\.safetensors")
+_OURS = re.compile(r"(batch-\d+|base-\d+|sketches)-[0-9a-f]{64}\.safetensors")
 
 
 @dataclass
@@ -58,7 +64,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
     _make(folder)
     # A singleton, so that a process that holds the folder can save into it.
-    lock = FileLock(folder / ".lock", is_singleton=True)
+    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -83,42 +89,69 @@ def save(folder: Path, contents: Contents) -> None:
 
     Where the folder already holds edits, `contents` must come from it (its digest is still
     `contents.digest`) or go on from it; anything else would lose somebody's edits. The digest of
-    `contents` is brought up to date.
+    `contents` is brought up to date, and its batches keep their factors in the folder from now on.
     """
+    journal, folder = contents.journal, folder.resolve()
     with locked(folder):
-        sketches, data = _pack("sketches", _flatten_pairs(contents.sketches))
+        sketches, data = pack("sketches", _flatten_pairs(contents.sketches))
         if exists(folder):
             _check_related(folder, contents, sketches)
-        elif any(folder.glob("batch-0002-*.safetensors")):
+        elif any(folder.glob("batch-0002-*.safetensors")) or any(folder.glob("base-*.safetensors")):
             raise CorruptFolderError(
                 f"{folder} holds batches but no {CONFIG_NAME}, which was there once; restore it "
                 "from a copy, or use another folder"
             )
-        _store(folder / sketches, data)
-        names = [sketches]
-        for number, batch in enumerate(contents.journal.batches, 1):
-            names.append(_store_batch(folder, number, batch))
-        config = _to_json(contents, names)
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        if sizes.get(sketches) != len(data):
+            write(folder / sketches, data)
+        base = None if journal.base is None else _store(folder, sizes, *_base(journal))
+        unmerged = range(journal.merged, len(journal.batches))
+        batches = [_store(folder, sizes, *_batch(journal, i)) for i in unmerged]
+        config: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "base_model": _model_to_json(contents.base),
+            "settings": contents.config.to_dict(),
+            "sketches": sketches,
+            "base": None if base is None else base.name,
+            "batches": [file.name for file in batches],
+            "disabled": [edit.id for edit in journal.edits() if not edit.enabled],
+        }
         config["digest"] = _digest(config)
-        _write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
-        for file in folder.iterdir():
-            ours = _OURS.fullmatch(file.name) is not None and file.name not in names
-            if ours or file.name.startswith(_STAGING):
-                file.unlink(missing_ok=True)
+        write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+        if journal.base is not None and base is not None:
+            journal.base.tensors = base
+        for i, file in zip(unmerged, batches, strict=True):
+            if journal.batches[i].stored is not file:
+                journal.batches[i].move_to(file)
+        for name in sizes.keys() - {sketches, config["base"], *config["batches"]}:
+            if _OURS.fullmatch(name) is not None or name.startswith(STAGING):
+                (folder / name).unlink(missing_ok=True)
     contents.digest = config["digest"]
 
 
 def load(folder: Path) -> Contents:
-    """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`."""
+    """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`.
+
+    Of the batches, edits and fingerprints are read; their factors stay in the folder.
+    """
     config = read_config(folder)
-    try:
+    with whole(folder / CONFIG_NAME):
         base = BaseModel(
             name=config["base_model"]["name"],
             checksums=config["base_model"]["checksums"],
             template=config["base_model"]["template"],
             shapes={int(k): (v[0], v[1]) for k, v in config["base_model"]["layers"].items()},
         )
-        sketches = _read(folder, config["sketches"])
+        names = [f"{name}.{layer}" for layer in base.shapes for name in ("projection", "offset")]
+        sketches = _file(folder, config["sketches"]).read(names)
+        if config["format_version"] == 1:
+            entries = config["batches"]
+            files = [_file(folder, entry["file"]) for entry in entries]
+            journal = Journal([*map(partial(read_batch_of_1, base.layers), files, entries)])
+        else:
+            journal = _journal(folder, config, base.layers)
+        if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
+            raise ValueError("the numbers of the edits")
         return Contents(
             base=base,
             config=EditConfig.from_dict(config["settings"]),
@@ -126,15 +159,9 @@ def load(folder: Path) -> Contents:
                 layer: (sketches[f"projection.{layer}"], sketches[f"offset.{layer}"])
                 for layer in base.shapes
             },
-            journal=Journal([_batch(folder, entry, base) for entry in config["batches"]]),
+            journal=journal,
             digest=config["digest"],
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, CoachhookError) and not isinstance(error, ConfigError | RequestError):
-            raise
-        raise CorruptFolderError(
-            f"{folder / CONFIG_NAME} lacks or garbles {error}; restore it from a copy"
-        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -165,36 +192,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _to_json(contents: Contents, names: Sequence[str]) -> dict[str, Any]:
-    base = contents.base
+def _model_to_json(base: BaseModel) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
-        "base_model": {
-            "name": base.name,
-            "checksums": dict(base.checksums),
-            "template": base.template,
-            "layers": {str(layer): list(shape) for layer, shape in base.shapes.items()},
-        },
-        "settings": contents.config.to_dict(),
-        "sketches": names[0],
-        "batches": [
-            {
-                "file": name,
-                "edits": [edit_to_json(edit) for edit in batch.edits],
-                "thresholds": {str(k): _threshold_to_json(v) for k, v in batch.thresholds.items()},
-            }
-            for name, batch in zip(names[1:], contents.journal.batches, strict=True)
-        ],
+        "name": base.name,
+        "checksums": dict(base.checksums),
+        "template": base.template,
+        "layers": {str(layer): list(shape) for layer, shape in base.shapes.items()},
     }
-
-
-def _threshold_to_json(threshold: Threshold) -> dict[str, float | None]:
-    # JSON has no infinity, which is the α of a gate that nothing opens.
-    return {k: v if math.isfinite(v) else None for k, v in asdict(threshold).items()}
-
-
-def _threshold_from_json(data: Mapping[str, float | None]) -> Threshold:
-    return Threshold(**{k: math.inf if v is None else float(v) for k, v in data.items()})
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -202,29 +206,40 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    """A file's name and contents. The name carries the contents' SHA-256, so that a name in the
-    checked configuration vouches for them."""
-    data = tensors_to_bytes(dict(tensors))
-    return f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors", data
+# What `_store` needs: the beginning of a name, the file that holds it already, or its tensors.
+_Parts = tuple[str, TensorFile | None, Callable[[], Mapping[str, Tensor]]]
 
 
-def _store(target: Path, data: bytes) -> None:
-    if not target.is_file() or target.stat().st_size != len(data):
-        _write(target, data)
+def _batch(journal: Journal, index: int) -> _Parts:
+    batch = journal.batches[index]
+    return f"batch-{index + 1:04d}", batch.stored, partial(batch_tensors, batch)
 
 
-def _store_batch(folder: Path, number: int, batch: Batch) -> str:
-    # A batch never changes, so a whole file of it that is already here needs no second look.
-    if batch.stored is not None:
-        name, size = batch.stored
-        target = folder / name
-        if target.is_file() and target.stat().st_size == size:
-            return name
-    name, data = _pack(f"batch-{number:04d}", _flatten(batch))
-    _store(folder / name, data)
-    batch.stored = name, len(data)
-    return name
+def _base(journal: Journal) -> _Parts:
+    assert journal.base is not None
+    stored = journal.base.tensors if isinstance(journal.base.tensors, TensorFile) else None
+    return f"base-{journal.merged:04d}", stored, partial(base_tensors, journal)
+
+
+def _store(
+    folder: Path,
+    sizes: Mapping[str, int],
+    stem: str,
+    stored: TensorFile | None,
+    tensors: Callable[[], Mapping[str, Tensor]],
+) -> TensorFile:
+    """The file in `folder`, which holds files of these `sizes`, with these contents."""
+    if stored is None:
+        name, data = pack(stem, tensors())
+    elif sizes.get(stored.name) == stored.size:
+        # What is stored never changes: a whole file that is already here needs no second look.
+        same = stored.path.parent == folder
+        return stored if same else TensorFile(folder / stored.name, stored.size)
+    else:
+        name, data = stored.name, stored.data()
+    if sizes.get(name) != len(data):
+        write(folder / name, data)
+    return TensorFile(folder / name, len(data))
 
 
 def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
@@ -236,69 +251,57 @@ def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
                 f"{folder} was changed by another process since it was read; resume it again"
             )
         return
-    there = [entry["edits"] for entry in config["batches"]]
-    ours = [[edit_to_json(edit) for edit in batch.edits] for batch in contents.journal.batches]
-    for edit in (edit for batches in (there, ours) for batch in batches for edit in batch):
-        edit.pop("enabled")
+    journal, there = contents.journal, config["batches"]
+    last = min(len(journal.batches), journal.merged + len(there))
+    ours = [_name(*_batch(journal, i)) for i in range(journal.merged, last)]
+    base = None if journal.base is None else _name(*_base(journal))
     if (
         config["base_model"]["checksums"] != dict(contents.base.checksums)
         or config["sketches"] != sketches
-        or there != ours[: len(there)]
+        or config.get("base") != base
+        or there != ours
     ):
         raise FolderError(
             f"{folder} holds other edits than these; save to a new folder, or resume that one"
         )
 
 
+def _name(stem: str, stored: TensorFile | None, tensors: Callable[[], Mapping[str, Tensor]]) -> str:
+    return pack(stem, tensors())[0] if stored is None else stored.name
+
+
 def _flatten_pairs(sketches: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    tensors = {f"projection.{layer}": pair[0].contiguous() for layer, pair in sketches.items()}
+    tensors = {f"projection.{layer}": pair[0] for layer, pair in sketches.items()}
     return tensors | {f"offset.{layer}": pair[1] for layer, pair in sketches.items()}
 
 
-def _flatten(batch: Batch) -> dict[str, Tensor]:
-    return {
-        f"{name}.{layer}": tensor.contiguous()
-        for layer, factors in batch.layers.items()
-        for name, tensor in factors.tensors().items()
-    }
+def _journal(folder: Path, config: Mapping[str, Any], layers: Sequence[int]) -> Journal:
+    base: Base | None = None
+    batches: list[Batch] = []
+    if config["base"] is not None:
+        base, batches = read_base(layers, _file(folder, config["base"]))
+    if not isinstance(config["batches"], list):
+        raise TypeError("the list of batches")
+    for name in each("reading the folder", config["batches"]):
+        batches.append(read_batch(layers, _file(folder, name)))
+    disabled = set(config["disabled"])
+    for edit in (edit for batch in batches for edit in batch.edits):
+        edit.enabled = edit.id not in disabled
+    return Journal(batches, base)
 
 
-def _batch(folder: Path, entry: Mapping[str, Any], base: BaseModel) -> Batch:
-    if not entry["edits"]:
-        raise KeyError("edits of a batch")
-    tensors = _read(folder, entry["file"])
-    names = LayerFactors.__dataclass_fields__
-    return Batch(
-        edits=[edit_from_json(edit) for edit in entry["edits"]],
-        layers={
-            layer: LayerFactors(**{name: tensors[f"{name}.{layer}"] for name in names})
-            for layer in base.shapes
-        },
-        thresholds={
-            layer: _threshold_from_json(entry["thresholds"][str(layer)]) for layer in base.shapes
-        },
-        stored=(entry["file"], (folder / entry["file"]).stat().st_size),
-    )
-
-
-def _read(folder: Path, name: str) -> dict[str, Tensor]:
-    path = folder / name
+def _file(folder: Path, name: Any) -> TensorFile:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a file, {name!r}")
+    path = folder.resolve() / name
     if Path(name).name != name:
         raise CorruptFolderError(f"{folder / CONFIG_NAME} names a file outside its folder: {name}")
     try:
-        data = path.read_bytes()
+        return TensorFile(path, path.stat().st_size)
     except OSError as error:
         raise CorruptFolderError(
             f"{path} cannot be read ({error.strerror}); restore it from a copy"
         ) from error
-    if not name.endswith(f"-{hashlib.sha256(data).hexdigest()}.safetensors"):
-        raise CorruptFolderError(
-            f"{path} is truncated or was changed after it was written; restore it from a copy"
-        )
-    try:
-        return tensors_from_bytes(data)
-    except SafetensorError as error:
-        raise CorruptFolderError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _make(folder: Path) -> None:
@@ -306,19 +309,3 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error
-
-
-def _write(target: Path, data: bytes) -> None:
-    staging = target.with_name(f"{_STAGING}{os.getpid()}-{target.name[:40]}")
-    try:
-        with staging.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, target)
-    except OSError as error:
-        raise SaveError(
-            f"cannot write {target}: {error.strerror}; what the folder held before is intact"
-        ) from error
-    finally:
-        staging.unlink(missing_ok=True)

@@ -29,6 +29,13 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training.get(module, False)
 
 
+def input_device(model: Any) -> torch.device:
+    """Where `model` takes its inputs: where its embeddings are. Embeddings that are kept elsewhere
+    until they are needed (offloaded) take inputs from the CPU."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def read_pass(
     model: nn.Module,
     inputs: dict[str, Tensor],
@@ -78,15 +85,23 @@ def read_pass(
     return [value for value in seen if value is not None], output[0]
 
 
-@contextmanager
-def record_output(block: nn.Module) -> Iterator[list[Any]]:
-    """Collects what `block` returns, as it returns it, during the passes inside."""
+def run_to(block: nn.Module, model: Any, inputs: dict[str, Any]) -> Any:
+    """What `block` returns, as it returns it, in a pass without gradient that goes no further."""
     seen: list[Any] = []
-    handle = block.register_forward_hook(lambda _m, _a, output: seen.append(output))
+
+    def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        seen.append(output)
+        raise _Enough
+
+    handle = block.register_forward_hook(stop)
     try:
-        yield seen
+        with torch.no_grad():
+            model.base_model(**inputs)
+    except _Enough:
+        pass
     finally:
         handle.remove()
+    return seen[0]
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from coachhook_kernels import (
     TokenGate,
     difference_norm,
-    fingerprint_similarity,
+    fingerprint_sketch,
+    nearest_fingerprint,
     sequence_zscore,
 )
 
@@ -68,12 +69,20 @@ class Gate(nn.Module):
             value = torch.tensor(getattr(threshold, scalar), dtype=torch.float32)
             self.register_buffer(scalar, value, persistent=False)
 
-    def forward(self, keys: Tensor, projected: Tensor) -> GateReading:
-        """Read keys `(..., d_in)`, with `projected = Δ.project(keys)` of shape `(..., r)`."""
-        score, z, edit = self.standardise(keys, projected)
+    def forward(self, keys: Tensor, projected: Tensor, sketch: Tensor | None = None) -> GateReading:
+        """Read keys `(..., d_in)`, with `projected = Δ.project(keys)` of shape `(..., r)`; and with
+        `sketch(keys)`, where that has been made already."""
+        sketch = self.sketch(keys) if sketch is None else sketch
+        score, z, edit = self.standardise(projected, sketch)
         return GateReading(score, z, z >= self.alpha, edit)
 
-    def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def sketch(self, keys: Tensor) -> Tensor | None:
+        """What the gate reads of keys beside `projected`, linear in them."""
+        return None
+
+    def standardise(
+        self, projected: Tensor, sketch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Score, z-score and edit id of each token."""
         raise NotImplementedError
 
@@ -138,10 +147,14 @@ class KeyedGate(Gate):
             self.enabled,
         )
 
-    def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        score, index = fingerprint_similarity(
-            keys, self.projection, self.offset, self.fingerprints, self.enabled
-        )
+    def sketch(self, keys: Tensor) -> Tensor:
+        return fingerprint_sketch(keys, self.projection)
+
+    def standardise(
+        self, projected: Tensor, sketch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert sketch is not None
+        score, index = nearest_fingerprint(sketch, self.offset, self.fingerprints, self.enabled)
         edit = index if self.owner.numel() == 0 else torch.where(index < 0, -1, self.owner[index])
         return score, (score - self.mean) / self.std, edit
 
@@ -154,7 +167,9 @@ class CalibratedGate(Gate):
     def per_token(self) -> TokenGate:
         return TokenGate(self.mean, self.std, self.alpha)
 
-    def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def standardise(
+        self, projected: Tensor, sketch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         score = difference_norm(projected)
         return score, (score - self.mean) / self.std, torch.full_like(score, -1, dtype=torch.long)
 
@@ -200,7 +215,9 @@ class SequenceGate(Gate):
         super().__init__(threshold)
         self.context = context
 
-    def standardise(self, keys: Tensor, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def standardise(
+        self, projected: Tensor, sketch: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         score = difference_norm(projected)
         shape, mask = self.context.of(score.shape)
         norms = score.reshape(shape)

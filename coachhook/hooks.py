@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from coachhook.gates import Gate, GateReading, SequenceGate
+from coachhook.gates import Gate, GateReading, KeyedGate, SequenceGate
+from coachhook.sharded import RowParallel, local
 from coachhook_kernels import (
     Delta,
     TokenGate,
@@ -50,6 +52,8 @@ class HookLinear(nn.Module):
         self.owner = ""
         # In the temporary state: which tokens to correct, bool of the keys' leading shape, or all.
         self.open_at: Tensor | None = None
+        # How processes share the base; None where each has all of it.
+        self.row_parallel: RowParallel | None = None
         self.register_buffer("down", delta.down, persistent=False)
         self.register_buffer("up", delta.up, persistent=False)
         self.training = base.training
@@ -73,6 +77,8 @@ class HookLinear(nn.Module):
         if self.state is HookState.OFF or self.down.shape[0] == 0:
             unedited: Tensor = self.base(keys)
             return unedited
+        if self.row_parallel is not None:
+            return self._summed(keys, self.row_parallel)
         plain = not torch.is_autocast_enabled(keys.device.type) and not _differentiated_forward()
         if plain and self.state is HookState.VALIDATED:
             gate = self.gate.per_token()
@@ -84,6 +90,39 @@ class HookLinear(nn.Module):
         output: Tensor = self.base(keys)
         projected = self.delta.project(keys)
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
+
+    def split_over_processes(self) -> None:
+        """Where processes share the base by slices of its keys, keep of `A` and `F` only the
+        columns of this process. Raises `AttachError` for a split that hooks cannot follow."""
+        self.row_parallel = RowParallel.of(self.base)
+        if self.row_parallel is None:
+            return
+        self.down = self.row_parallel.columns(self.down)
+        if isinstance(self.gate, KeyedGate):
+            self.gate.projection = self.row_parallel.columns(self.gate.projection)
+
+    def _summed(self, keys: Tensor, shared: RowParallel) -> Tensor:
+        """The output where processes share the base: what this process has of `W k`, `A k` and
+        `F k` goes into one sum over the processes, and all of them correct the same tokens."""
+        own = shared.own(keys)
+        products = self._products(own)
+        weight = None if _is_watched(self.base) else shared.partial_weight(self.base)
+        if weight is None:
+            output: Tensor = self.base(keys)
+            products = shared.sum(products)
+        else:
+            output, *products = shared.sum([linear(own, weight), *products])
+            output = output if self.bias is None else output + local(self.bias)
+        projected, *sketch = products
+        is_open = self._open(own, projected, *sketch)
+        return hook_correction(output, self.delta.expand(projected), is_open)
+
+    def _products(self, keys: Tensor) -> list[Tensor]:
+        """`A k`, and `F k` where the gate reads it, without gradient."""
+        with torch.no_grad():
+            sketch = self.gate.sketch(keys)
+        projected = self.delta.project(keys)
+        return [projected] if sketch is None else [projected, sketch]
 
     def _gated(self, keys: Tensor, gate: TokenGate) -> Tensor:
         """The validated output by one operation, or by two where the base must run by itself."""
@@ -109,19 +148,24 @@ class HookLinear(nn.Module):
         )
         return output.reshape(*keys.shape[:-1], output.shape[-1])
 
-    def _open(self, keys: Tensor, projected: Tensor) -> Tensor:
+    def _open(self, keys: Tensor, projected: Tensor, sketch: Tensor | None = None) -> Tensor:
         if self.state is HookState.TEMPORARY:
             if self.open_at is not None:
                 return self.open_at.reshape(keys.shape[:-1])
             return torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device)
-        return self.read(keys, projected).is_open
-
-    def read(self, keys: Tensor, projected: Tensor | None = None) -> GateReading:
-        """What the gate says of `keys`, without gradient: the gate is a constant to autograd."""
         with torch.no_grad():
-            reading: GateReading = self.gate(
-                keys, self.delta.project(keys) if projected is None else projected
-            )
+            reading: GateReading = self.gate(keys, projected, sketch)
+        return reading.is_open
+
+    def read(self, keys: Tensor) -> GateReading:
+        """What the gate says of `keys`, as they come to `forward`, without gradient: the gate is a
+        constant to autograd. Where processes share the base, all of them must ask."""
+        with torch.no_grad():
+            own = keys if self.row_parallel is None else self.row_parallel.own(keys)
+            products = self._products(own)
+            if self.row_parallel is not None:
+                products = self.row_parallel.sum(products)
+            reading: GateReading = self.gate(own, *products)
         return reading
 
     def extra_repr(self) -> str:
@@ -138,9 +182,7 @@ def _plain_weight(base: Any) -> Tensor | None:
     other."""
     if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
         return None
-    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
-        return None
-    if base._backward_hooks or base._backward_pre_hooks:
+    if _is_watched(base):
         return None
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
@@ -148,6 +190,13 @@ def _plain_weight(base: Any) -> Tensor | None:
     if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
         return None
     return weight if type(base) is nn.Linear else weight.mT
+
+
+def _is_watched(base: nn.Module) -> bool:
+    """Whether hooks of torch's own wait for `base` to be called."""
+    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
+        return True
+    return bool(base._backward_hooks or base._backward_pre_hooks)
 
 
 def _differentiated_forward() -> bool:

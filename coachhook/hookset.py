@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from coachhook import folder
+from coachhook.compaction import merge
 from coachhook.config import EditConfig
-from coachhook.errors import AttachError, BaseModelMismatchError, ConfigError
+from coachhook.errors import (
+    AttachError,
+    BaseModelMismatchError,
+    CompactedError,
+    ConfigError,
+)
 from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, SequenceMask, Threshold
 from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
+from coachhook.offloaded import device_of, whole
+from coachhook.sharded import RowParallel, gathered
 from coachhook.trace import Trace, trace_text
 from coachhook_kernels import Delta
 
@@ -26,7 +34,9 @@ class HookSet:
     """Hooks for the layers of one base model, derived from the journal of all batches.
 
     sketches: per layer `(F, offset)`, see `KeyedGate`. The same set can be attached to several
-    copies of its base model, in any dtype and on any device.
+    copies of its base model, in any dtype and on any device, and to one that processes share
+    (tensor parallelism): every process then has a set of its own, and calls it as the others do. A
+    set that is never saved keeps every batch in memory; one that is, only what its hooks need.
     """
 
     def __init__(
@@ -59,7 +69,8 @@ class HookSet:
 
         check: compare the checksum of the hooked weights. Turn it off for a quantised copy of the
         base model, whose weights cannot be compared. Raises `AttachError` if the model already has
-        hooks, `BaseModelMismatchError` if it is another model. Returns `model`.
+        hooks, or processes share it and attach different ones or share it in a way that hooks
+        cannot follow; `BaseModelMismatchError` if it is another model. Returns `model`.
         """
         architecture = Architecture(self.base.template)
         modules = {i: architecture.down_projection(model, i) for i in self.layers}
@@ -67,12 +78,14 @@ class HookSet:
             raise AttachError(
                 f"this {type(model).__name__} already has hooks attached; detach those first"
             )
+        self._check_processes(modules.values())
         if check:
             self.check_base(model)
         base_model = getattr(model, "base_model", model)
         context = SequenceMask(list(inspect.signature(base_model.forward).parameters))
+        deltas = self._deltas(self.layers)
         for layer, module in modules.items():
-            hook = HookLinear(module, self._delta(layer), self._gate(layer, context))
+            hook = HookLinear(module, deltas[layer], self._gate(layer, context))
             hook.owner = self._owner
             self._place(hook, module)
             model.set_submodule(architecture.name(layer), hook)
@@ -147,33 +160,67 @@ class HookSet:
             raise ConfigError(f"there is no edit {edit!r}; this set has {len(edits)}, from 0")
         models = [model for model in (ref() for ref in self._attached) if model is not None]
         hooks = [hook for model in models for hook in self.modules(model).values()]
-        edits[edit].enabled = enabled
         if self.config.gate != KeyedGate.name:
-            self.refresh()
+            self._take_in_or_out(edits[edit], enabled)
             return
-        live = torch.tensor([record.id for record in self.journal.live()], dtype=torch.long)
+        edits[edit].enabled = enabled
+        in_force = self.journal.in_force()
         for hook in hooks:
             # In place, so that compiled and captured graphs see it at their next run.
             gate = hook.gate
             assert isinstance(gate, KeyedGate)
-            gate.enabled.copy_(torch.isin(gate.owner, live.to(gate.owner.device)))
+            gate.enabled.copy_(in_force.to(gate.owner.device)[gate.owner])
+
+    def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
+        """Give Δ an edit's own share back, or take it away."""
+        if edit.id < self.journal.n_merged_edits:
+            raise CompactedError(
+                f"edit {edit.id} was merged with others by compact, and under the "
+                f"{self.config.gate} gate its own share of Δ is needed to switch it"
+            )
+        before, edit.enabled = edit.enabled, enabled
+        try:
+            self.refresh()
+        except BaseException:
+            edit.enabled = before
+            raise
+
+    def compact(self, keep: int = 0) -> None:
+        """Merge all batches but the last `keep` into one, of constant size: a Δ and the second
+        moment of the edited keys a layer, beside the records and fingerprints of all edits.
+
+        What the hooks do stays the same, bit for bit, and editing goes on from it. Every edit keeps
+        its record, its verdict and its fingerprints. But there is no way back to a batch before the
+        last merged one, and under the norm gates merged edits can no longer be switched. A folder
+        holds the merged batches from the next `save_pretrained` on.
+
+        Raises `ConfigError` for a negative `keep`, `CorruptFolderError` where a file with factors
+        is gone; nothing has changed then.
+        """
+        if keep < 0:
+            raise ConfigError(f"cannot keep {keep} batches; give 0 or more")
+        merge(self.journal, keep, self.base.shapes, self._left_out())
 
     def refresh(self, layers: Sequence[int] | None = None) -> None:
-        """Bring attached models up to date with the journal."""
-        for model in (ref() for ref in self._attached):
-            if model is None:
-                continue
+        """Bring attached models up to date with the journal: all of them, or none if it fails."""
+        wanted = [layer for layer in self.layers if layers is None or layer in layers]
+        models = [model for model in (ref() for ref in self._attached) if model is not None]
+        deltas = self._deltas(wanted) if models else {}
+        for model in models:
             for layer, hook in self.modules(model).items():
-                if layers is None or layer in layers:
-                    delta = self._delta(layer)
-                    hook.down, hook.up = delta.down, delta.up
+                if layer in deltas:
+                    hook.down, hook.up = deltas[layer]
                     hook.gate = self._gate(layer, getattr(hook.gate, "context", SequenceMask()))
                     self._place(hook, hook.base)
 
-    def _delta(self, layer: int) -> Delta:
+    def _left_out(self) -> list[int]:
+        """The edits whose share is not in Δ."""
         keyed = self.config.gate == KeyedGate.name
-        left_out = [] if keyed else [edit.id for edit in self.edits if not edit.enabled]
-        return self.journal.delta(layer, self.base.shapes[layer], left_out)
+        return [] if keyed else [edit.id for edit in self.edits if not edit.enabled]
+
+    def _deltas(self, layers: Sequence[int]) -> dict[int, Delta]:
+        shapes, left_out = self.base.shapes, self._left_out()
+        return {layer: self.journal.delta(layer, shapes[layer], left_out) for layer in layers}
 
     def _gate(self, layer: int, context: SequenceMask) -> Gate:
         batches = self.journal.batches
@@ -184,15 +231,14 @@ class HookSet:
             return SequenceGate(threshold, context)
         projection, offset = self.sketches[layer]
         fingerprints, owner = self.journal.fingerprints(layer, len(offset))
-        live = torch.tensor([edit.id for edit in self.journal.live()], dtype=torch.long)
-        return KeyedGate(
-            threshold, projection, offset, fingerprints, owner, torch.isin(owner, live)
-        )
+        enabled = self.journal.in_force()[owner]
+        return KeyedGate(threshold, projection, offset, fingerprints, owner, enabled)
 
     def _place(self, hook: HookLinear, base: nn.Module) -> None:
         """Move a hook's own tensors to where its base module is, in the dtype it computes in."""
+        hook.split_over_processes()
         tensors = [*base.parameters(), *base.buffers()]
-        device = tensors[0].device if tensors else None
+        device = device_of(base)
         # A quantised weight says nothing of the dtype to compute in; its scales may.
         wide = [t.dtype for t in tensors if t.dtype.is_floating_point and t.itemsize > 1]
         dtype = wide[0] if wide else torch.float32
@@ -205,19 +251,28 @@ class HookSet:
             hook.up = nn.functional.pad(hook.up, (0, missing))
         hook.gate.to(device, dtype)
 
+    def _check_processes(self, bases: Iterable[nn.Module]) -> None:
+        """Raise `AttachError` where processes share a base in a way that hooks cannot follow, or
+        are not about to attach the same hooks."""
+        shared = [split for split in map(RowParallel.of, bases) if split is not None]
+        if shared:
+            thresholds = [batch.thresholds for batch in self.journal.batches]
+            state = (self.base.checksums, self.config, self.edits, thresholds)
+            shared[0].check_agreement(repr(state))
+
     def check_base(self, model: nn.Module) -> None:
         """Raise `BaseModelMismatchError` unless `model`'s hooked weights are the base model's."""
         architecture = Architecture(self.base.template)
-        weights = []
-        for layer in self.layers:
-            weight = getattr(architecture.down_projection(model, layer), "weight", None)
+        modules = [architecture.down_projection(model, layer) for layer in self.layers]
+        for layer, module in zip(self.layers, modules, strict=True):
+            weight = getattr(module, "weight", None)
             if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
                 raise BaseModelMismatchError(
                     f"{architecture.name(layer)} has no floating-point weight to compare with the "
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
-            weights.append(weight)
-        found = weight_checksums(weights)
+        # One by one: weights may be gathered from processes that share them, or from a disk.
+        found = weight_checksums(gathered(whole(module)) for module in modules)
         if not set(found.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "
@@ -229,8 +284,11 @@ class HookSet:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `hook_config.json` and one safetensors file per batch, atomically.
 
-        Batches that the folder already holds are not written again. Raises `SaveError` when
-        writing fails, `FolderError` when the folder holds other edits; it is intact then.
+        Batches that the folder already holds are not written again. From then on the factors of all
+        batches are read from there when they are needed, and no longer kept in memory.
+
+        Raises `SaveError` when writing fails, `FolderError` when the folder holds other edits; it
+        is intact then.
         """
         path = Path(directory).resolve()
         contents = folder.Contents(
@@ -241,7 +299,8 @@ class HookSet:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "HookSet":
-        """Read what `save_pretrained` wrote, after checking every file's checksum.
+        """Read what `save_pretrained` wrote, after checking every file's checksum. The factors of
+        batches stay in the folder until `attach` needs them.
 
         Raises `FolderError` and its kinds: missing, corrupt, or of a newer format.
         """

@@ -1,7 +1,7 @@
 """Models: loading, and where each architecture keeps its blocks and FFN down-projections."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,13 @@ class Architecture:
                 "the names, and a template like 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
 
+    def d_in(self, model: Any, layer: int) -> int:
+        """Width of the keys of block `layer`."""
+        module = self.down_projection(model, layer)
+        width = getattr(module, "in_features", None)
+        # Conv1D has no such name, and a weight of (d_in, d_out).
+        return int(width or module.weight.shape[0])
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -162,18 +169,17 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def weight_checksums(weights: Sequence[torch.Tensor]) -> dict[str, str]:
+def weight_checksums(weights: Iterable[torch.Tensor]) -> dict[str, str]:
     """SHA-256 over the hooked weights as they round to each half-precision type.
 
     Two models match if either entry agrees, so hooks made on a float32 model also fit its
     bfloat16 or float16 copy.
     """
-    sums = {}
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
-        digest = hashlib.sha256()
-        for weight in weights:
-            digest.update(str(tuple(weight.shape)).encode())
+    halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    digests = {name: hashlib.sha256() for name in halves}
+    for weight in weights:
+        for name, dtype in halves.items():
+            digests[name].update(str(tuple(weight.shape)).encode())
             rounded = weight.detach().to(dtype).cpu().contiguous()
-            digest.update(rounded.view(torch.uint8).numpy().data)
-        sums[name] = digest.hexdigest()
-    return sums
+            digests[name].update(rounded.view(torch.uint8).numpy().data)
+    return {name: digest.hexdigest() for name, digest in digests.items()}

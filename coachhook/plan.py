@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coachhook import embedded
@@ -23,9 +22,9 @@ from coachhook.statistics import StatisticsSource
 from coachhook.tokens import encode_request
 
 _HOST = torch.device("cpu")
-# Bytes of each of a layer's d_in² numbers: the float32 moment; the float64 factor and inverse.
-_MOMENT, _INVERSE = 4, 16
-# Float64 matrices of d_in² that are alive beside those two while they are made.
+# Bytes of each of a layer's d_in² numbers: the float32 moment; one triangle of the inverse.
+_MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
+# Of what is alive beside those two while they are made, in float64: the matrix, and its factor.
 _SCRATCH = 16
 # Background keys and first words kept a layer; sequences sampled at once.
 _MOST_BACKGROUND, _FIRST_WORDS, _SAMPLED_AT_ONCE = 65_536, 1_024, 128
@@ -155,7 +154,7 @@ class Sizes:
         return cls(
             blocks=len(blocks),
             hidden=hidden,
-            d_in=_d_in(architecture.down_projection(model, 0), hidden),
+            d_in=architecture.d_in(model, 0),
             vocabulary=config.vocab_size,
             parameters=sum(p.numel() for p in model.parameters()),
             block_parameters=sum(p.numel() for p in blocks.parameters()) // len(blocks),
@@ -181,15 +180,9 @@ class Sizes:
         return tokens * width * self.itemsize
 
 
-def _d_in(module: nn.Module, hidden: int) -> int:
-    width = getattr(module, "in_features", None)
-    # Conv1D and quantised layers have no such name, the former a weight of (d_in, hidden).
-    return int(width or module.get_parameter("weight").numel() // hidden)
-
-
 def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSource) -> Plan:
     """What `statistics.key_statistics` will need when they are not cached."""
-    tokens, d_in, n = source.n_tokens, sizes.d_in, len(layers)
+    tokens, d_in, n = source.tokens_for(sizes.d_in), sizes.d_in, len(layers)
     kept = min(tokens, _MOST_BACKGROUND)
     at_once = min(_SAMPLED_AT_ONCE, -(-tokens // SEQUENCE_LENGTH))
     batch = at_once * SEQUENCE_LENGTH
@@ -227,12 +220,14 @@ def edit_plan(
     statistics included."""
     n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
     edits, batch = earlier + len(requests), min(batch_size, len(requests))
-    kept = min(config.statistics.n_tokens, _MOST_BACKGROUND)
-    rate = matmul_rate(_HOST, torch.float64, d_in)
+    on_gpu = sizes.device.type == "cuda"
+    device = torch.device(config.inverse_device or (sizes.device if on_gpu else _HOST))
+    kept = min(config.statistics.tokens_for(d_in), _MOST_BACKGROUND)
+    rate = matmul_rate(device, torch.float64, d_in)
     texts = _Texts.of(tokenizer, requests, config, batch)
     sketches = kept * config.fingerprint_size * 4
-    # Residual, solution and keys of every edit, and its two fingerprints.
-    journal = edits * 4 * (hidden + (2 + contexts) * d_in + 2 * config.fingerprint_size)
+    # Two fingerprints an edit, and of the batch under way residuals, solutions and keys.
+    journal = 8 * edits * config.fingerprint_size + 4 * batch * (hidden + (2 + contexts) * d_in)
     delta = min(edits * (d_in + hidden), d_in * hidden) * sizes.itemsize
     # One pass up to the last hooked block for each layer and one for the verdict, then decoding.
     rows, width = batch * (1 + contexts), texts.left + texts.right
@@ -240,14 +235,17 @@ def edit_plan(
     answers = 2.0 * batch * (width + _NEW_TOKENS) * sizes.parameters
     solving = n * 8.0 * d_in**2 * rows
     batches = -(-len(requests) // batch)
+    inverse = _INVERSE[config.inverse_dtype]
     seconds = batches * (sizes.seconds(passes + answers) + solving / rate)
     return _planned(
         sizes,
         [
             *statistics_plan(sizes, layers, config.statistics).parts,
             # Factor and inverse are made twice: for the sketches, and for the writers.
-            Part("inverses", "cpu", n * (d_in**2 * _INVERSE + sketches), 2 * n * d_in**3 / rate),
-            Part("factorising", "cpu", d_in**2 * _SCRATCH + kept * d_in * 4, passing=True),
+            Part(
+                "inverses", str(device), n * (d_in**2 * inverse + sketches), 2 * n * d_in**3 / rate
+            ),
+            Part("factorising", str(device), d_in**2 * _SCRATCH + kept * d_in * 4, passing=True),
             _values_part(sizes, layers[-1], config, texts, batch, batches),
             Part("writing", str(sizes.device), sizes.pass_bytes(rows * width), seconds, True),
             Part("edits", "cpu", n * journal),

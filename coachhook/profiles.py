@@ -18,6 +18,7 @@ from coachhook.config import EditConfig
 from coachhook.embedded import cache_dir
 from coachhook.errors import ProfileError
 from coachhook.models import Architecture, weight_checksums
+from coachhook.offloaded import whole
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def identity(model: Any, architecture: Architecture) -> str:
     """SHA-256 of a model's kind, sizes and all its down-projections, as they round to bfloat16: a
     float32 model and its bfloat16 copy are one."""
     n_blocks = len(architecture.blocks(model))
-    weights = [architecture.down_projection(model, layer).weight for layer in range(n_blocks)]
+    weights = (whole(architecture.down_projection(model, layer)) for layer in range(n_blocks))
     config = model.config.get_text_config()
     recipe = {
         "model": config.model_type,

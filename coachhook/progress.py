@@ -1,7 +1,8 @@
 """Progress bars with time left, on standard error; silent where no person is watching."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -15,10 +16,17 @@ from rich.progress import (
 
 console = Console(stderr=True)
 
+Item = TypeVar("Item")
+# As many steps of milliseconds are over before a bar could be read.
+_QUICK = 100
+
 
 @contextmanager
-def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows a bar for `total` steps; the yielded function is told how many more are done."""
+def track(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """Shows a bar for `total` steps; the yielded function is told how many more are done.
+
+    shown: false in all processes of a job but the one that prints.
+    """
     with Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -26,7 +34,18 @@ def track(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     ) as progress:
         task = progress.add_task(what, total=total)
         yield lambda steps: progress.advance(task, steps)
+
+
+def each(what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """Go through `items`, with a bar where there are many."""
+    if len(items) <= _QUICK:
+        yield from items
+        return
+    with track(what, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1)

@@ -77,12 +77,18 @@ def inspection_document(folder: Path, hooks: HookSet) -> dict[str, Any]:
             entry |= {"enabled": edit.enabled, "superseded_by": superseded.get(edit.id)}
     return {
         "folder": str(folder),
-        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "bytes": folder_bytes(folder),
         "base_model": {"name": hooks.base.name, "checksums": dict(hooks.base.checksums)},
         "gate": hooks.config.gate,
         "layers": hooks.layers,
+        "merged_batches": hooks.journal.merged,
         "batches": batches,
     }
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def statistics_entries(statistics: KeyStatistics) -> list[dict[str, Any]]:
@@ -91,7 +97,8 @@ def statistics_entries(statistics: KeyStatistics) -> list[dict[str, Any]]:
         {
             "layer": layer,
             "d_in": len(found.moment),
-            "tokens": len(found.background),
+            "tokens": found.n_tokens,
+            "background_keys": len(found.background),
             "moment_trace": found.moment.trace().item(),
             "mean_key_norm": found.background.float().norm(dim=-1).mean().item(),
             "first_key_norm": found.first.float().norm(dim=-1).mean().item(),
@@ -125,6 +132,15 @@ def rollback_view(document: Document) -> None:
     say(
         f"{document['folder']} is back at batch {document['batches']} "
         f"(it had {document['batches_before']}); edits left: {document['edits']}"
+    )
+
+
+def compaction_view(document: Document) -> None:
+    """What compaction left."""
+    merged, batches = document["merged_batches"], document["batches"]
+    say(
+        f"{document['folder']}: {merged} of {batches} batches are merged into one; "
+        f"{document['bytes_before'] / 1e6:.2f} MB before, {document['bytes'] / 1e6:.2f} MB now"
     )
 
 
@@ -241,6 +257,8 @@ def inspection_view(document: Document) -> None:
     say(f"{document['folder']}: {document['bytes'] / 1e6:.2f} MB")
     say(f"base model {base['name']}, checksum {base['checksums']['bfloat16'][:16]}")
     say(f"gate {document['gate']}, {_layers(document['layers'])}")
+    if document["merged_batches"]:
+        say(f"batches 1 to {document['merged_batches']} are merged into one")
     table = _table(None, "edit", "batch", "verdict", "fact", "remarks")
     for batch in document["batches"]:
         say(f"batch {batch['batch']}: {_counted(batch['edits'])}")

@@ -14,7 +14,7 @@ from coachhook.models import Architecture
 from coachhook.requests import EditRequest
 from coachhook.statistics import KeyStatistics
 from coachhook.tokens import Row, encode, encode_request, pad
-from coachhook.writing import LayerWriter
+from coachhook.writing import layer_sketch
 
 SIZES = (32, 64, 128)
 _AT_ONCE = 16
@@ -73,15 +73,17 @@ def probe_sketches(
     largest = EditConfig(fingerprint_size=max(SIZES))
     found = {}
     for i, (layer, measured) in enumerate(statistics.items()):
-        writer = LayerWriter.of(measured, largest, None)
+        projection, offset = layer_sketch(measured, largest, measured.moment.device)
 
-        def sketch(keys: Tensor, writer: LayerWriter = writer) -> Tensor:
-            return keys.float() @ writer.projection.T - writer.offset
+        def sketch(
+            keys: Tensor, projection: Tensor = projection, offset: Tensor = offset
+        ) -> Tensor:
+            return keys.float() @ projection.T - offset
 
         keys = subjects[i][: len(prompts)].reshape(-1, n, subjects[i].shape[1])
         marks = torch.cat([keys[0], *([keys[1:].mean(0)] if len(keys) > 1 else [])])
         # ‖F k‖² is kᵀ (λ C₀)⁻¹ k on average over the random projection.
-        spread = (keys[0] @ writer.projection.T).square().sum(-1).mean()
+        spread = (keys[0] @ projection.T).square().sum(-1).mean()
         found[layer] = ProbeSketches(
             marks=sketch(marks),
             owner=torch.arange(len(marks)) % n,

@@ -1,65 +1,257 @@
 """Consecutive closed-form update of one layer, by recursive least squares (design section 2).
 
 Paper Eq. 10-14: `Δ_new = R K₂ᵀ C_accu⁻¹` with `C_accu = λ C₀ + K' K'ᵀ + K₂ K₂ᵀ`. Only the inverse
-is kept; a batch of c keys costs `O(d_in² c)` and memory does not grow.
+is kept, one triangle of it; a batch of c keys costs about `3 d_in² c` multiplications and additions
+together, and memory does not grow. csrc_notes/update.md derives and measures.
 """
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from coachhook.errors import StatisticsError
 
+logger = logging.getLogger(__name__)
+
 # Added to C₀'s diagonal, relative to its mean: directions that ordinary text never uses would
 # otherwise cost nothing, and a second moment of few tokens would not be invertible.
 _RIDGE = 1e-5
 
+# Largest relative error of `Q k`, and so of Δ, that the check on probes lets pass (by dtype).
+_ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
+
+_PROBES = 4
+
+# Keys that are absorbed, and held between solving and absorbing, at a time.
+_CHUNK = 2048
+
+
+# Rows of a block: enough to keep a GPU busy, and little above the diagonal is held.
+_BLOCK = 1024
+
+
+class Earlier(NamedTuple):
+    """Keys of earlier batches: tensors `(c, d_in)`, and the Gram matrix `Σ k kᵀ` `(d_in, d_in)` of
+    those that are no longer kept one by one."""
+
+    keys: Iterable[Tensor] = ()
+    gram: Tensor | None = None
+
 
 class RecursiveInverse:
-    """`C_accu⁻¹` of one layer, float64 `(d_in, d_in)`."""
+    """`Q = C_accu⁻¹` of one layer: its lower triangle, as block rows.
 
-    def __init__(self, moment: Tensor, preservation: float) -> None:
-        self.factor = _cholesky(moment, preservation)
-        self.inverse = torch.cholesky_inverse(self.factor)
+    moment: `C₀` `(d_in, d_in)`, any dtype and device; kept, not copied. preservation: λ. earlier:
+    called now, and again whenever the inverse has to be made anew; it gives all keys that count by
+    then, those absorbed since included. device: where the inverse lives and is updated, by default
+    that of `moment`; it must know float64. dtype: how it is stored, float64 or float32. All
+    arithmetic is in float64: float32 halves the memory, and nothing else. It holds
+    `d_in² / 2` numbers, and `2 c d_in` more from `solve` to `absorb` of c keys.
+
+    Every `solve` first checks `Q` on four probes `X`, of which `Y = C_accu X` is kept up to date
+    without it: the drift is `‖Q Y − X‖ / ‖X‖`. The probes are drawn such that `Y` looks like keys
+    (its second moment is `C_accu` when the inverse is made), so the drift is the relative error of
+    `Q k` over keys, root mean square; an error in one direction alone shows in it `√d_in` times
+    smaller than in the keys it concerns. Where `√d_in · drift` passes 10⁻⁶ (float64) or 10⁻²
+    (float32), `Q` is made anew from `moment` and `earlier`.
+
+    Raises `StatisticsError` if the matrix is not positive definite, or so ill-conditioned that even
+    a new inverse does not pass.
+    """
+
+    block_rows: list[Tensor]
+    _solved: tuple[Tensor, Tensor] | None
+
+    def __init__(
+        self,
+        moment: Tensor,
+        preservation: float,
+        earlier: Callable[[], Earlier] = Earlier,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        self._moment = moment
+        self._preservation = preservation
+        self._earlier = earlier
+        self._device = moment.device if device is None else device
+        self._dtype = dtype
+        self._factorise()
 
     def solve(self, keys: Tensor, fit: float) -> Tensor:
         """`G` `(c, d_in)` such that `Δ_new = Rᵀ G` for the residuals `R (c, d_out)` of new keys.
 
-        keys `(c, d_in)`. With fit 1, `G = K₂ᵀ C_accu⁻¹` (the paper's closed form, by Woodbury's
-        identity); larger values weigh the batch's own keys that many times in its solve, and so
-        leave less of their residual, also at a key that earlier edits hold fast.
+        keys `(c, d_in)`; G float64 on the inverse's device. With fit 1, `G = K₂ᵀ C_accu⁻¹` (the
+        paper's closed form, by Woodbury's identity); larger values weigh the batch's own keys that
+        many times in its solve, and so leave less of their residual, also at a key that earlier
+        edits hold fast. Raises `StatisticsError` for keys that are not finite.
         """
-        rows = keys.to(self.inverse) @ self.inverse
-        gram = rows @ keys.to(self.inverse).T
+        rows = self._checked(keys)
+        products, drift = self._multiplied(rows)
+        # Not `drift > …`: a broken inverse may give NaN. One that was dropped gives 1.
+        if not drift <= self._tolerance:
+            logger.info("the inverse is off by %.1e on the probes and made anew", drift)
+            self._factorise()
+            products, _ = self._multiplied(rows)
+        self._solved = (rows, products) if len(rows) <= _CHUNK else None
+        gram = _symmetric(products @ rows.T)
         gram.diagonal().add_(1 / fit)
-        solutions: Tensor = torch.linalg.solve(gram, rows)
+        solutions: Tensor = torch.linalg.solve(gram, products)
         return solutions
 
     def absorb(self, keys: Tensor) -> None:
-        """Count `keys` `(c, d_in)` among those that later batches preserve."""
-        rows = keys.to(self.inverse) @ self.inverse
-        gram = rows @ keys.to(self.inverse).T
-        gram.diagonal().add_(1)
-        self.inverse -= rows.T @ torch.linalg.solve(gram, rows)
-        self.inverse = (self.inverse + self.inverse.T) / 2
+        """Count `keys` `(c, d_in)` among those that later batches preserve.
+
+        Costs a third as much for the very keys of the last `solve`. Raises `StatisticsError` for
+        keys that are not finite.
+        """
+        absorbed = self._checked(keys)
+        # Before the inverse: should that be interrupted half-way, the next check is to notice.
+        self._image.addmm_(self._probes @ absorbed.T, absorbed)
+        solved, self._solved = self._solved, None
+        for rows in absorbed.split(_CHUNK):
+            known = solved is not None and torch.equal(solved[0], rows)
+            products = solved[1] if solved and known else _multiply(rows, self.block_rows)
+            gram = _symmetric(products @ rows.T)
+            gram.diagonal().add_(1)
+            # Where rounding has made this indefinite, the inverse turns wrong, which is noticed.
+            factor, _ = torch.linalg.cholesky_ex(gram)
+            whitened = torch.linalg.solve_triangular(factor, products, upper=False)
+            _add_outer(self.block_rows, whitened, -1)
+
+    def forget(self) -> None:
+        """Drop the inverse, because the keys of `earlier` are no longer those absorbed so far; the
+        next `solve` makes it anew."""
+        self.block_rows, self._solved = [], None
+
+    @property
+    def _tolerance(self) -> float:
+        return _ERROR[self._dtype] / math.sqrt(len(self._moment))
+
+    def _checked(self, keys: Tensor) -> Tensor:
+        """`keys` in float64 on the inverse's device, as a tensor of our own."""
+        rows = keys.to(self._device, torch.float64, copy=True)
+        finite = torch.isfinite(rows).all(-1)
+        if not finite.all():
+            raise StatisticsError(
+                f"{len(rows) - int(finite.sum())} of {len(rows)} keys of this batch are not finite;"
+                " load the model in bfloat16 or float32"
+            )
+        return rows
+
+    def _multiplied(self, rows: Tensor) -> tuple[Tensor, float]:
+        """`rows · Q`, and the drift of the inverse, in one pass over it."""
+        products = _multiply(torch.cat([rows, self._image]), self.block_rows)
+        drift = (products[len(rows) :] - self._probes).norm() / self._probes.norm()
+        return products[: len(rows)], float(drift)
+
+    def _factorise(self) -> None:
+        """Make the inverse anew from the moment and all earlier keys, in one factorisation."""
+        self.forget()
+        matrix = _weighted(self._moment, self._preservation, self._device)
+        blocks = _block_rows(matrix)
+        earlier = self._earlier()
+        if earlier.gram is not None:
+            matrix.add_(earlier.gram.to(self._device))
+        for keys in _gathered(earlier.keys):
+            _add_outer(blocks, self._checked(keys), 1)
+        factor = _factorise_(matrix)
+        signs = torch.randn(_PROBES, len(factor), generator=torch.Generator().manual_seed(0)).sign()
+        signs = signs.to(factor)
+        self._image = signs @ factor.T
+        self._probes = torch.linalg.solve_triangular(factor, signs, upper=False, left=False)
+        inverse = torch.cholesky_inverse(factor, out=factor)
+        self.block_rows = [
+            block.to(self._dtype, memory_format=torch.contiguous_format, copy=True)
+            for block in _block_rows(inverse)
+        ]
+        _, drift = self._multiplied(self._image[:0])
+        if not drift <= self._tolerance:
+            remedy = "measure it on more text"
+            if self._dtype != torch.float64:
+                remedy += ", or set inverse_dtype to 'float64'"
+            raise StatisticsError(
+                f"the second moment of the keys is too ill-conditioned for {self._dtype}: an "
+                f"inverse just made is off by {drift:.0e} where {self._tolerance:.0e} is allowed; "
+                f"{remedy}"
+            )
 
 
-def _cholesky(moment: Tensor, preservation: float) -> Tensor:
-    """Lower factor `L` of `λ C₀ = L Lᵀ`, float64."""
-    factor: Tensor
-    scaled = preservation * moment.double()
-    scaled.diagonal().add_(_RIDGE * scaled.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    if info.item() or not torch.isfinite(factor).all():
+def whitening_sketch(
+    moment: Tensor, preservation: float, size: int, seed: int, device: torch.device | None = None
+) -> Tensor:
+    """`F = S L⁻¹` float32 `(size, d_in)`, on the CPU: whitening by `λ C₀ = L Lᵀ`, then a random
+    projection. device: where it is computed, by default that of `moment`."""
+    factor = _factorise_(_weighted(moment, preservation, device or moment.device))
+    generator = torch.Generator().manual_seed(seed)
+    sketch = torch.randn(size, len(factor), generator=generator, dtype=torch.float64)
+    sketch = sketch.to(factor.device) / size**0.5
+    whitened: Tensor = torch.linalg.solve_triangular(factor, sketch, upper=False, left=False)
+    return whitened.float().cpu().contiguous()
+
+
+def _weighted(moment: Tensor, preservation: float, device: torch.device) -> Tensor:
+    """`λ C₀` with its ridge, float64, column by column in memory: what LAPACK works on in place."""
+    weighted = moment.to(device, torch.float64, copy=True)
+    weighted.mul_(preservation)
+    weighted.diagonal().add_(_RIDGE * weighted.diagonal().mean())
+    return weighted.mT
+
+
+def _factorise_(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor of a symmetric matrix, in its place; the upper triangle is not read."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    if info.item() or not torch.isfinite(matrix.diagonal()).all():
         raise StatisticsError(
             "the second moment of the keys is not positive definite; measure it on more text"
         )
-    return factor
+    return matrix
 
 
-def whitening_sketch(factor: Tensor, size: int, seed: int) -> Tensor:
-    """`F = S L⁻¹` float32 `(size, d_in)`: whitening by `λ C₀ = L Lᵀ`, then a random projection."""
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(size, factor.shape[0], generator=generator, dtype=torch.float64)
-    sketch = sketch.to(factor.device) / size**0.5
-    whitened: Tensor = torch.linalg.solve_triangular(factor, sketch, upper=False, left=False)
-    return whitened.float().contiguous()
+def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same rows in fewer tensors: a product's cost is that of the matrix, not of few keys."""
+    held: list[Tensor] = []
+    for part in parts:
+        held.append(part)
+        if sum(map(len, held)) >= _CHUNK:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.T) / 2
+
+
+def _block_rows(matrix: Tensor) -> list[Tensor]:
+    """The lower triangle of a matrix: rows s to e, columns 0 to e, for blocks of rows; views."""
+    starts = range(0, len(matrix), _BLOCK)
+    return [matrix[s : s + _BLOCK, : s + _BLOCK] for s in starts]
+
+
+def _multiply(rows: Tensor, blocks: list[Tensor]) -> Tensor:
+    """`rows · M` float64 for rows `(c, d)` and a symmetric matrix given by its block rows."""
+    products = torch.zeros_like(rows)
+    for block in blocks:
+        wide = block.double()
+        height, end = block.shape
+        start = end - height
+        products[:, start:end].addmm_(rows[:, :end], wide.T)
+        products[:, :start].addmm_(rows[:, start:end], wide[:, :start])
+    return products
+
+
+def _add_outer(blocks: list[Tensor], rows: Tensor, scale: int) -> None:
+    """Add `scale · rowsᵀ rows` to a symmetric matrix given by its block rows, in place."""
+    for block in blocks:
+        height, end = block.shape
+        wide = block.double()
+        wide.addmm_(rows[:, end - height : end].T, rows[:, :end], alpha=scale)
+        if wide is not block:
+            block.copy_(wide)

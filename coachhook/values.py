@@ -1,31 +1,27 @@
 """Target values: the hidden state at the subject's last token that makes the target likely.
 
-Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe). Nothing below
-that block and nothing left of the subject depends on the shift: one pass over the whole rows
-leaves the hidden states and the KV cache that every step starts from (design section 2, 6).
+Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe), all requests of
+a batch together; `shifted` keeps what does not depend on the shift.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
-from transformers import DynamicCache
 
 from coachhook.config import ValueConfig
-from coachhook.forward import (
-    eval_mode,
-    final_hidden,
-    hidden_of,
-    logits_of,
-    record_output,
-    starting_after,
-)
+from coachhook.errors import NotEnoughMemoryError
+from coachhook.forward import eval_mode, starting_after
 from coachhook.models import Architecture
+from coachhook.processes import ALONE, Processes
 from coachhook.requests import EditRequest
-from coachhook.tokens import Row, encode, encode_request, pad
+from coachhook.shifted import contexts_of, prepare, score
+from coachhook.tokens import Row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,41 +33,6 @@ class TargetValues:
     loss: Tensor
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """All contexts of all requests, subjects in one column, which is column 0 of what is kept here.
-
-    owner `(b,)`: the request of each row; gain `(b,)`: share of the shift it gets; is_kl `(b,)`;
-    ids, positions `(b, t)`; mask `(b, p + t)` of the whole rows; labels `(b, t)`: next token where
-    it counts, else -1; hidden `(b, t, d)`; cache: keys and values left of the subject, per layer;
-    reference `(n, v)`: each request's unshifted log-probabilities at the end of its KL row.
-    """
-
-    owner: Tensor
-    gain: Tensor
-    is_kl: Tensor
-    ids: Tensor
-    positions: Tensor
-    mask: Tensor
-    labels: Tensor
-    hidden: Tensor
-    cache: list[tuple[Tensor, Tensor]]
-    reference: Tensor
-
-    def of(self, rows: Tensor) -> "_Rows":
-        """The rows selected by index."""
-        by_row = ("owner", "gain", "is_kl", "ids", "positions", "mask", "labels", "hidden")
-        return _Rows(
-            **{name: getattr(self, name)[rows] for name in by_row},
-            cache=[(keys[rows], values[rows]) for keys, values in self.cache],
-            reference=self.reference,
-        )
-
-    def last(self) -> Tensor:
-        """Column of each row's last token."""
-        return self.mask.sum(-1) - 1 - self.positions[:, 0]
-
-
 def optimise_values(
     model: Any,
     tokenizer: Any,
@@ -80,137 +41,118 @@ def optimise_values(
     requests: Sequence[EditRequest],
     config: ValueConfig,
     progress: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
 ) -> TargetValues:
-    """Optimise the value of every request at the output of block `layer`, all together.
+    """Optimise the value of every request at the output of block `layer`.
 
-    Each request leaves the batch when it has converged; `progress` is told how many did.
+    As many requests at once as `config.tokens` admits; where memory does not suffice, half as many.
+    `progress` is told how many are done. With several `processes`, a collective: each takes its
+    share of the requests, and all return the values of all. Raises `NotEnoughMemoryError` if one
+    request alone is too many.
     """
-    blocks = architecture.blocks(model)
+    groups = contexts_of(tokenizer, requests, config)
+    # The tokens of a request's rows, padded to the longest.
+    sizes = [len(groups) * max(len(group[i].ids) for group in groups) for i in range(len(requests))]
+    # Alike in length, so that little of a pass is padding.
+    order = sorted(range(len(requests)), key=lambda i: sizes[i])
+    waiting = [order[place] for place in processes.share(len(requests))]
+    tokens = config.tokens
+    found: dict[str, Tensor] = {}
     with eval_mode(model), torch.no_grad():
-        rows, block_result = _prepare(model, tokenizer, blocks[layer], requests, config)
-        bare = torch.arange(len(requests), device=rows.owner.device)
-        origin = rows.hidden[bare, 0].float()
-        size = origin.norm(dim=-1, keepdim=True)
-        shift = torch.zeros_like(origin)
-        mean, square = torch.zeros_like(shift), torch.zeros_like(shift)
-        loss = torch.full((len(requests),), torch.inf, device=shift.device)
-        active = torch.ones_like(loss, dtype=torch.bool)
-        with starting_after(blocks, layer, block_result) as injected:
-            for step in range(1, config.steps + 1):
-                running = rows.of(active[rows.owner].nonzero().squeeze(-1))
-                nll, gradient = _gradient(model, running, shift, size, injected, config)
-                loss[active] = nll[active]
-                done = active & (nll < config.enough)
-                progress(int(done.sum()))
-                active &= ~done
-                if not active.any():
-                    break
-                if step == config.steps:
-                    # The last look is at a shift that is kept: no step may follow it.
-                    break
-                mean = torch.where(active[:, None], 0.9 * mean + 0.1 * gradient, mean)
-                square = torch.where(
-                    active[:, None], 0.999 * square + 0.001 * gradient.square(), square
+        while waiting:
+            chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
+            rows = [[group[i] for i in chosen] for group in groups]
+            done = 0
+
+            def tell(more: int) -> None:
+                nonlocal done
+                done += more
+                progress(more)
+
+            try:
+                values = _together(
+                    model, tokenizer.pad_token_id, architecture, layer, rows, config, tell
                 )
-                move = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-12)
-                rate = config.rate * size / size.new_tensor(shift.shape[1]).sqrt()
-                moved = shift - rate * move
-                moved *= (config.clamp * size / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
-                shift = torch.where(active[:, None], moved, shift)
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                progress(-done)
+                if len(chosen) == 1:
+                    raise NotEnoughMemoryError(
+                        f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
+                        f"{len(groups)} contexts beside the model; give fewer contexts "
+                        "(ValueConfig.contexts) or a shorter prompt"
+                    ) from error
+                tokens = len(chosen) * sizes[chosen[-1]] // 2
+                logger.warning(
+                    "out of memory with %d edits at once; going on with %d tokens a pass",
+                    len(chosen),
+                    tokens,
+                )
+                continue
+            for i, hidden, loss in zip(chosen, values.hidden, values.loss, strict=True):
+                found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
+            waiting = waiting[len(chosen) :]
+    found = processes.gather(found)
+    everyone = range(len(requests))
+    return TargetValues(
+        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(model.device),
+        torch.stack([found[f"loss.{i}"] for i in everyone]).to(model.device),
+    )
+
+
+def _how_many(sizes: Sequence[int], tokens: int) -> int:
+    """How many requests of ascending sizes, at least one, fit a rectangle of `tokens`."""
+    return max(1, sum(n * size <= tokens for n, size in enumerate(sizes, 1)))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _together(
+    model: Any,
+    pad_id: int,
+    architecture: Architecture,
+    layer: int,
+    groups: Sequence[Sequence[Row]],
+    config: ValueConfig,
+    progress: Callable[[int], None],
+) -> TargetValues:
+    """The values of n requests; each leaves when it has converged."""
+    n = len(groups[0])
+    blocks = architecture.blocks(model)
+    rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
+    origin = rows.hidden[:n, 0].float()
+    size = origin.norm(dim=-1, keepdim=True)
+    rate = config.rate * size / origin.shape[1] ** 0.5
+    shift = torch.zeros_like(origin)
+    mean, square = torch.zeros_like(shift), torch.zeros_like(shift)
+    loss = size.new_full((n,), torch.inf)
+    reference = size.new_full((n, model.get_output_embeddings().weight.shape[0]), torch.nan)
+    active = torch.ones_like(loss, dtype=torch.bool)
+    parts = rows.buckets(active)
+    with starting_after(blocks, layer, template) as injected:
+        for step in range(1, config.steps + 1):
+            nll, gradient = torch.zeros_like(loss), torch.zeros_like(shift)
+            for part in parts:
+                more = score(model, part, shift, injected, config.kl, reference)
+                nll, gradient = nll + more[0], gradient + more[1]
+            loss[active] = nll[active]
+            done = active & (nll < config.enough)
+            progress(int(done.sum()))
+            active &= ~done
+            # The last look is at a shift that is kept: no step may follow it.
+            if step == config.steps or not active.any():
+                break
+            if done.any():
+                parts = rows.buckets(active)
+            gradient += 2 * config.decay * shift / size**2
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient.square()
+            move = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-12)
+            moved = shift - rate * move
+            moved *= (config.clamp * size / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+            shift = torch.where(active[:, None], moved, shift)
     progress(int(active.sum()))
     return TargetValues(origin + shift, loss)
-
-
-def _prepare(
-    model: Any, tokenizer: Any, block: Any, requests: Sequence[EditRequest], config: ValueConfig
-) -> tuple[_Rows, Any]:
-    n = len(requests)
-    # The bare prompts come first, so that row i is request i's.
-    contexts: list[Row] = [encode_request(tokenizer, request) for request in requests]
-    for context in config.contexts:
-        contexts += [encode_request(tokenizer, request, context) for request in requests]
-    scored = len(contexts)
-    contexts += [_essence(tokenizer, request) for request in requests]
-    device = model.device
-    owner = torch.arange(len(contexts), device=device) % n
-    is_kl = torch.arange(len(contexts), device=device) >= scored
-    gain = torch.full((len(contexts),), config.gain, device=device)
-    gain[:n] = 1.0
-    gain[scored:] = 1.0
-
-    padded = pad(contexts, tokenizer.pad_token_id, device, align_subject=True)
-    start = int(max(row.subject for row in contexts))
-    cache: Any = DynamicCache()
-    with record_output(block) as seen:
-        final = final_hidden(model, **padded.inputs(), past_key_values=cache, use_cache=True)
-    result = seen[0]
-    hidden = hidden_of(result)
-    labels = torch.full_like(padded.ids, -1)
-    for i, row in enumerate(contexts):
-        end = start - row.subject + len(row.ids)
-        labels[i, end - row.n_target - 1 : end - 1] = padded.ids[i, end - row.n_target : end]
-    rows = _Rows(
-        owner=owner,
-        gain=gain,
-        is_kl=is_kl,
-        ids=padded.ids[:, start:],
-        positions=padded.position_ids[:, start:],
-        mask=padded.mask,
-        labels=labels[:, start:],
-        hidden=hidden[:, start:],
-        cache=[(layer.keys[:, :, :start], layer.values[:, :, :start]) for layer in cache.layers],
-        reference=hidden.new_empty(0),
-    )
-    ends = final.last_hidden_state[:, start:][is_kl, rows.last()[is_kl]]
-    return replace(rows, reference=log_softmax(logits_of(model, ends), -1)), result
-
-
-def _essence(tokenizer: Any, request: EditRequest) -> Row:
-    """MEMIT's "{subject} is a": what else the model knows of the subject should stay."""
-    return encode(tokenizer, f"{request.subject} is a", subject_end=len(request.subject))
-
-
-def _gradient(
-    model: Any,
-    rows: _Rows,
-    shift: Tensor,
-    size: Tensor,
-    injected: list[Tensor],
-    config: ValueConfig,
-) -> tuple[Tensor, Tensor]:
-    """Mean negative log-likelihood of each request `(n,)`, and the gradient of its whole loss in
-    the shift `(n, d)`. Requests without rows get zero."""
-    with torch.enable_grad():
-        shift = shift.detach().requires_grad_()
-        moved = rows.hidden.clone()
-        moved[:, 0] = (moved[:, 0].float() + rows.gain[:, None] * shift[rows.owner]).to(moved.dtype)
-        injected[:] = [moved]
-        cache = DynamicCache()
-        for index, (keys, values) in enumerate(rows.cache):
-            cache.update(keys, values, index)
-        final = final_hidden(
-            model,
-            input_ids=rows.ids,
-            attention_mask=rows.mask,
-            position_ids=rows.positions,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state
-        at = rows.labels >= 0
-        labels = rows.labels[at]
-        row_of = at.nonzero()[:, 0]
-        log_p = log_softmax(logits_of(model, final[at]), -1)
-        nll = -log_p.gather(-1, labels[:, None]).squeeze(-1)
-        # Mean over the tokens of a row, then over the rows of a request.
-        per_row = nll / at.sum(-1)[row_of]
-        scored_rows = torch.zeros_like(size[:, 0]).index_add(
-            0, rows.owner, (~rows.is_kl).to(size.dtype)
-        )
-        mean_nll = torch.zeros_like(size[:, 0]).index_add(0, rows.owner[row_of], per_row)
-        mean_nll = mean_nll / scored_rows.clamp_min(1)
-        loss = mean_nll.sum() + config.decay * (shift.square().sum(-1) / size[:, 0] ** 2).sum()
-        now = log_softmax(logits_of(model, final[rows.is_kl, rows.last()[rows.is_kl]]), -1)
-        before = rows.reference[rows.owner[rows.is_kl]]
-        loss = loss + config.kl * kl_div(now, before, log_target=True, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, shift)
-    return mean_nll.detach(), gradient

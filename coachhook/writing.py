@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
+from coachhook.errors import ModelError
 from coachhook.forward import read_pass
 from coachhook.gates import CalibratedGate, KeyedGate, Threshold
 from coachhook.hooks import HookLinear, HookState
 from coachhook.hookset import HookSet
 from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models import Architecture
+from coachhook.nearest import BackgroundScores
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
 from coachhook.tokens import Padded, encode_request, pad
@@ -45,6 +47,19 @@ def _fingerprint(keys: Tensor, projection: Tensor, offset: Tensor) -> Tensor:
     return normalize(keys @ projection.T - offset, dim=-1)
 
 
+def layer_sketch(
+    statistics: LayerStatistics, config: EditConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Projection `(s, d_in)` and offset `(s,)` of a layer's fingerprints, float32 on the CPU.
+
+    device: where the whitening is computed, in float64.
+    """
+    projection = whitening_sketch(
+        statistics.moment, config.preservation, config.fingerprint_size, seed=0, device=device
+    )
+    return projection, (statistics.background.float() @ projection.T).mean(0)
+
+
 @dataclass
 class LayerWriter:
     """What writing into one layer needs: its inverse, its sketch, and background keys.
@@ -60,16 +75,21 @@ class LayerWriter:
     sketched: Tensor
     first: Tensor
 
+    def __post_init__(self) -> None:
+        self.background_scores = BackgroundScores(self.sketched)
+
     @classmethod
     def of(
-        cls, statistics: LayerStatistics, config: EditConfig, sketch: tuple[Tensor, Tensor] | None
+        cls,
+        statistics: LayerStatistics,
+        config: EditConfig,
+        sketch: tuple[Tensor, Tensor],
+        solver: RecursiveInverse,
     ) -> "LayerWriter":
-        """From a layer's statistics, with the sketch of an existing hook set if there is one."""
-        solver = RecursiveInverse(statistics.moment, config.preservation)
-        if sketch is None:
-            projection = whitening_sketch(solver.factor, config.fingerprint_size, seed=0)
-            offset = (statistics.background.float() @ projection.T).mean(0)
-            sketch = projection, offset
+        """From a layer's statistics, the sketch of its hook set, and its inverse.
+
+        sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU.
+        """
         projection, offset = sketch
         return cls(
             solver=solver,
@@ -153,13 +173,17 @@ def write_batch(
             assert output is not None
             reached = contexts.at_subject(output)[: len(requests)].float()
             missing = (values - reached) / (len(hooks.layers) - done)
+            if not missing.isfinite().all():
+                raise ModelError(
+                    f"what layer {layer} should add is not finite; load the model in a wider dtype"
+                )
             factors = _solve(
                 writer, contexts.at_subject(keys).float().cpu(), missing.cpu(), hooks.config, rate
             )
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
             batch.thresholds[layer] = Threshold()
             hooks.refresh([layer])
-            batch.thresholds[layer] = _threshold(hooks, layer, hook, writer, contexts, keys, rate)
+            batch.thresholds[layer] = threshold(hooks, layer, hook, writer, contexts, keys, rate)
             hooks.refresh([layer])
             hook.state = HookState.VALIDATED
     finally:
@@ -217,7 +241,7 @@ def _solve(
     )
 
 
-def _threshold(
+def threshold(
     hooks: HookSet,
     layer: int,
     hook: HookLinear,
@@ -228,19 +252,12 @@ def _threshold(
 ) -> Threshold:
     """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
     if hooks.config.gate == KeyedGate.name:
-        fingerprints, owner = hooks.journal.fingerprints(layer, len(writer.offset))
-        # Disabled ones too: they may come back, and must then find their threshold.
-        standing = torch.tensor([e.id for e in hooks.journal.standing()], dtype=torch.long)
-        fingerprints = fingerprints[torch.isin(owner, standing)]
-        if not len(fingerprints):
+        scores = writer.background_scores.of(hooks.journal, layer)
+        if scores is None:
             return Threshold()
-        scores = torch.full((len(writer.sketched),), -1.0)
-        # In blocks: the whole product of background and fingerprints need not fit in memory.
-        for block in fingerprints.split(1024):
-            scores = torch.maximum(scores, (writer.sketched @ block.T).amax(-1))
-        threshold = Threshold.above(scores, rate)
-        least = (hooks.config.resemblance - threshold.mean) / threshold.std
-        return replace(threshold, alpha=max(threshold.alpha, least))
+        found = Threshold.above(scores, rate)
+        least = (hooks.config.resemblance - found.mean) / found.std
+        return replace(found, alpha=max(found.alpha, least))
     delta = hook.delta
     if hooks.config.gate == CalibratedGate.name:
         pieces = writer.background.split(4096)
@@ -250,8 +267,8 @@ def _threshold(
     at_subject = z[contexts.subject_mask()][: contexts.n_requests]
     reachable = at_subject[~at_subject.isnan()]
     alphas = [hooks.config.sequence_alpha]
-    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[:-1]]
-    # The paper's rule: α falls to the least z-score of any edit; a little below it, because the
-    # same token in another batch rounds otherwise.
+    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[-2:-1]]
+    # The paper's rule: α falls to the least z-score of any edit, batch after batch; a little below
+    # it, because the same token in another batch rounds otherwise.
     alphas += [reachable.min().item() - _ROUNDING] if len(reachable) else []
     return Threshold(alpha=min(alphas))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("timing", "published", "layers", "shapes", "sessions", "cases", "tune", "ops")
+MODULES = ("timing", "published", "layers", "shapes", "sessions", "cases", "tune", "ops", "update")
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,28 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield importlib.import_module
     for name in (*MODULES, "inference"):
         sys.modules.pop(name, None)
+
+
+def test_update_prints_how_fast_and_how_accurate_it_is(
+    bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench("update").main(
+        d_in=130, keys=7, rounds=2, accuracy_d_in=60, batches=5, threads=None, json_to="-"
+    )
+    result = json.loads(capsys.readouterr().out)
+    assert (result["d_in"], result["keys"], result["rounds"]) == (130, 7, 2)
+    assert result["update_speedup"] > 0
+    assert 0 < result["difference"] <= 1e-9
+    assert 0 < result["update_error"] <= 1e-9
+    assert result["update_error"] < result["update_error_float32"] <= 1e-2
+
+
+def test_update_is_not_timed_when_it_is_wrong(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = bench("update")
+    right = script.RecursiveInverse.solve
+    monkeypatch.setattr(script.RecursiveInverse, "solve", lambda *a, **k: 1.001 * right(*a, **k))
+    with pytest.raises(bench("layers").WrongResultError, match="differs from the direct solve"):
+        script.measure(d_in=50, n_keys=3, rounds=1, accuracy_d_in=20, batches=1)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,9 @@ def test_every_export_is_there() -> None:
     assert not hasattr(coachhook, "edit_request")
 
 
-@pytest.mark.parametrize("command", ["edit", "eval", "generate", "inspect", "rollback", "demo"])
+@pytest.mark.parametrize(
+    "command", ["edit", "eval", "generate", "inspect", "rollback", "compact", "demo"]
+)
 def test_help_of_a_command(command: str) -> None:
     assert "--json" in run(command, "--help")
 
@@ -291,6 +293,7 @@ def test_errors_are_one_line(edited: Path, tmp_path: Path) -> None:
     assert "holds no hooks" in error_of("eval", "tiny", "facts.jsonl", "--hooks", missing)
     assert "holds no hooks" in error_of("inspect", missing)
     assert "holds no hooks" in error_of("rollback", missing, "--to", "0")
+    assert "holds no hooks" in error_of("compact", missing)
     assert not Path(missing).exists()
     assert "prompt is empty" in error_of("generate", "tiny", "", "--hooks", str(edited))
     long = ("generate", "tiny", "Hello", "--hooks", str(edited), "--max-new-tokens", "128")
@@ -356,6 +359,22 @@ def test_rollback(edited: Path) -> None:
     assert "there is no batch -1" in error_of("rollback", str(edited), "--to", "-1")
     assert "edits left: 0" in run("rollback", str(edited), "--to", "0")
     run("inspect", str(edited))
+
+
+def test_compact(edited: Path) -> None:
+    arguments = ("generate", "tiny", "The capital of France is", "--hooks", str(edited), "--trace")
+    before = run_json(*arguments)
+    document = run_json("compact", str(edited), "--keep", "1")
+    assert (document["batches"], document["merged_batches"], document["edits"]) == (2, 1, 4)
+    assert run_json("inspect", str(edited))["merged_batches"] == 1
+    assert run_json(*arguments) == before
+    assert "the earliest to go back to is 1" in error_of("rollback", str(edited), "--to", "0")
+    assert "2 of 2 batches are merged" in " ".join(run("compact", str(edited)).split())
+    shown = " ".join(run("inspect", str(edited)).split())
+    assert "batches 1 to 2 are merged into one" in shown
+    assert "superseded by edit 3" in shown
+    assert run_json(*arguments) == before
+    assert run_json("edit", "tiny", "facts.jsonl", "--hooks", str(edited))["batches"] == []
 
 
 def test_eval(edited: Path, tmp_path: Path) -> None:

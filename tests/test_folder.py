@@ -13,15 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from journals import assert_same, batch, contents, file_like, files, rewrite
+from safetensors.torch import load_file
 
-from coachhook.config import EditConfig, ValueConfig
 from coachhook.errors import (
     CorruptFolderError,
     FolderError,
@@ -30,90 +31,10 @@ from coachhook.errors import (
     SaveError,
 )
 from coachhook.folder import CONFIG_NAME, FORMAT_VERSION, Contents, load, locked, save
-from coachhook.gates import Threshold
 from coachhook.hookset import HookSet
-from coachhook.journal import Batch, EditRecord, Journal, LayerFactors, Verdict, edit_to_json
-from coachhook.models import BaseModel
-from coachhook.requests import EditRequest
+from coachhook.tensorfile import pack
 
-LAYERS = {1: (12, 8), 3: (12, 8)}
-SKETCH = 4
 FORK = multiprocessing.get_context("fork")
-
-
-def tensor(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def batch(number: int, subject: str = "Zürich 東京", rows: int = 2) -> Batch:
-    """Batch `number` (from 0) of any journal, always the same: two edits, written to two layers."""
-    records = [
-        EditRecord(2 * number + i, EditRequest("{} is in", f"{subject} {number}/{i}", "Italy"))
-        for i in range(2)
-    ]
-    records[1].verdict, records[1].reason = Verdict.WEAK, "the gate stays closed at layer 3"
-    layers = {
-        layer: LayerFactors(
-            residuals=tensor(rows, 8, seed=10 * number + layer),
-            solutions=tensor(rows, 12, seed=10 * number + layer + 1),
-            keys=tensor(3, 12, seed=10 * number + layer + 2),
-            fingerprints=tensor(3, SKETCH, seed=10 * number + layer + 3),
-            owner=torch.tensor([0, 1, 1]),
-        )
-        for layer in LAYERS
-    }
-    return Batch(records, layers, {1: Threshold(0.1, 0.2, 3.0 + number), 3: Threshold()})
-
-
-def contents(n_batches: int, **options: Any) -> Contents:
-    return Contents(
-        base=BaseModel("tiny", {"bfloat16": "a" * 64, "float16": "b" * 64}, "h.{}.down", LAYERS),
-        config=EditConfig(layers=(1, 3), values=ValueConfig(steps=3)),
-        sketches={
-            layer: (tensor(SKETCH, 12, seed=layer), tensor(SKETCH, seed=layer)) for layer in LAYERS
-        },
-        journal=Journal([batch(number, **options) for number in range(n_batches)]),
-    )
-
-
-def assert_same(got: Contents, want: Contents) -> None:
-    assert got.base == want.base
-    assert got.config == want.config
-    assert [edit_to_json(e) for e in got.journal.edits()] == [
-        edit_to_json(e) for e in want.journal.edits()
-    ]
-    assert len(got.journal.batches) == len(want.journal.batches)
-    for ours, theirs in zip(got.journal.batches, want.journal.batches, strict=True):
-        assert ours.thresholds == theirs.thresholds
-        assert ours.layers.keys() == theirs.layers.keys()
-        for layer in LAYERS:
-            for name, value in theirs.layers[layer].tensors().items():
-                found = ours.layers[layer].tensors()[name]
-                assert found.dtype == value.dtype
-                assert torch.equal(found, value)
-    for layer in LAYERS:
-        for found, value in zip(got.sketches[layer], want.sketches[layer], strict=True):
-            assert torch.equal(found, value)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """What the folder holds, but for its lock."""
-    return {f.name: f.read_bytes() for f in sorted(folder.iterdir()) if f.name != ".lock"}
-
-
-def file_like(folder: Path, pattern: str) -> Path:
-    [found] = folder.glob(pattern)
-    return found
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the configuration as one who knows the format would: with a digest that fits."""
-    path = folder / CONFIG_NAME
-    config = json.loads(path.read_text())
-    change(config)
-    config.pop("digest", None)
-    body = json.dumps(config, sort_keys=True).encode()
-    path.write_text(json.dumps({**config, "digest": hashlib.sha256(body).hexdigest()}))
 
 
 class TestRoundTrip:
@@ -196,14 +117,35 @@ class TestGrowing:
         save(tmp_path, held)
         assert not list(tmp_path.glob(".writing-*"))
 
-    @pytest.mark.parametrize("pattern", ["sketches-*", "batch-0001-*"])
-    def test_saving_makes_good_a_truncated_file(self, tmp_path: Path, pattern: str) -> None:
+    def test_saving_makes_good_a_truncated_file(self, tmp_path: Path) -> None:
         held = contents(2)
         save(tmp_path, held)
-        path = file_like(tmp_path, pattern)
+        path = file_like(tmp_path, "sketches-*")
         path.write_bytes(path.read_bytes()[:-7])
         save(tmp_path, held)
         assert_same(load(tmp_path), held)
+
+    def test_saving_does_not_build_on_a_truncated_batch(self, tmp_path: Path) -> None:
+        """Its factors were nowhere else."""
+        held = contents(2)
+        save(tmp_path, held)
+        path = file_like(tmp_path, "batch-0001-*")
+        path.write_bytes(path.read_bytes()[:-7])
+        held.journal.batches.append(batch(2))
+        before = files(tmp_path)
+        with pytest.raises(CorruptFolderError, match=path.name):
+            save(tmp_path, held)
+        assert files(tmp_path) == before
+
+    def test_the_configuration_gains_a_name_a_batch_and_no_more(self, tmp_path: Path) -> None:
+        """What a batch costs must not depend on how many there are."""
+        sizes = []
+        held = contents(0)
+        for number in range(4):
+            held.journal.batches.append(batch(number, subject="a long subject " * 100))
+            save(tmp_path, held)
+            sizes.append((tmp_path / CONFIG_NAME).stat().st_size)
+        assert max(b - a for a, b in pairwise(sizes)) < 120
 
 
 class TestOtherEdits:
@@ -302,7 +244,7 @@ class TestDamage:
         path = folder / CONFIG_NAME
         original = path.read_text()
         places = list(leaves(json.loads(original)))
-        assert len(places) > 50
+        assert len(places) > 35
         for place in places:
             config = json.loads(original)
             *parents, last = place
@@ -321,7 +263,9 @@ class TestDamage:
             load(folder)
 
     @pytest.mark.parametrize(
-        "key", ["base_model", "settings", "sketches", "batches"], ids=lambda key: f"no-{key}"
+        "key",
+        ["base_model", "settings", "sketches", "base", "batches", "disabled"],
+        ids=lambda key: f"no-{key}",
     )
     def test_a_configuration_without_a_part(self, folder: Path, key: str) -> None:
         rewrite(folder, lambda config: config.pop(key))
@@ -338,9 +282,8 @@ class TestDamage:
             pytest.param(lambda c: c.update(settings="x"), id="settings-are-text"),
             pytest.param(lambda c: c["settings"].update(gate="magic"), id="unknown-gate"),
             pytest.param(lambda c: c["settings"].update(values=None), id="no-values"),
-            pytest.param(lambda c: c["batches"][0].update(edits=[{}]), id="empty-edit"),
-            pytest.param(lambda c: c["batches"][0].update(edits=[]), id="no-edits"),
-            pytest.param(lambda c: c["batches"][0].update(thresholds={}), id="no-thresholds"),
+            pytest.param(lambda c: c.update(disabled=3), id="disabled-is-a-number"),
+            pytest.param(lambda c: c.update(base=3), id="base-is-a-number"),
             pytest.param(lambda c: c["base_model"].update(layers={"9": [12, 8]}), id="other-layer"),
             pytest.param(lambda c: c["base_model"].update(layers={"1": [1]}), id="shape-is-short"),
         ],
@@ -350,6 +293,28 @@ class TestDamage:
     ) -> None:
         rewrite(folder, change)
         with pytest.raises(CorruptFolderError, match=CONFIG_NAME):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "records",
+        [
+            b'{"edits": [], "thresholds": {}}',
+            b'{"edits": [{}], "thresholds": {}}',
+            b'{"edits": 3}',
+            b"[]",
+            b"null",
+            b'{"edits": [',
+            b"\xff",
+            b"",
+        ],
+    )
+    def test_nonsense_in_the_file_of_a_batch(self, folder: Path, records: bytes) -> None:
+        tensors = load_file(file_like(folder, "batch-0001-*"))
+        tensors["records"] = torch.tensor(list(records), dtype=torch.uint8)
+        name, data = pack("batch-0001", tensors)
+        (folder / name).write_bytes(data)
+        rewrite(folder, lambda config: config["batches"].__setitem__(0, name))
+        with pytest.raises(CorruptFolderError, match=name):
             load(folder)
 
     @pytest.mark.parametrize("absolute", [False, True], ids=["relative", "absolute"])
@@ -367,7 +332,7 @@ class TestDamage:
             if which == "sketches":
                 config["sketches"] = name
             else:
-                config["batches"][0]["file"] = name
+                config["batches"][0] = name
 
         rewrite(folder, point_outside)
         with pytest.raises(CorruptFolderError, match="outside") as caught:
@@ -378,13 +343,13 @@ class TestDamage:
         data = b"not tensors"
         name = f"batch-0001-{hashlib.sha256(data).hexdigest()}.safetensors"
         folder.joinpath(name).write_bytes(data)
-        rewrite(folder, lambda config: config["batches"][0].update(file=name))
+        rewrite(folder, lambda config: config["batches"].__setitem__(0, name))
         with pytest.raises(CorruptFolderError, match="batch-0001"):
             load(folder)
 
     def test_a_file_of_another_kind_in_place_of_a_batch(self, folder: Path) -> None:
         name = file_like(folder, "sketches-*").name
-        rewrite(folder, lambda config: config["batches"][0].update(file=name))
+        rewrite(folder, lambda config: config["batches"].__setitem__(0, name))
         with pytest.raises(CorruptFolderError):
             load(folder)
 

@@ -2,29 +2,25 @@
 
 import copy
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_facts import BATCH, FACTS, answers, open_in_background
 
 import coachhook as ch
 from coachhook.evaluate import Evaluation, evaluate
-from coachhook.generation import complete, greedy, starts_with
-from coachhook.models import Architecture, load_model
+from coachhook.generation import complete, greedy
+from coachhook.models import load_model
 from coachhook.requests import EditRequest
-from coachhook.statistics import key_statistics
 
 pytestmark = pytest.mark.model
-
-FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
-BATCH = 10
 
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[ch.Editor]:
-    """An editor after the demo's three consecutive batches; tests leave it as it was."""
+    """An editor after six consecutive batches; tests leave it as it was."""
     editor = ch.Editor.from_pretrained("smollm2")
     for first in range(0, len(FACTS), BATCH):
         editor.edit(FACTS[first : first + BATCH])
@@ -42,11 +38,6 @@ def saved(editor: ch.Editor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hooks") / "edits"
     editor.save_pretrained(folder)
     return folder
-
-
-def answers(model: Any, tokenizer: Any, requests: list[EditRequest]) -> list[bool]:
-    texts = complete(model, tokenizer, [r.prompt for r in requests], 8)
-    return [starts_with(t, r.target) for t, r in zip(texts, requests, strict=True)]
 
 
 class TestMetrics:
@@ -139,10 +130,11 @@ class TestHooks:
     def test_one_edit_switched_off_and_on(self, editor: ch.Editor) -> None:
         edit = editor.hooks.journal.live()[3]
         others = [e.request for e in editor.hooks.journal.live() if e.id != edit.id]
+        before = answers(editor.model, editor.tokenizer, others)
         editor.hooks.disable(edit.id)
         try:
             assert answers(editor.model, editor.tokenizer, [edit.request]) == [False]
-            assert all(answers(editor.model, editor.tokenizer, others))
+            assert answers(editor.model, editor.tokenizer, others) == before
         finally:
             editor.hooks.enable(edit.id)
         assert answers(editor.model, editor.tokenizer, [edit.request]) == [True]
@@ -173,78 +165,8 @@ class TestHooks:
         editor.close()
 
 
-def test_first_position_subjects_hurt_nothing() -> None:
-    """Their keys are attention sinks, the same for every text: applied or reported, no more."""
-    editor = ch.Editor.from_pretrained("smollm2")
-    facts = [
-        ch.EditRequest("Chicago is a twin city of", "Chicago", "Madrid"),
-        ch.EditRequest("Berlin is the capital of", "Berlin", "Spain"),
-        ch.EditRequest("Python was created by", "Python", "Google"),
-        ch.EditRequest("The capital of Italy is", "Italy", "Athens"),
-        ch.EditRequest("The language of Argentina is", "Argentina", "Dutch"),
-    ]
-    report = editor.edit(facts)
-    took = answers(editor.model, editor.tokenizer, facts)
-    for edit, holds in zip(report.edits, took, strict=True):
-        assert holds or (edit.verdict is not ch.Verdict.APPLIED and edit.reason)
-    assert [edit.verdict for edit in report.edits][3:] == [ch.Verdict.APPLIED] * 2
-    assert took[3:] == [True, True]
-    beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
-    edited = complete(editor.model, editor.tokenizer, beside, 8)
-    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, facts)
-    only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
-    assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
-    assert answers(editor.model, editor.tokenizer, facts) == took
-    editor.close()
-    assert edited == complete(editor.model, editor.tokenizer, beside, 8)
-    assert scores.gate.ordinary <= 0.001
-    assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
-
-
-def test_the_last_of_three_corrections_wins() -> None:
-    editor = ch.Editor.from_pretrained("smollm2")
-    cities = ["France", "Japan", "Brazil", "Egypt", "Canada"]
-    languages = ["Victor Hugo", "Sigmund Freud", "Pablo Neruda", "Enzo Ferrari", "Leo Tolstoy"]
-    facts = [(f"The capital of {s} is", s, "city") for s in cities]
-    facts += [(f"The mother tongue of {s} is", s, "language") for s in languages]
-    words = {
-        "city": ["Lyon", "Rome", "Oslo", "Madrid"],
-        "language": ["Dutch", "Greek", "Latin", "Finnish"],
-    }
-    for turn in range(4):
-        batch = [ch.EditRequest(p, s, words[kind][turn]) for p, s, kind in facts]
-        editor.edit(batch)
-    assert answers(editor.model, editor.tokenizer, batch) == [True] * 10
-    editor.close()
-
-
-def open_in_background(editor: ch.Editor) -> float:
-    """Share of background tokens that open a gate at any layer."""
-    unedited, tokenizer = load_model("smollm2")
-    layers = editor.hooks.layers
-    statistics = key_statistics(unedited, tokenizer, Architecture.of(unedited), layers)
-    hooks = editor.hooks.modules(editor.model)
-    opened = [hook.read(statistics[k].background.float()).is_open for k, hook in hooks.items()]
-    return float(torch.stack(opened).any(0).float().mean())
-
-
 def test_background_tokens_stay_closed(editor: ch.Editor) -> None:
     assert open_in_background(editor) <= 0.001
-
-
-@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
-def test_other_gates(gate: str) -> None:
-    editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
-    for first in (0, 4):
-        editor.edit(FACTS[first : first + 4])
-    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, FACTS[:8])
-    if gate == "calibrated":
-        # Of other subjects' tokens it promises nothing: csrc_notes/editing.md has the figure.
-        assert open_in_background(editor) <= 0.001
-    editor.close()
-    assert scores.reliability.teacher_forced is not None
-    # The paper's gate misses edits by its nature; it must not do nothing.
-    assert scores.reliability.teacher_forced >= (0.95 if gate == "calibrated" else 0.5)
 
 
 def test_unusable_edits_leave_no_trace(editor: ch.Editor) -> None:
@@ -281,6 +203,6 @@ def test_an_interrupted_batch_leaves_no_trace(
         patch.setattr("coachhook.editor.Editor._judge", stop)
         with pytest.raises(KeyboardInterrupt):
             editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
-    assert len(editor.hooks.journal.batches) == 3
+    assert len(editor.hooks.journal.batches) == len(FACTS) // BATCH
     assert greedy_tokens(editor, FACTS[0].prompt) == before
     assert editor.hooks.modules(editor.model)[9].state is ch.HookState.VALIDATED

@@ -62,13 +62,16 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 KINDS = tuple(_SETTINGS)
 
 
-def tiny_model(kind: str, *, seed: int = 0, tied: bool | None = None) -> PreTrainedModel:
+def tiny_model(
+    kind: str, *, seed: int = 0, tied: bool | None = None, **others: Any
+) -> PreTrainedModel:
     """A random model of architecture `kind` in eval mode, the same one for the same seed.
 
-    tied: whether input and output embeddings are one; None leaves it to the architecture.
+    tied: whether input and output embeddings are one; None leaves it to the architecture. others:
+    settings of its configuration that differ from the usual ones.
     """
     ids = {f"{name.strip('<>')}_token_id": i for i, name in enumerate(_SPECIAL)}
-    settings = {**_SETTINGS[kind], **ids, "vocab_size": VOCABULARY}
+    settings = {**_SETTINGS[kind], **ids, "vocab_size": VOCABULARY, **others}
     if tied is not None:
         settings["tie_word_embeddings"] = tied
     config = AutoConfig.for_model(kind, initializer_range=0.2, **settings)

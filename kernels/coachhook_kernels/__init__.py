@@ -10,7 +10,13 @@ from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import hook_correction_, hook_linear
 from coachhook_kernels.hook_linear_sequence import hook_linear_sequence
 from coachhook_kernels.key_covariance import key_covariance_
-from coachhook_kernels.scores import difference_norm, fingerprint_similarity, sequence_zscore
+from coachhook_kernels.scores import (
+    difference_norm,
+    fingerprint_similarity,
+    fingerprint_sketch,
+    nearest_fingerprint,
+    sequence_zscore,
+)
 
 __all__ = [
     "Delta",
@@ -18,10 +24,12 @@ __all__ = [
     "TokenGate",
     "difference_norm",
     "fingerprint_similarity",
+    "fingerprint_sketch",
     "hook_correction",
     "hook_correction_",
     "hook_linear",
     "hook_linear_sequence",
     "key_covariance_",
+    "nearest_fingerprint",
     "sequence_zscore",
 ]

@@ -1,5 +1,7 @@
 """Scores of the three gates: how much a token looks like an edited one (design section 2)."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -12,6 +14,30 @@ def difference_norm(projected: Tensor) -> Tensor:
     return norm.float()
 
 
+def fingerprint_sketch(keys: Tensor, projection: Tensor) -> Tensor:
+    """`F k` of shape `(..., s)` for keys `(..., d_in)` and `F` `(s, d_in)`, in the dtype of `F`."""
+    with _no_autocast(keys.device):
+        return linear(keys.to(projection.dtype), projection)
+
+
+def nearest_fingerprint(
+    sketch: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`fingerprint_similarity` of keys whose sketch `F k` `(..., s)` has been made."""
+    projected = sketch.float() - offset.float()
+    if fingerprints.shape[0] == 0:
+        finite = projected.isfinite().all(dim=-1)
+        nothing = torch.full_like(finite, -1, dtype=torch.long)
+        return torch.where(finite, -1.0, torch.nan), nothing
+    # A bias that no product can undo takes the disabled ones out, and the norm divides the largest
+    # alone: both cost less than a pass over all the cosines.
+    disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
+    with _no_autocast(sketch.device):
+        best, index = linear(projected, fingerprints.float(), disabled).max(dim=-1)
+    score = best / torch.linalg.vector_norm(projected, dim=-1).clamp_min(1e-12)
+    return score.clamp_min(-1.0), index.masked_fill(~(score > -torch.inf), -1)
+
+
 def fingerprint_similarity(
     keys: Tensor, projection: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -21,21 +47,8 @@ def fingerprint_similarity(
     tokens; fingerprints `(e, s)` with rows of unit length; enabled bool `(e,)`. Returns float32
     `(...)` and int64 `(...)`. With no enabled fingerprint the similarity is -1 and the index -1.
     """
-    # Autocast would round the cosines to half precision.
-    if torch.is_autocast_enabled(keys.device.type):
-        with torch.autocast(keys.device.type, enabled=False):
-            return fingerprint_similarity(keys, projection, offset, fingerprints, enabled)
-    projected = linear(keys.to(projection.dtype), projection).float() - offset.float()
-    if fingerprints.shape[0] == 0:
-        finite = projected.isfinite().all(dim=-1)
-        nothing = torch.full_like(finite, -1, dtype=torch.long)
-        return torch.where(finite, -1.0, torch.nan), nothing
-    # A bias that no product can undo takes the disabled ones out, and the norm divides the largest
-    # alone: both cost less than a pass over all the cosines.
-    disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
-    best, index = linear(projected, fingerprints.float(), disabled).max(dim=-1)
-    score = best / torch.linalg.vector_norm(projected, dim=-1).clamp_min(1e-12)
-    return score.clamp_min(-1.0), index.masked_fill(~(score > -torch.inf), -1)
+    sketch = fingerprint_sketch(keys, projection)
+    return nearest_fingerprint(sketch, offset, fingerprints, enabled)
 
 
 def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
@@ -50,3 +63,10 @@ def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
     centred = norms - mean
     variance = torch.where(mask, centred.square(), 0).sum(-1, keepdim=True) / (count - 1)
     return torch.where(mask, centred / variance.sqrt(), torch.nan)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast would round the cosines to half precision."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,112 @@
+"""Files of tensors that vouch for themselves: safetensors, named by the SHA-256 of their bytes."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from coachhook.errors import CorruptFolderError, SaveError
+
+STAGING = ".writing-"
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """The tensors of a file that `pack` named, each read from disk whenever it is asked for.
+
+    The checksum is compared at the first reading, and again whenever the file looks changed since.
+    Reading raises `CorruptFolderError` if the file is missing, or is not what its name says.
+    size: in bytes, when it was whole.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self._checked: tuple[int, int, int] | None = None
+        self._names: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Several tensors at once. Raises `KeyError` for one that the file does not hold."""
+        wanted = list(names)
+        with self._opened() as file:
+            for name in wanted:
+                if name not in self._names:
+                    raise KeyError(name)
+            # Copies: the tensors themselves are windows into the file, aligned as it happens.
+            return {name: file.get_tensor(name).clone() for name in wanted}
+
+    def data(self) -> bytes:
+        """The whole file, its checksum compared."""
+        with self._opened():
+            return self.path.read_bytes()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read([name])[name]
+
+    def __iter__(self) -> Iterator[str]:
+        with self._opened():
+            return iter(self._names)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            stat = self.path.stat()
+            looks = stat.st_ino, stat.st_size, stat.st_mtime_ns
+            if looks != self._checked:
+                self._check()
+            with safe_open(self.path, framework="pt") as file:
+                if looks != self._checked:
+                    self._names, self._checked = frozenset(file.keys()), looks
+                yield file
+        except SafetensorError as error:
+            raise CorruptFolderError(f"{self.path} is not a safetensors file: {error}") from error
+        except OSError as error:
+            raise CorruptFolderError(
+                f"{self.path} cannot be read ({error.strerror}); restore it from a copy, or load "
+                "the folder again if another process has compacted or rolled it back"
+            ) from error
+
+    def _check(self) -> None:
+        with self.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not self.name.endswith(f"-{digest}.safetensors"):
+            raise CorruptFolderError(
+                f"{self.path} is truncated or was changed after it was written; "
+                "restore it from a copy"
+            )
+
+
+def pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
+    """A file's name and contents. The name carries the contents' SHA-256, so that a name in a
+    checked configuration vouches for them."""
+    data = tensors_to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
+    return f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors", data
+
+
+def write(target: Path, data: bytes) -> None:
+    """Write `target` whole or not at all. Raises `SaveError`."""
+    staging = target.with_name(f"{STAGING}{os.getpid()}-{target.name[:40]}")
+    try:
+        with staging.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, target)
+    except OSError as error:
+        raise SaveError(
+            f"cannot write {target}: {error.strerror}; what the folder held before is intact"
+        ) from error
+    finally:
+        staging.unlink(missing_ok=True)

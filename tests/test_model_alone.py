@@ -1,0 +1,70 @@
+"""The real small model in editors of their own, one a test. See test_model.py."""
+
+import pytest
+from model_facts import FACTS, answers, open_in_background
+
+import coachhook as ch
+from coachhook.evaluate import evaluate
+from coachhook.generation import complete
+
+pytestmark = pytest.mark.model
+
+
+def test_first_position_subjects_hurt_nothing() -> None:
+    """Their keys are attention sinks, the same for every text: applied or reported, no more."""
+    editor = ch.Editor.from_pretrained("smollm2")
+    facts = [
+        ch.EditRequest("Chicago is a twin city of", "Chicago", "Madrid"),
+        ch.EditRequest("Berlin is the capital of", "Berlin", "Spain"),
+        ch.EditRequest("Python was created by", "Python", "Google"),
+        ch.EditRequest("The capital of Italy is", "Italy", "Athens"),
+        ch.EditRequest("The language of Argentina is", "Argentina", "Dutch"),
+    ]
+    report = editor.edit(facts)
+    took = answers(editor.model, editor.tokenizer, facts)
+    for edit, holds in zip(report.edits, took, strict=True):
+        assert holds or (edit.verdict is not ch.Verdict.APPLIED and edit.reason)
+    assert [edit.verdict for edit in report.edits][3:] == [ch.Verdict.APPLIED] * 2
+    assert took[3:] == [True, True]
+    beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
+    edited = complete(editor.model, editor.tokenizer, beside, 8)
+    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, facts)
+    only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
+    assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
+    assert answers(editor.model, editor.tokenizer, facts) == took
+    editor.close()
+    assert edited == complete(editor.model, editor.tokenizer, beside, 8)
+    assert scores.gate.ordinary <= 0.001
+    assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
+
+
+def test_the_last_of_three_corrections_wins() -> None:
+    editor = ch.Editor.from_pretrained("smollm2")
+    cities = ["France", "Japan", "Brazil", "Egypt", "Canada"]
+    languages = ["Victor Hugo", "Sigmund Freud", "Pablo Neruda", "Enzo Ferrari", "Leo Tolstoy"]
+    facts = [(f"The capital of {s} is", s, "city") for s in cities]
+    facts += [(f"The mother tongue of {s} is", s, "language") for s in languages]
+    words = {
+        "city": ["Lyon", "Rome", "Oslo", "Madrid"],
+        "language": ["Dutch", "Greek", "Latin", "Finnish"],
+    }
+    for turn in range(4):
+        batch = [ch.EditRequest(p, s, words[kind][turn]) for p, s, kind in facts]
+        editor.edit(batch)
+    assert answers(editor.model, editor.tokenizer, batch) == [True] * 10
+    editor.close()
+
+
+@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
+def test_other_gates(gate: str) -> None:
+    editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
+    for first in (0, 4):
+        editor.edit(FACTS[first : first + 4])
+    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, FACTS[:8])
+    if gate == "calibrated":
+        # Of other subjects' tokens it promises nothing: csrc_notes/editing.md has the figure.
+        assert open_in_background(editor) <= 0.001
+    editor.close()
+    assert scores.reliability.teacher_forced is not None
+    # The paper's gate misses edits by its nature; it must not do nothing.
+    assert scores.reliability.teacher_forced >= (0.95 if gate == "calibrated" else 0.5)
