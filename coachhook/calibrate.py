@@ -2,9 +2,9 @@
 
 First the keys alone (`coachhook.separation`): where subjects differ from ordinary text and from
 each other, and with fingerprints of which size. Then probe edits, from coarse to fine: where the
-hooks end, how many there are, how much they preserve, how far a value may go. Each trial changes
-one setting of the best so far; trials that end at the same layer with the same clamp share their
-target values.
+hooks end, how many there are, how much they preserve, the layers beside, how far a value may go.
+Each trial changes one setting of the best so far; trials that end at the same layer with the same
+clamp share their target values.
 """
 
 import time
@@ -190,14 +190,16 @@ def _search(
             bench.keep(range(max(0, lasts[-1] - max(_COUNTS) + 1), lasts[0] + 2))
             yield [_Choice(_ending_at(last, _COUNTS[0])) for last in lasts]
             yield [replace(best(), layers=_ending_at(best().layers[-1], n)) for n in _COUNTS[1:]]
-            last, count = best().layers[-1], len(best().layers)
-            near = [i for i in (last - 1, last + 1) if bench.acceptable(i)]
-            yield [replace(best(), layers=_ending_at(i, count)) for i in near]
         else:
             yield [_Choice(fixed)]
         for factor in (_COARSE, _FINE):
             freedom = best().freedom
             yield [replace(best(), freedom=f) for f in (freedom / factor, freedom * factor)]
+        # What needs target values of its own comes last: the time may run out.
+        if fixed is None:
+            last, count = best().layers[-1], len(best().layers)
+            near = [i for i in (last - 1, last + 1) if bench.acceptable(i)]
+            yield [replace(best(), layers=_ending_at(i, count)) for i in near]
         yield [replace(best(), clamp=clamp) for clamp in _CLAMPS]
 
     for choices in rounds():

@@ -155,7 +155,7 @@ def edit(
             hooked = check_layers(config.layers or default_layers(n_blocks), n_blocks)
             sizes = Sizes.of(loaded, architecture)
             plan = checked(
-                edit_plan(sizes, hooked, config, tokenizer, left, batch_size),
+                edit_plan(sizes, hooked, config, tokenizer, left, batch_size, len(done)),
                 shown=first and not as_json,
             )
             editor = (

@@ -215,10 +215,12 @@ def edit_plan(
     tokenizer: Any,
     requests: Sequence[EditRequest],
     batch_size: int,
+    earlier: int = 0,
 ) -> Plan:
-    """What editing `requests` into `layers`, so many a batch, will need; statistics included."""
+    """What editing `requests` into `layers`, so many a batch, will need beside `earlier` edits;
+    statistics included."""
     n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
-    edits, batch = len(requests), min(batch_size, len(requests))
+    edits, batch = earlier + len(requests), min(batch_size, len(requests))
     device = arithmetic_device(config.inverse_device, sizes.device)
     kept = min(config.statistics.tokens_for(d_in), _MOST_BACKGROUND)
     rate = matmul_rate(device, torch.float64, d_in)
@@ -232,7 +234,7 @@ def edit_plan(
     passes = 2.0 * rows * width * (n + 1) * (layers[-1] + 1) * sizes.block_parameters
     answers = 2.0 * batch * (width + _NEW_TOKENS) * sizes.parameters
     solving = n * 8.0 * d_in**2 * rows
-    batches = -(-edits // batch)
+    batches = -(-len(requests) // batch)
     inverse = _INVERSE[config.inverse_dtype]
     seconds = batches * (sizes.seconds(passes + answers) + solving / rate)
     return _planned(

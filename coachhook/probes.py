@@ -16,7 +16,8 @@ from coachhook.loaders import load_requests
 from coachhook.requests import EditRequest
 from coachhook.tokens import Row, context_length, encode, encode_request
 
-_EXTRA_TOKENS = 3
+# Behind the longest target, to see the word end.
+_EXTRA_TOKENS = 2
 
 
 def probe_requests() -> list[EditRequest]:
@@ -125,5 +126,5 @@ def _rows(
 def _answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], rows: Sequence[Sequence[Row]]
 ) -> list[str]:
-    longest = max(row.n_target for kind in rows for row in kind)
+    longest = max(row.n_target for kind in rows[:2] for row in kind)
     return complete(model, tokenizer, prompts, longest + _EXTRA_TOKENS)
