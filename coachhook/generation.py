@@ -1,6 +1,8 @@
 """Greedy decoding with a KV cache, in padded batches."""
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 from unicodedata import east_asian_width
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from coachhook.errors import ContextLengthError
+from coachhook.forward import in_parts
 from coachhook.tokens import context_length, tokenize
 
 # Prompts decoded at once: enough to fill two CPU cores, few enough for the padding not to matter.
@@ -38,10 +41,18 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
         ids = [[tokenizer.pad_token_id] * pad + rows[i] for pad, i in zip(pads, group, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         steps = min(max_new_tokens, *(room[i] for i in group))
-        new = greedy(model, tokenizer, torch.tensor(ids), torch.tensor(mask), steps)
-        decoded = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for i, text in zip(group, decoded, strict=True):
+        decode = partial(_decoded, model, tokenizer, torch.tensor(ids), torch.tensor(mask), steps)
+        found = in_parts(decode, len(group), len(group))
+        for i, text in zip(group, chain.from_iterable(found), strict=True):
             texts[i] = text
+    return texts
+
+
+def _decoded(
+    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, steps: int, rows: slice
+) -> list[str]:
+    new = greedy(model, tokenizer, ids[rows], mask[rows], steps)
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
 
 
