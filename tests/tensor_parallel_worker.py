@@ -108,8 +108,8 @@ def prepare(case: Case, folder: Path) -> None:
     config = EditConfig(layers=LAYERS, gate=case.gate, fingerprint_size=SKETCH)
     requests = [EditRequest("{} is in", f"S{i}", "Lyon") for i in range(2 * case.n_edits)]
     journal = Journal()
-    for batch in range(2):
-        first = batch * case.n_edits
+    for half in range(2):
+        first = half * case.n_edits
         edits = [EditRecord(i, requests[i]) for i in range(first, first + case.n_edits)]
         thresholds = dict.fromkeys(LAYERS, Threshold())
         nothing = {
@@ -126,13 +126,16 @@ def prepare(case: Case, folder: Path) -> None:
             for number, own in enumerate(chosen.split(case.n_edits)):
                 marks = own @ sketches[layer][0].T
                 residuals = torch.randn(len(own), tiny.HIDDEN, generator=random)
-                journal.batches[number].layers[layer] = LayerFactors(
+                factors = LayerFactors(
                     residuals=residuals * 3,
                     solutions=own / own.square().sum(-1, keepdim=True),
                     keys=own,
                     fingerprints=marks / marks.norm(dim=-1, keepdim=True),
                     owner=torch.arange(len(own)),
                 )
+                # A new batch: hooks have used the old one, and batches never change.
+                batch = journal.batches[number]
+                journal.batches[number] = replace(batch, layers={**batch.layers, layer: factors})
             hooks.refresh([layer])
             # Half-way across the widest gap between neighbours, among those that let some through.
             z = module_z(hooks, model, layer, inputs, mask).sort().values
