@@ -165,11 +165,11 @@ class Editor:
         """
         requests = check_batch(requests)
         self.check(requests)
-        wide = (len(requests), self.model.config.get_text_config().hidden_size)
-        if values is not None and tuple(torch.as_tensor(values).shape) != wide:
+        shape = (len(requests), self.model.config.get_text_config().hidden_size)
+        if values is not None and values.shape != shape:
             raise ConfigError(
-                f"values of shape {tuple(torch.as_tensor(values).shape)} do not fit the batch, "
-                f"which needs {wide}: one row for each of its distinct requests"
+                f"values of shape {tuple(values.shape)} do not fit the batch, which needs {shape}: "
+                "one row for each of its distinct requests"
             )
         journal = self.hooks.journal
         first = len(self.hooks.edits)
