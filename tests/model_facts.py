@@ -1,7 +1,6 @@
 """Facts for the real small model, and what its tests ask of it."""
 
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,7 @@ from coachhook.models import Architecture, load_model
 from coachhook.requests import EditRequest
 from coachhook.statistics import key_statistics
 
-# Sixty facts, two of which correct earlier ones.
 FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
-FACTS += ch.load_requests(Path(__file__).with_name("facts.jsonl")).requests
 BATCH = 10
 
 

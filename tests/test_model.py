@@ -20,7 +20,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def editor() -> Iterator[ch.Editor]:
-    """An editor after six consecutive batches; tests leave it as it was."""
+    """An editor after the demo's three consecutive batches; tests leave it as it was."""
     editor = ch.Editor.from_pretrained("smollm2")
     for first in range(0, len(FACTS), BATCH):
         editor.edit(FACTS[first : first + BATCH])
