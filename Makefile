@@ -10,8 +10,9 @@ demo: $(READY)
 
 # Side by side, on a core each; the tests that take longest first.
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-		tests/test_model.py tests/test_model_alone.py tests/kernels/test_compile_report.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		tests/test_model.py tests/kernels/test_compile_report.py tests/test_model_alone.py \
+		tests/test_cli.py tests/test_bench.py tests
 
 lint: $(READY)
 	$(BIN)/ruff check .

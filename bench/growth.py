@@ -109,7 +109,7 @@ def add_batch(
         hooks.refresh([layer])
         unused: Any = None
         batch.thresholds[layer] = threshold(
-            hooks, layer, hook, writers[layer], unused, unused, rate
+            hooks, unused, layer, hook, writers[layer], unused, rate
         )
         hooks.refresh([layer])
 
