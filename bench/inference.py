@@ -10,15 +10,13 @@ change it; otherwise nothing is timed and the exit code is 1. On a GPU decoding 
 over a static cache.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from layers import WrongResultError
+from output import put
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -175,12 +173,7 @@ def main(
         "copy_gb_s": run.bandwidth / 1e9,
         "rows": rows,
     }
-    if json_to == "-":
-        json.dump(result, sys.stdout)
-        return
-    if json_to is not None:
-        Path(json_to).write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table_of(result))
+    put(result, table_of(result), json_to)
 
 
 if __name__ == "__main__":

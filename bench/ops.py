@@ -6,15 +6,13 @@ result ends the run with exit code 1. `--tune` searches launch configurations fi
 beside the kernels. Without a GPU the exit code is 2.
 """
 
-import json
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from cases import UNCAPTURED, Case, all_cases, contenders
 from layers import WrongResultError
+from output import put
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -168,12 +166,7 @@ def main(
         "matmul_tflop_s": rate / 1e12,
         "rows": lines,
     }
-    if json_to == "-":
-        json.dump(result, sys.stdout)
-        return
-    if json_to is not None:
-        Path(json_to).write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table_of(result))
+    put(result, table_of(result), json_to)
 
 
 if __name__ == "__main__":

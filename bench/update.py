@@ -9,17 +9,15 @@ either is off by more than 10⁻⁶, nothing more is done and the exit code is 1
 synthetic: eigenvalues that span 10⁶, keys in narrow clusters, some of them repeated.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from layers import WrongResultError
+from output import put
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -252,12 +250,7 @@ def main(
     except WrongResultError as error:
         messages.print(f"[red]wrong result, nothing more is done:[/red] {error}")
         raise typer.Exit(1) from None
-    if json_to == "-":
-        json.dump(result, sys.stdout)
-        return
-    if json_to is not None:
-        Path(json_to).write_text(json.dumps(result, indent=1) + "\n")
-    Console().print(table_of(result))
+    put(result, table_of(result), json_to)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,9 @@ class _Group(TyperGroup):
             typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted; the folder is at its last whole batch", err=True)
+            typer.echo(
+                "interrupted; a folder that was being edited is at its last whole batch", err=True
+            )
             raise typer.Exit(130) from None
 
 

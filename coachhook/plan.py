@@ -16,6 +16,7 @@ from coachhook import embedded
 from coachhook.config import EditConfig
 from coachhook.corpus import SEQUENCE_LENGTH
 from coachhook.errors import NotEnoughMemoryError
+from coachhook.forward import input_device
 from coachhook.machine import arithmetic_device, free_bytes, matmul_rate
 from coachhook.models import Architecture
 from coachhook.requests import EditRequest
@@ -164,7 +165,7 @@ class Sizes:
             weights_bytes=sum(t.numel() * t.element_size() for t in tensors),
             itemsize=model.dtype.itemsize,
             dtype=model.dtype,
-            device=model.device,
+            device=input_device(model),
         )
 
     def seconds(self, operations: float) -> float:

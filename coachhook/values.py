@@ -1,7 +1,7 @@
 """Target values: the hidden state at the subject's last token that makes the target likely.
 
 Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe), all requests of
-a batch together; `shifted` keeps what does not depend on the shift.
+a batch together; `value_rows` keeps what does not depend on the shift.
 """
 
 import logging
@@ -18,8 +18,8 @@ from coachhook.forward import eval_mode, is_out_of_memory, starting_after
 from coachhook.models import Architecture
 from coachhook.processes import ALONE, Processes
 from coachhook.requests import EditRequest
-from coachhook.shifted import contexts_of, prepare, score
 from coachhook.tokens import Row
+from coachhook.value_rows import contexts_of, prepare, score
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ The residual is spread over the layers: each takes an equal share of what is sti
 output of the last one, and keys and residual are collected again after each (design section 2).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from coachhook.background_scores import BackgroundScores
 from coachhook.config import EditConfig
 from coachhook.errors import ModelError
 from coachhook.forward import in_parts, input_device, read_pass
@@ -20,7 +21,6 @@ from coachhook.hooks import HookLinear, HookState
 from coachhook.hookset import HookSet
 from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models import Architecture
-from coachhook.nearest import BackgroundScores
 from coachhook.requests import EditRequest
 from coachhook.statistics import LayerStatistics
 from coachhook.tokens import Padded, encode_request, pad
@@ -146,7 +146,7 @@ class Contexts:
         tokens: int,
         *,
         block: nn.Module | None = None,
-        temporary: Iterable[HookLinear] = (),
+        temporary: Sequence[HookLinear] = (),
         what: Callable[[HookLinear, Tensor, slice], Tensor] = lambda _, keys, __: keys,
     ) -> tuple[list[Tensor], Tensor | None]:
         """At each row's subject, on the CPU: for every hook its keys `(b, d_in)`, or what `what`

@@ -13,7 +13,18 @@ import torch
 from tiny import TARGETS, tiny_model, tiny_tokenizer
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("timing", "published", "layers", "shapes", "sessions", "cases", "tune", "ops", "update")
+MODULES = (
+    "timing",
+    "output",
+    "published",
+    "layers",
+    "shapes",
+    "sessions",
+    "cases",
+    "tune",
+    "ops",
+    "update",
+)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(Editor, "edit", interrupted)
         result = invoke(*arguments)
     assert result.exit_code == 130
-    assert result.stderr.endswith("interrupted; the folder is at its last whole batch\n")
+    assert result.stderr.endswith("that was being edited is at its last whole batch\n")
     assert len(HookSet.from_pretrained(target).edits) == 2
     document = run_json(*arguments)
     assert [batch["batch"] for batch in document["batches"]] == [2]

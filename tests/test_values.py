@@ -13,7 +13,7 @@ from coachhook import EditRequest, ValueConfig
 from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.forward import hidden_of, starting_after
 from coachhook.models import Architecture
-from coachhook.shifted import _PASS_COST, ShiftedRows, contexts_of, prepare, score
+from coachhook.value_rows import _PASS_COST, ShiftedRows, contexts_of, prepare, score
 from coachhook.values import TargetValues, optimise_values
 
 LAYER = 1

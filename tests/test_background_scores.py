@@ -11,8 +11,8 @@ from journals import SKETCH, batch, grow_and_shrink, random_batch, tensor
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from coachhook.background_scores import BackgroundScores
 from coachhook.journal import Journal, LayerFactors, Verdict
-from coachhook.nearest import BackgroundScores
 
 LAYER = 1
 SKETCHED = normalize(tensor(50, SKETCH, seed=0), dim=-1)
