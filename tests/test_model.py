@@ -40,11 +40,12 @@ def saved(editor: ch.Editor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class TestMetrics:
-    @pytest.fixture(scope="class")
-    def scores(self, editor: ch.Editor, live: list[EditRequest]) -> Evaluation:
-        return evaluate(editor.model, editor.tokenizer, editor.hooks, live)
+@pytest.fixture(scope="module")
+def scores(editor: ch.Editor, live: list[EditRequest]) -> Evaluation:
+    return evaluate(editor.model, editor.tokenizer, editor.hooks, live)
 
+
+class TestMetrics:
     def test_reliability(self, scores: Evaluation) -> None:
         assert scores.reliability.teacher_forced is not None
         assert scores.reliability.greedy is not None
@@ -75,7 +76,7 @@ class TestMetrics:
 
 class TestGeneration:
     def test_with_a_cache_as_without(self, editor: ch.Editor, live: list[EditRequest]) -> None:
-        for request in live[:5]:
+        for request in live[:3]:
             inputs = editor.tokenizer(request.prompt, return_tensors="pt")
             args = {"max_new_tokens": 12, "do_sample": False}
             cached = editor.model.generate(**inputs, **args)

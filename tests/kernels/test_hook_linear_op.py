@@ -54,8 +54,10 @@ def flat(problem: Problem) -> tuple[Tensor | None, ...]:
 
 class TestRegistration:
     @forms
-    @pytest.mark.parametrize("shape", [(5,), (1,), (2, 3), ()], ids=str)
-    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize(
+        ("shape", "bias"),
+        [((5,), True), ((1,), False), ((2, 3), False), ((2, 3), True), ((), True)],
+    )
     def test_hook_linear(self, bias: bool, shape: tuple[int, ...], form: str) -> None:
         problem = make(replace(FORMS[form], rows=6, bias=bias))
         keys = problem.keys[: max(1, torch.Size(shape).numel())].view(*shape, -1)

@@ -1,0 +1,54 @@
+"""What one batch of target values becomes in one layer, against the closed form."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TARGETS, tiny_model, tiny_tokenizer
+
+from coachhook import EditConfig, EditRequest, StatisticsSource, ValueConfig
+from coachhook.editor import Editor
+from coachhook.models import Architecture
+from coachhook.statistics import key_statistics
+from coachhook.writing import Contexts
+from tests.closed_form import closed_form, relative_error, weighted
+
+LAYER = 1
+WEIGHT = 0.09
+CONFIG = EditConfig(
+    layers=(LAYER,),
+    preservation=1.0,
+    context_weight=WEIGHT,
+    false_alarms=0.05,
+    statistics=StatisticsSource(n_tokens=1024),
+    values=ValueConfig(steps=2),
+)
+BATCHES = [
+    [EditRequest("The capital of {}", "France", TARGETS[0])],
+    [EditRequest("We think of {}", "Brazil", TARGETS[1])],
+]
+
+
+def test_keys_under_contexts_count_by_their_weight(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    statistics = key_statistics(
+        model, tokenizer, Architecture.of(model), (LAYER,), CONFIG.statistics
+    )
+    accumulated = weighted(statistics[LAYER].moment, CONFIG.preservation)
+    with Editor.from_pretrained(model, tokenizer, config=CONFIG, statistics=statistics) as editor:
+        hook = editor.hooks.modules(model)[LAYER]
+        for number, requests in enumerate(BATCHES):
+            contexts = Contexts.of(model, tokenizer, requests, CONFIG.values.contexts)
+            (keys,), _ = contexts.read(model, [hook], 1024)
+            editor.edit(requests)
+            factors = editor.hooks.journal.batches[number].layers[LAYER]
+            weights = torch.tensor([1.0, WEIGHT, WEIGHT])[:, None]
+            columns = weights.sqrt() * keys
+            torch.testing.assert_close(factors.keys, columns)
+            # Σ w k, times fit, behind the inverse of all that counts.
+            want = (weights.sqrt() * closed_form(accumulated, columns, CONFIG.fit)).sum(0)
+            assert relative_error(factors.solutions[0].double(), want) <= 1e-5
+            accumulated = accumulated + columns.double().T @ columns.double()
