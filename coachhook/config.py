@@ -63,8 +63,10 @@ class EditConfig:
     layers: hooked blocks, or None for the default share of the model's depth. template: module
     name of the down-projection, for architectures outside the registry. gate: "keyed",
     "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
-    fit: weight of a batch's own keys in its solve; at 1 the paper's closed form, larger values
-    leave less of the residual. false_alarms: largest share of background tokens that may open a
+    context_weight: weight of an edit's keys read under the contexts against its bare prompt's, in
+    solves and in what later batches preserve: `d_in` keys of weight 1 fill a layer. fit: weight of
+    a batch's own keys in its solve; at 1 the paper's closed form, larger values leave less of the
+    residual. false_alarms: largest share of background tokens that may open a
     gate. fingerprint_size: s. resemblance: least cosine
     that opens the keyed gate. calibrated_alpha: least α of the calibrated gate; sequence_alpha:
     where the paper's α rule starts. inverse_dtype: how the `d_in² / 2` numbers of each layer's
@@ -76,7 +78,8 @@ class EditConfig:
     layers: tuple[int, ...] | None = None
     template: str | None = None
     gate: str = "keyed"
-    preservation: float = 150.0
+    preservation: float = 15.0
+    context_weight: float = 0.01
     fit: float = 20.0
     false_alarms: float = 1e-3
     fingerprint_size: int = 64
@@ -91,7 +94,8 @@ class EditConfig:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ConfigError(f"gate {self.gate!r} is not known; choose one of {', '.join(GATES)}")
-        _check_positive(self, "preservation", "fit", "false_alarms", "fingerprint_size")
+        _check_positive(self, "preservation", "context_weight", "fit")
+        _check_positive(self, "false_alarms", "fingerprint_size")
         if self.false_alarms >= 1:
             raise ConfigError(f"false_alarms is a share below 1, not {self.false_alarms}")
         if not -1 <= self.resemblance <= 1:

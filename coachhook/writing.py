@@ -261,10 +261,14 @@ def _solve(
 
     edit = torch.arange(len(keys)) % n
     kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
-    columns, edit = keys[kept], edit[kept]
+    # A column of weight w is one of length √w, in the solve and in `C_accu`.
+    lengths = torch.ones(len(keys), 1)
+    lengths[n:] = config.context_weight**0.5
+    columns, edit, lengths = (keys * lengths)[kept], edit[kept], lengths[kept]
     solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
     if len(columns):
-        solutions.index_add_(0, edit, writer.solver.solve(columns, config.fit).cpu())
+        solved = writer.solver.solve(columns, config.fit).cpu()
+        solutions.index_add_(0, edit, lengths * solved)
     return LayerFactors(
         residuals=torch.where(written[:, None], residuals, 0),
         solutions=solutions.float(),
