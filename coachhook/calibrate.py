@@ -45,7 +45,7 @@ _WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
 _COUNTS = (3, 1, 5)
 # λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
 # far below 1, ordinary text holds a key fast.
-_FREEDOM, _COARSE, _FINE = 30.0, 10.0, 3.0
+_FREEDOM, _COARSE, _FINE = 100.0, 10.0, 3.0
 _CLAMPS = (0.5, 2.0)
 # Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
 _RATES = (1e-3, 3e-3)

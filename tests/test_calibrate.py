@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from coachhook import profiles
 from coachhook.calibrate import (
+    _FINE,
+    _FREEDOM,
     Calibration,
     Trial,
     _Choice,
@@ -160,7 +162,11 @@ class Landscape:
 
 @pytest.mark.parametrize(
     ("layers", "freedom", "clamp", "least"),
-    [((9, 10, 11), 30.0, 1.0, 1), ((6, 7, 8), 30.0, 1.0, 3), ((4, 5, 6, 7, 8), 10.0, 2.0, 8)],
+    [
+        ((9, 10, 11), _FREEDOM, 1.0, 1),
+        ((6, 7, 8), _FREEDOM, 1.0, 3),
+        ((4, 5, 6, 7, 8), _FREEDOM / _FINE, 2.0, 8),
+    ],
 )
 def test_the_search_comes_to_the_best_choice_and_stops(
     layers: tuple[int, ...], freedom: float, clamp: float, least: int
