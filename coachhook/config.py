@@ -79,8 +79,8 @@ class EditConfig:
     template: str | None = None
     gate: str = "keyed"
     preservation: float = 15.0
-    context_weight: float = 0.01
-    fit: float = 20.0
+    context_weight: float = 0.003
+    fit: float = 10.0
     false_alarms: float = 1e-3
     fingerprint_size: int = 64
     resemblance: float = 0.62
