@@ -211,6 +211,10 @@ def _text_field(path: Path, number: int, line: str) -> str:
         raise StatisticsError(
             f"{path}:{number}: expected a string or an object with a 'text' field"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StatisticsError(f"{path}:{number}: not text: {error}") from error
     return text
 
 
@@ -227,5 +231,8 @@ def _parquet_documents(path: Path) -> Iterator[str]:
         raise StatisticsError(f"{path} is not a Parquet file: {error}") from error
     if "text" not in table.schema_arrow.names:
         raise StatisticsError(f"{path} has no 'text' column; it has {table.schema_arrow.names}")
+    kind = table.schema_arrow.field("text").type
+    if str(kind) not in ("string", "large_string"):
+        raise StatisticsError(f"the 'text' column of {path} holds {kind}, not strings")
     for batch in table.iter_batches(columns=["text"]):
         yield from (text for text in batch.column(0).to_pylist() if text)

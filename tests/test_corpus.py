@@ -69,6 +69,7 @@ def test_moment_is_the_mean_over_the_file(tmp_path: Path, kind: str) -> None:
         ("latin.txt", b"\xff\xfe\xfa", "cannot read"),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": 3}', "bad.jsonl:2"),
         ("broken.jsonl", b"{", "broken.jsonl:1: not JSON"),
+        ("half.jsonl", rb'{"text": "half a \ud800 pair"}', "half.jsonl:1: not text"),
         ("not.parquet", b"no parquet at all", "not a Parquet file"),
     ],
 )
@@ -83,11 +84,17 @@ def test_unusable_text(tmp_path: Path, name: str, content: bytes | None, message
         )
 
 
-def test_parquet_without_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [({"words": TEXTS}, "no 'text' column"), ({"text": [1, 2]}, "holds int64, not strings")],
+)
+def test_parquet_without_text(
+    tmp_path: Path, columns: dict[str, list[str] | list[int]], message: str
+) -> None:
     path = tmp_path / "other.parquet"
-    parquet.write_table(pa.table({"words": TEXTS}), path)
+    parquet.write_table(pa.table(columns), path)
     model = tiny_model("llama", seed=1)
-    with pytest.raises(StatisticsError, match="no 'text' column"):
+    with pytest.raises(StatisticsError, match=message):
         key_statistics(
             model, tiny_tokenizer(), Architecture.of(model), (1,), StatisticsSource(str(path))
         )
