@@ -28,6 +28,8 @@ _HOST = torch.device("cpu")
 _MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
 # Of what is alive beside those two while they are made, in float64: the matrix, and its factor.
 _SCRATCH = 16
+# Of a batch's Gram matrix, its factors and its products with the inverse, in float64.
+_NUMBER = 8
 # Background keys and first words kept a layer; sequences sampled at once.
 _MOST_BACKGROUND, _FIRST_WORDS, _SAMPLED_AT_ONCE = 65_536, 1_024, 128
 # Values of width `hidden` and of width `d_in` that a block keeps of a token for its backward pass,
@@ -46,6 +48,7 @@ _ADVICE = {
     "ordinary text": "hook fewer layers",
     "factorising": "hook fewer layers",
     "target values": "use a smaller batch",
+    "solving": "use a smaller batch",
     "writing": "use a smaller batch",
     "edits": "edit fewer facts into one folder",
     "differences": "hook fewer layers",
@@ -232,6 +235,7 @@ def edit_plan(
     delta = min(edits * (d_in + hidden), d_in * hidden) * sizes.itemsize
     # One pass up to the last hooked block for each layer and one for the verdict, then decoding.
     rows, width = batch * (1 + contexts), texts.left + texts.right
+    at_once = min(rows * width, max(width, config.values.tokens))
     passes = 2.0 * rows * width * (n + 1) * (layers[-1] + 1) * sizes.block_parameters
     answers = 2.0 * batch * (width + _NEW_TOKENS) * sizes.parameters
     solving = n * 8.0 * d_in**2 * rows
@@ -248,7 +252,8 @@ def edit_plan(
             ),
             Part("factorising", str(device), d_in**2 * _SCRATCH + kept * d_in * 4, passing=True),
             _values_part(sizes, layers[-1], config, texts, batch, batches),
-            Part("writing", str(sizes.device), sizes.pass_bytes(rows * width), seconds, True),
+            Part("solving", str(device), _NUMBER * rows * (3 * rows + 4 * d_in), passing=True),
+            Part("writing", str(sizes.device), sizes.pass_bytes(at_once), seconds, True),
             Part("edits", "cpu", n * journal),
             Part("differences", str(sizes.device), n * delta),
         ],
@@ -303,15 +308,18 @@ def _values_part(
     sizes: Sizes, layer: int, config: EditConfig, texts: _Texts, batch: int, batches: int
 ) -> Part:
     """Target values: one pass over whole rows, then steps over what stands right of the subject."""
-    rows = batch * (2 + len(config.values.contexts))
+    texts_of_one = 2 + len(config.values.contexts)
+    rows = batch * texts_of_one
     above = sizes.blocks - layer - 1
     width = texts.left + texts.right
+    together = min(batch, max(1, config.values.tokens // (width * texts_of_one)))
+    held = together * texts_of_one
     block = texts.right * (_KEPT_HIDDEN * sizes.hidden + _KEPT_INNER * sizes.d_in)
     # A step's own copy of the cache, and keys and values repeated for every query head.
     block += width * (sizes.cache_width + 2 * sizes.heads_width)
-    kept = sizes.cache_bytes(rows * width) + rows * above * block * sizes.itemsize
+    kept = sizes.cache_bytes(held * width) + held * above * block * sizes.itemsize
     # Logits, their logarithms and their gradient; those before the shift as well.
-    logits = (rows * texts.targets * 3 + 4 * batch) * sizes.vocabulary * 4
+    logits = (held * texts.targets * 3 + 4 * together) * sizes.vocabulary * 4
     first = 2.0 * rows * width * sizes.parameters
     head = rows * (texts.targets + 1) * sizes.hidden * sizes.vocabulary
     step = 4.0 * (rows * texts.right * above * sizes.block_parameters + head)

@@ -46,7 +46,7 @@ def planned(**changes: Any) -> Plan:
     asked: dict[str, Any] = {"layers": (1, 2), "batch": 2, "edits": 3, "kind": "llama", **changes}
     model = tiny_model(asked["kind"])
     sizes = Sizes.of(model, Architecture.of(model))
-    requests = REQUESTS[: asked["edits"]]
+    requests = asked.get("requests", REQUESTS[: asked["edits"]])
     return edit_plan(
         sizes, asked["layers"], EditConfig(), tiny_tokenizer(), requests, asked["batch"]
     )
@@ -93,6 +93,15 @@ def test_each_setting_costs_where_it_should() -> None:
     assert single["moments"] == one["moments"]
     fewer = by_name(planned(edits=1))
     assert fewer["edits"].n_bytes < one["edits"].n_bytes
+
+
+def test_a_batch_of_thousands_is_optimised_in_parts_and_solved_whole() -> None:
+    some, many = (by_name(planned(requests=REQUESTS[:1] * n, batch=n)) for n in (1_000, 5_000))
+    assert many["target values"].n_bytes == some["target values"].n_bytes
+    assert many["writing"].n_bytes == some["writing"].n_bytes
+    assert many["target values"].seconds == pytest.approx(5 * some["target values"].seconds)
+    # Three keys an edit: a square of float64 numbers, three times.
+    assert many["solving"].n_bytes > 3 * 8 * 15_000**2 > 20 * some["solving"].n_bytes
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "gpt_neox", "phi"])
