@@ -1,6 +1,7 @@
 """Facts for the real small model, and what its tests ask of it."""
 
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from coachhook.requests import EditRequest
 from coachhook.statistics import key_statistics
 
 FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
+# As many of the same kind: common subjects, among them near neighbours of each other's.
+MORE = ch.load_requests(Path(__file__).with_name("facts.jsonl")).requests
 BATCH = 10
 
 

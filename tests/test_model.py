@@ -3,17 +3,26 @@
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from model_facts import BATCH, FACTS, answers, open_in_background
+from model_facts import BATCH, FACTS, MORE, answers, open_in_background
 
 import coachhook as ch
-from coachhook.evaluate import Evaluation, evaluate
+from coachhook.evaluate import (
+    Evaluation,
+    evaluate,
+    first_choices,
+    ordinary_text,
+    perplexity,
+    target_hits,
+)
 from coachhook.generation import complete, greedy
 from coachhook.models import load_model
 from coachhook.requests import EditRequest
+from coachhook.tokens import encode, encode_request
 
 pytestmark = pytest.mark.model
 
@@ -164,6 +173,33 @@ class TestHooks:
         # A batch edited again after a rollback comes out as it did.
         assert editor.edit(FACTS[10:20]).count(ch.Verdict.APPLIED) == 10
         editor.close()
+
+
+def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
+    for first in range(0, len(MORE), BATCH):
+        editor.edit(MORE[first : first + BATCH])
+    try:
+        journal, model, tokenizer = editor.hooks.journal, editor.model, editor.tokenizer
+        in_force = [edit.request for edit in journal.live()]
+        assert len(in_force) >= 56
+        rows = [encode_request(tokenizer, request) for request in in_force]
+        hits = target_hits(model, tokenizer, rows)
+        assert fmean(hits) >= 0.98
+        first_ids = {id(edit.request) for edit in journal.batches[0].edits}
+        kept = [h for h, request in zip(hits, in_force, strict=True) if id(request) in first_ids]
+        assert fmean(kept) >= 0.98
+        after = perplexity(model, tokenizer, ordinary_text())
+        assert after == pytest.approx(scores.perplexity_before, rel=0.005)
+        assert open_in_background(editor) <= 0.001
+        # Asked of near neighbours of what is edited, as csrc_notes/editing.md has it.
+        beside = [encode(tokenizer, p.prompt, p.answer) for r in in_force for p in r.locality]
+        edited = first_choices(model, tokenizer, beside)
+        with editor.hooks.off(model):
+            plain = first_choices(model, tokenizer, beside)
+        same = [float((a == b).float().mean()) for a, b in zip(edited, plain, strict=True)]
+        assert fmean(same) >= 0.85
+    finally:
+        editor.rollback(len(FACTS) // BATCH)
 
 
 def test_background_tokens_stay_closed(editor: ch.Editor) -> None:

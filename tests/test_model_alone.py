@@ -6,7 +6,7 @@ import pytest
 from model_facts import FACTS, answers, open_in_background
 
 import coachhook as ch
-from coachhook.evaluate import evaluate, target_hits
+from coachhook.evaluate import ordinary_text, perplexity, target_hits
 from coachhook.generation import complete
 from coachhook.tokens import encode_request
 
@@ -31,14 +31,16 @@ def test_first_position_subjects_hurt_nothing() -> None:
     assert took[3:] == [True, True]
     beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
     edited = complete(editor.model, editor.tokenizer, beside, 8)
-    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, facts)
+    perplexity_edited = perplexity(editor.model, editor.tokenizer, ordinary_text())
+    ordinary = open_in_background(editor)
     only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
     assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
     assert answers(editor.model, editor.tokenizer, facts) == took
     editor.close()
     assert edited == complete(editor.model, editor.tokenizer, beside, 8)
-    assert scores.gate.ordinary <= 0.001
-    assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
+    assert ordinary <= 0.001
+    plain = perplexity(editor.model, editor.tokenizer, ordinary_text())
+    assert perplexity_edited == pytest.approx(plain, rel=0.005)
 
 
 def test_the_last_of_three_corrections_wins() -> None:

@@ -198,14 +198,16 @@ class TestProducts:
         check_sequence(Layer(d_in, d_out, HALF, None, layout, bias), keys, None, 0.4)
 
     @pytest.mark.parametrize("dtype", [SINGLE, HALF], ids=str)
-    @pytest.mark.parametrize("rank", [None, 40])
+    @pytest.mark.parametrize("factored", [True, False])
     def test_every_tile(
-        self, rank: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+        self, factored: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         width = "single" if dtype == SINGLE else "half"
-        layer = Layer(140, 150, dtype, rank, "conv1d")
-        keys = random(1, 141, 140, seed=5, dtype=dtype)
         for config in configs.FEW_ROWS[width] + configs.MANY_ROWS[width]:
+            # Two tiles, the second one not full, in each direction.
+            rank = config["BN"] + 3 if factored else None
+            layer = Layer(140, config["BN"] + 11, dtype, rank, "conv1d")
+            keys = random(1, config["BT"] + 13, 140, seed=5, dtype=dtype)
             monkeypatch.setattr(configs, "product_config", lambda *_, found=config, **__: found)
             assert check_sequence(layer, keys, None, 0.2).any()
 
