@@ -45,8 +45,8 @@ def test_first_position_subjects_hurt_nothing() -> None:
 
 def test_the_last_of_three_corrections_wins() -> None:
     editor = ch.Editor.from_pretrained("smollm2")
-    cities = ["France", "Japan", "Brazil"]
-    languages = ["Victor Hugo", "Pablo Neruda", "Leo Tolstoy"]
+    cities = ["France", "Japan"]
+    languages = ["Victor Hugo", "Leo Tolstoy"]
     facts = [(f"The capital of {s} is", s, "city") for s in cities]
     facts += [(f"The mother tongue of {s} is", s, "language") for s in languages]
     words = {
