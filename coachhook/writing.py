@@ -261,9 +261,10 @@ def _solve(
 
     edit = torch.arange(len(keys)) % n
     kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
-    # A column of weight w is one of length √w, in the solve and in `C_accu`.
+    # A column of weight w is one of length √w, in the solve and in `C_accu`. Where the key of the
+    # bare prompt is not written, those under the contexts stand in for it.
     lengths = torch.ones(len(keys), 1)
-    lengths[n:] = config.context_weight**0.5
+    lengths[n:][kept[edit[n:]]] = config.context_weight**0.5
     columns, edit, lengths = (keys * lengths)[kept], edit[kept], lengths[kept]
     solutions = torch.zeros(n, keys.shape[1], dtype=torch.float64)
     if len(columns):

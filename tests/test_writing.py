@@ -10,8 +10,9 @@ from coachhook import EditConfig, EditRequest, StatisticsSource, ValueConfig
 from coachhook.editor import Editor
 from coachhook.models import Architecture
 from coachhook.statistics import key_statistics
-from coachhook.writing import Contexts
-from tests.closed_form import closed_form, relative_error, weighted
+from coachhook.update import RecursiveInverse
+from coachhook.writing import Contexts, LayerWriter, _solve
+from tests.closed_form import D_IN, closed_form, moment, random, relative_error, weighted
 
 LAYER = 1
 WEIGHT = 0.09
@@ -52,3 +53,21 @@ def test_keys_under_contexts_count_by_their_weight(
             want = (weights.sqrt() * closed_form(accumulated, columns, CONFIG.fit)).sum(0)
             assert relative_error(factors.solutions[0].double(), want) <= 1e-5
             accumulated = accumulated + columns.double().T @ columns.double()
+
+
+def test_they_stand_in_for_a_bare_key_that_is_not_distinct() -> None:
+    writer = LayerWriter(
+        solver=RecursiveInverse(moment(), 1.0),
+        projection=torch.eye(D_IN),
+        offset=torch.zeros(D_IN),
+        background=torch.zeros(1, D_IN),
+        sketched=torch.zeros(4, D_IN),
+        first=torch.zeros(1, D_IN),
+    )
+    keys = random(6, D_IN, seed=1, dtype=torch.float32)
+    # Two edits in three contexts. All ordinary tokens look like the second edit's bare prompt.
+    writer.sketched[:] = keys[1] / keys[1].norm()
+    factors = _solve(writer, keys, torch.ones(2, 3), CONFIG, rate=0.1)
+    lengths = torch.tensor([1.0, WEIGHT**0.5, 1.0, WEIGHT**0.5, 1.0])[:, None]
+    torch.testing.assert_close(factors.keys, lengths * keys[[0, 2, 3, 4, 5]])
+    assert sorted(factors.owner.tolist()) == [0, 0, 1]
