@@ -64,15 +64,15 @@ class EditConfig:
     name of the down-projection, for architectures outside the registry. gate: "keyed",
     "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
     context_weight: weight of an edit's keys read under the contexts against its bare prompt's, in
-    solves and in what later batches preserve: `d_in` keys of weight 1 fill a layer. fit: weight of
-    a batch's own keys in its solve; at 1 the paper's closed form, larger values leave less of the
-    residual. false_alarms: largest share of background tokens that may open a gate.
-    fingerprint_size: s. resemblance: least cosine that opens the keyed gate. calibrated_alpha:
-    least α of the calibrated gate; sequence_alpha: where the paper's α rule starts. inverse_dtype:
-    how the `d_in² / 2` numbers of each layer's inverse are stored, "float64", or "float32" for half
-    the memory and an error of Δ that is kept near 1 % at most. inverse_device: where they are kept
-    and updated, "cpu" or a GPU such as "cuda:1"; None is the GPU that holds the layer, and the CPU
-    for a layer that is on none.
+    solves and in what later batches preserve. A layer is full after `d_in` keys of weight 1. fit:
+    weight of a batch's own keys in its solve; larger values leave less of the residual. With both
+    at 1 it is the paper's closed form. false_alarms: largest share of background tokens that may
+    open a gate. fingerprint_size: s. resemblance: least cosine that opens the keyed gate.
+    calibrated_alpha: least α of the calibrated gate; sequence_alpha: where the paper's α rule
+    starts. inverse_dtype: how the `d_in² / 2` numbers of each layer's inverse are stored,
+    "float64", or "float32" for half the memory and an error of Δ that is kept near 1 % at most.
+    inverse_device: where they are kept and updated, "cpu" or a GPU such as "cuda:1"; None is the
+    GPU that holds the layer, and the CPU for a layer that is on none.
     """
 
     layers: tuple[int, ...] | None = None
@@ -129,6 +129,8 @@ class EditConfig:
         layers = data["layers"]
         return cls(
             **{
+                # Folders that do not say so were written with all keys of an edit alike.
+                "context_weight": 1.0,
                 **data,
                 "layers": None if layers is None else tuple(layers),
                 "values": ValueConfig(**values),

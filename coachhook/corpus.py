@@ -220,7 +220,7 @@ def _text_field(path: Path, number: int, line: str) -> str:
 
 def _parquet_documents(path: Path) -> Iterator[str]:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowInvalid, parquet, types
     except ImportError as error:
         raise StatisticsError(
             f"reading {path} needs pyarrow; install it with 'pip install coachhook[parquet]'"
@@ -232,7 +232,8 @@ def _parquet_documents(path: Path) -> Iterator[str]:
     if "text" not in table.schema_arrow.names:
         raise StatisticsError(f"{path} has no 'text' column; it has {table.schema_arrow.names}")
     kind = table.schema_arrow.field("text").type
-    if str(kind) not in ("string", "large_string"):
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if str(values) not in ("string", "large_string", "string_view"):
         raise StatisticsError(f"the 'text' column of {path} holds {kind}, not strings")
     for batch in table.iter_batches(columns=["text"]):
         yield from (text for text in batch.column(0).to_pylist() if text)

@@ -37,6 +37,9 @@ _SINK_SHARE = 0.005
 
 _ROUNDING = 1e-3
 
+# Fingerprints that are compared with all background keys at a time.
+_CHUNK = 256
+
 SINK_REASON = (
     "the subject is the first token of the prompt, where every text has the same key (an attention "
     "sink); let other words precede it"
@@ -111,9 +114,13 @@ class LayerWriter:
 
     def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
         """Which fingerprints `(n, s)` stand out from ordinary tokens, bool `(n,)`."""
-        cosines = self.sketched @ fingerprints.T
-        allowed = int(rate * len(cosines))
-        return cosines.sort(dim=0, descending=True).values[allowed] < _DISTINCT
+        allowed = int(rate * len(self.sketched))
+        # In parts: a large batch against all of the background need not fit in memory.
+        ceilings = [
+            (self.sketched @ some.T).topk(allowed + 1, dim=0).values[-1]
+            for some in fingerprints.split(_CHUNK)
+        ]
+        return torch.cat(ceilings) < _DISTINCT
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -9,6 +10,7 @@ import torch
 from pyarrow import parquet
 from tiny import tiny_model, tiny_tokenizer
 
+from coachhook.corpus import _documents
 from coachhook.errors import AttachError, ConfigError, StatisticsError
 from coachhook.forward import read_pass
 from coachhook.gates import CalibratedGate, Threshold
@@ -84,13 +86,21 @@ def test_unusable_text(tmp_path: Path, name: str, content: bytes | None, message
         )
 
 
+def test_parquet_with_categories_of_text(tmp_path: Path) -> None:
+    path = tmp_path / "categories.parquet"
+    parquet.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), path)
+    assert list(_documents(path)) == TEXTS
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"words": TEXTS}, "no 'text' column"), ({"text": [1, 2]}, "holds int64, not strings")],
+    [
+        ({"words": TEXTS}, "no 'text' column"),
+        ({"text": [1, 2]}, "holds int64, not strings"),
+        ({"text": [TEXTS]}, "holds list<.*string>, not strings"),
+    ],
 )
-def test_parquet_without_text(
-    tmp_path: Path, columns: dict[str, list[str] | list[int]], message: str
-) -> None:
+def test_parquet_without_text(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     path = tmp_path / "other.parquet"
     parquet.write_table(pa.table(columns), path)
     model = tiny_model("llama", seed=1)

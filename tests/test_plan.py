@@ -100,8 +100,9 @@ def test_a_batch_of_thousands_is_optimised_in_parts_and_solved_whole() -> None:
     assert many["target values"].n_bytes == some["target values"].n_bytes
     assert many["writing"].n_bytes == some["writing"].n_bytes
     assert many["target values"].seconds == pytest.approx(5 * some["target values"].seconds)
-    # Three keys an edit: a square of float64 numbers, three times.
-    assert many["solving"].n_bytes > 3 * 8 * 15_000**2 > 20 * some["solving"].n_bytes
+    # Three keys an edit: three squares of float64 numbers, and four products with keys.
+    assert some["solving"].n_bytes == 8 * 3_000 * (3 * 3_000 + 4 * 64)
+    assert many["solving"].n_bytes == 8 * 15_000 * (3 * 15_000 + 4 * 64)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gptj", "opt", "gpt_neox", "phi"])

@@ -71,3 +71,10 @@ def test_they_stand_in_for_a_bare_key_that_is_not_distinct() -> None:
     lengths = torch.tensor([1.0, WEIGHT**0.5, 1.0, WEIGHT**0.5, 1.0])[:, None]
     torch.testing.assert_close(factors.keys, lengths * keys[[0, 2, 3, 4, 5]])
     assert sorted(factors.owner.tolist()) == [0, 0, 1]
+
+
+def test_a_folder_that_does_not_say_weighed_all_keys_alike() -> None:
+    data = CONFIG.to_dict()
+    assert EditConfig.from_dict(data) == CONFIG
+    del data["context_weight"]
+    assert EditConfig.from_dict(data).context_weight == 1
