@@ -28,7 +28,7 @@ _HOST = torch.device("cpu")
 _MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
 # Of what is alive beside those two while they are made, in float64: the matrix, and its factor.
 _SCRATCH = 16
-# Of a batch's Gram matrix, its factors and its products with the inverse, in float64.
+# Bytes of each number of a batch's Gram matrix, its factors and its products with the inverse.
 _NUMBER = 8
 # Background keys and first words kept a layer; sequences sampled at once.
 _MOST_BACKGROUND, _FIRST_WORDS, _SAMPLED_AT_ONCE = 65_536, 1_024, 128
