@@ -26,6 +26,7 @@ from coachhook.hooks import HookLinear, HookState
 from coachhook.journal import EditRecord, Journal
 from coachhook.models import Architecture, BaseModel, weight_checksums
 from coachhook.offloaded import device_of, whole
+from coachhook.requests import EditRequest
 from coachhook.sharded import RowParallel, gathered
 from coachhook.trace import Trace, trace_text
 from coachhook_kernels import Delta
@@ -132,6 +133,14 @@ class HookSet:
         finally:
             for hook, state in zip(hooks, states, strict=True):
                 hook.state = state
+
+    def in_force(self) -> list[list[EditRequest]]:
+        """Per batch, those of its requests that are written, not superseded, and enabled."""
+        live = {edit.id for edit in self.journal.live()}
+        return [
+            [edit.request for edit in batch.edits if edit.id in live]
+            for batch in self.journal.batches
+        ]
 
     def modules(self, model: nn.Module) -> dict[int, HookLinear]:
         """The hook of each layer on `model`. Raises `AttachError` if they are not attached."""

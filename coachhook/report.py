@@ -173,7 +173,10 @@ def evaluation_view(document: Document) -> None:
         gates.add_row(label, _percent(gate[key]))
     console.print(gates)
     before, after = document["perplexity_before"], document["perplexity_after"]
-    say(f"perplexity of ordinary text {before:.3f} → {after:.3f} ({after / before - 1:+.2%})")
+    say(
+        f"perplexity of ordinary text {before:.3f} → {after:.3f} ({after / before - 1:+.2%}), "
+        f"divergence {document['divergence']:.4f} nats a token"
+    )
     kept = ", ".join(f"{n}: {_percent(score)} %" for n, score in document["retention"].items())
     say(f"reliability by batch (retention) {kept or '–'}")
 

@@ -11,16 +11,10 @@ import torch
 from model_facts import BATCH, FACTS, MORE, answers, open_in_background
 
 import coachhook as ch
-from coachhook.evaluate import (
-    Evaluation,
-    evaluate,
-    first_choices,
-    ordinary_text,
-    perplexity,
-    target_hits,
-)
+from coachhook.evaluate import Evaluation, evaluate, first_choices, target_hits
 from coachhook.generation import complete, greedy
 from coachhook.models import load_model
+from coachhook.ordinary import ordinary_text, perplexity
 from coachhook.requests import EditRequest
 from coachhook.tokens import encode, encode_request
 
@@ -78,9 +72,12 @@ class TestMetrics:
 
     def test_ordinary_text_is_left_alone(self, scores: Evaluation) -> None:
         assert scores.perplexity_after == pytest.approx(scores.perplexity_before, rel=0.005)
+        assert scores.divergence == pytest.approx(0, abs=0.005)
+        assert scores.gate is not None
         assert scores.gate.ordinary <= 0.001
 
     def test_gates_know_the_subjects(self, scores: Evaluation) -> None:
+        assert scores.gate is not None
         assert scores.gate.recall >= 0.99
         assert scores.gate.precision is not None
         assert scores.gate.precision >= 0.9

@@ -6,8 +6,9 @@ import pytest
 from model_facts import FACTS, answers, open_in_background
 
 import coachhook as ch
-from coachhook.evaluate import ordinary_text, perplexity, target_hits
+from coachhook.evaluate import target_hits
 from coachhook.generation import complete
+from coachhook.ordinary import ordinary_text, perplexity
 from coachhook.tokens import encode_request
 
 pytestmark = pytest.mark.model
