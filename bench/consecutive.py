@@ -41,7 +41,7 @@ def main(
     run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    path = facts or Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
+    path = facts or demo_facts()
     requests = ch.load_requests(path).requests[first : first + edits]
     batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
     with tempfile.TemporaryDirectory() as temporary:
@@ -58,6 +58,11 @@ def main(
         print(json.dumps(result))
     else:
         show(result)
+
+
+def demo_facts() -> Path:
+    """The facts that come with the package."""
+    return Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
 
 
 def edit_all(

@@ -32,8 +32,8 @@ from coachhook_kernels import difference_norm, sequence_zscore
 _DISTINCT = 0.8
 
 
-# A first token whose key resembles those of more than this share of other first words is a sink.
-_SINK_SHARE = 0.005
+# A key that resembles those of more than this share of first words is an attention sink.
+_SINK_SHARE = 0.01
 
 _ROUNDING = 1e-3
 
@@ -94,13 +94,15 @@ class LayerWriter:
         sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU.
         """
         projection, offset = sketch
+        # Of a small vocabulary the same word was drawn many times.
+        first = statistics.first.float().unique(dim=0)
         return cls(
             solver=solver,
             projection=projection,
             offset=offset,
             background=statistics.background,
             sketched=_fingerprint(statistics.background.float(), projection, offset),
-            first=_fingerprint(statistics.first.float(), projection, offset),
+            first=_fingerprint(first, projection, offset),
         )
 
     def fingerprint(self, keys: Tensor) -> Tensor:
@@ -108,19 +110,21 @@ class LayerWriter:
         return _fingerprint(keys, self.projection, self.offset)
 
     def sinks(self, fingerprints: Tensor, resemblance: float) -> Tensor:
-        """Which fingerprints `(n, s)` of first tokens are those of any first token, bool `(n,)`."""
-        alike = self.first @ fingerprints.T >= resemblance
-        return alike.float().mean(0) > _SINK_SHARE
+        """Which fingerprints `(n, s)` are also those of some first words, whatever these are, bool
+        `(n,)`. Not those of first tokens alone: the sink may be a token or two further on."""
+        alike = (self.first @ fingerprints.T >= resemblance).sum(0)
+        # One of them may be the subject's own word.
+        return alike > max(1, _SINK_SHARE * len(self.first))
 
-    def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
-        """Which fingerprints `(n, s)` stand out from ordinary tokens, bool `(n,)`."""
+    def distinct(self, fingerprints: Tensor, rate: float, resemblance: float) -> Tensor:
+        """Which fingerprints `(n, s)` stand out from ordinary tokens and first words, `(n,)`."""
         allowed = int(rate * len(self.sketched))
         # In parts: a large batch against all of the background need not fit in memory.
         ceilings = [
             (self.sketched @ some.T).topk(allowed + 1, dim=0).values[-1]
             for some in fingerprints.split(_CHUNK)
         ]
-        return torch.cat(ceilings) < _DISTINCT
+        return (torch.cat(ceilings) < _DISTINCT) & ~self.sinks(fingerprints, resemblance)
 
 
 @dataclass(frozen=True)
@@ -263,11 +267,11 @@ def _solve(
     marks = torch.cat([by_context[0], *([by_context[1:].mean(0)] if len(by_context) > 1 else [])])
     fingerprints = writer.fingerprint(marks)
     owner = torch.arange(len(marks)) % n
-    marked = writer.distinct(fingerprints, rate)
+    marked = writer.distinct(fingerprints, rate, config.resemblance)
     written = torch.zeros(n, dtype=torch.bool).index_fill(0, owner[marked], True)
 
     edit = torch.arange(len(keys)) % n
-    kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
+    kept = writer.distinct(writer.fingerprint(keys), rate, config.resemblance) & written[edit]
     # A column of weight w is one of length √w, in the solve and in `C_accu`. Where the key of the
     # bare prompt is not written, those under the contexts stand in for it.
     lengths = torch.ones(len(keys), 1)

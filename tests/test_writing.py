@@ -55,18 +55,21 @@ def test_keys_under_contexts_count_by_their_weight(
             accumulated = accumulated + columns.double().T @ columns.double()
 
 
-def test_they_stand_in_for_a_bare_key_that_is_not_distinct() -> None:
+@pytest.mark.parametrize("like", ["ordinary tokens", "first words"])
+def test_they_stand_in_for_a_bare_key_that_is_not_distinct(like: str) -> None:
     writer = LayerWriter(
         solver=RecursiveInverse(moment(), 1.0),
         projection=torch.eye(D_IN),
         offset=torch.zeros(D_IN),
         background=torch.zeros(1, D_IN),
         sketched=torch.zeros(4, D_IN),
-        first=torch.zeros(1, D_IN),
+        first=torch.zeros(100, D_IN),
     )
     keys = random(6, D_IN, seed=1, dtype=torch.float32)
-    # Two edits in three contexts. All ordinary tokens look like the second edit's bare prompt.
-    writer.sketched[:] = keys[1] / keys[1].norm()
+    # Two edits in three contexts. What the second edit's bare prompt must not look like does: all
+    # of the ordinary tokens, two of a hundred first words.
+    others = writer.sketched if like == "ordinary tokens" else writer.first[:2]
+    others[:] = keys[1] / keys[1].norm()
     factors = _solve(writer, keys, torch.ones(2, 3), CONFIG, rate=0.1)
     lengths = torch.tensor([1.0, WEIGHT**0.5, 1.0, WEIGHT**0.5, 1.0])[:, None]
     torch.testing.assert_close(factors.keys, lengths * keys[[0, 2, 3, 4, 5]])

@@ -1,0 +1,100 @@
+"""GRACE: a growing codebook at one layer; a key within the radius of an entry gets its output.
+
+As published but for two things that all editors here share: keys are those of the subject's last
+token, and values come from the common optimisation. Its radii are in units of the distance between
+keys of ordinary text.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import coachhook as ch
+from editors.setting import InForce, Setting
+
+
+class Codebook(nn.Module):
+    """A down-projection whose output near an entry is the entry's.
+
+    keys `(e, d_in)`, outputs `(e, d_out)`, radii `(e,)` in the units of the keys.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.keys = torch.zeros(0, base.in_features)
+        self.outputs = torch.zeros(0, base.out_features)
+        self.radii = torch.zeros(0)
+        self.on = True
+
+    def forward(self, keys: Tensor) -> Tensor:
+        output: Tensor = self.base(keys)
+        if not self.on or not len(self.keys):
+            return output
+        distance, entry = torch.cdist(keys.float(), self.keys).min(-1)
+        inside = distance <= self.radii[entry]
+        return torch.where(inside[..., None], self.outputs[entry].to(output.dtype), output)
+
+    def add(self, key: Tensor, output: Tensor, radius: float, replaces: list[int]) -> None:
+        """One more entry. Where it falls into the radius of another, both shrink to half their
+        distance, so that neither answers for the other. replaces: entries that it supersedes."""
+        if replaces:
+            self.keep(torch.tensor([i not in replaces for i in range(len(self.keys))]))
+        if len(self.keys):
+            distances = (self.keys - key).norm(dim=-1)
+            near = distances < self.radii + radius
+            self.radii = torch.where(near, torch.minimum(self.radii, distances / 2), self.radii)
+            radius = min(radius, float(distances.min()) / 2)
+        self.keys = torch.cat([self.keys, key[None]])
+        self.outputs = torch.cat([self.outputs, output[None]])
+        self.radii = torch.cat([self.radii, torch.tensor([radius])])
+
+    def keep(self, which: Tensor) -> None:
+        self.keys, self.outputs, self.radii = (
+            t[which] for t in (self.keys, self.outputs, self.radii)
+        )
+
+
+class Grace:
+    """radius: of a new entry, in units of the mean distance between ordinary keys."""
+
+    def __init__(self, setting: Setting, radius: float) -> None:
+        self._setting, layer = setting, setting.layers[-1]
+        background = setting.statistics[layer].background[:1024].float()
+        self._radius = radius * float(torch.pdist(background).mean())
+        self._codebook = Codebook(setting.down_projection(layer))
+        setting.model.set_submodule(setting.architecture.name(layer), self._codebook)
+        self._facts: list[tuple[str, str]] = []
+        self._force = InForce()
+        self.edits = self
+
+    def in_force(self) -> list[list[ch.EditRequest]]:
+        return self._force.in_force()
+
+    def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
+        setting, book = self._setting, self._codebook
+        contexts = setting.contexts(requests)
+        keys, reached = setting.read(contexts, setting.layers[-1])
+        for key, missing, request in zip(keys, values - reached, requests, strict=False):
+            replaces = [i for i, fact in enumerate(self._facts) if fact == request.fact]
+            self._facts = [fact for fact in self._facts if fact != request.fact]
+            with torch.no_grad():
+                now = book(key[None])[0]
+            book.add(key, now + missing, self._radius, replaces)
+            self._facts.append(request.fact)
+        self._force.add(requests)
+
+    @contextmanager
+    def off(self, model: Any) -> Iterator[Any]:
+        self._codebook.on = False
+        try:
+            yield model
+        finally:
+            self._codebook.on = True
+
+    def held(self) -> int:
+        tensors = (self._codebook.keys, self._codebook.outputs, self._codebook.radii)
+        return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,41 @@
+"""Confidence intervals by the bootstrap over records."""
+
+from collections.abc import Callable, Sequence
+from statistics import harmonic_mean
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+METRICS = ("reliability", "generality", "locality")
+
+
+def harmonic(records: Sequence[Record], form: str) -> float | None:
+    """Harmonic mean of the three metrics' means; None where no record has one of them."""
+    means = [mean_of(records, metric, form) for metric in METRICS]
+    given = [m for m in means if m is not None]
+    return harmonic_mean(given) if len(given) == len(METRICS) else None
+
+
+def mean_of(records: Sequence[Record], metric: str, form: str) -> float | None:
+    values = [r[metric][form] for r in records if r[metric][form] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def interval(
+    records: Sequence[Record],
+    figure: Callable[[Sequence[Record]], float | None],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """The middle 95 % of `figure` over resampled records; None where it is absent."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        value = figure([records[i] for i in random.integers(0, len(records), len(records))])
+        if value is not None:
+            found.append(value)
+    if not found:
+        return None
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
