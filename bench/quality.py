@@ -23,7 +23,7 @@ import psutil
 import torch
 import typer
 from consecutive import demo_facts
-from editors import MAKERS, Setting, make_editor
+from editors import MAKERS, Setting, make_editor, named
 from intervals import METRICS, harmonic, interval, mean_of
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +52,10 @@ def main(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     names = list(dict.fromkeys(editor or MAKERS))
+    try:
+        _ = [named(name) for name in names]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     path = facts or demo_facts()
     requests = ch.load_requests(path).requests[first : first + edits]
     if not requests:

@@ -1,5 +1,6 @@
 """Editors to compare, by name; each small, all on the same layers, keys, values and data."""
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -34,14 +35,25 @@ MAKERS: dict[str, tuple[Callable[[Setting, float], Editor], float]] = {
 }
 
 
-def make_editor(name: str, setting: Setting) -> Editor:
-    """The editor `name`, or `name@number` with another number than its own. Raises ValueError for
-    a name that is not known or a number that is none."""
+def named(name: str) -> tuple[str, float]:
+    """The editor that `name` means, and its number: its own, or that of `name@number`. Raises
+    ValueError for an editor that is not known or a number that is none."""
     kind, _, number = name.partition("@")
     if kind not in MAKERS:
         raise ValueError(f"there is no editor {kind!r}; there are {', '.join(MAKERS)}")
-    make, usual = MAKERS[kind]
-    return make(setting, float(number) if number else usual)
+    try:
+        strength = float(number) if number else MAKERS[kind][1]
+    except ValueError:
+        strength = math.nan
+    if not 0 < strength < math.inf:
+        raise ValueError(f"{number!r} behind {kind}@ is no positive number")
+    return kind, strength
 
 
-__all__ = ["MAKERS", "Editor", "Setting", "make_editor"]
+def make_editor(name: str, setting: Setting) -> Editor:
+    """The editor `name`, on a model of its own. See `named`."""
+    kind, strength = named(name)
+    return MAKERS[kind][0](setting, strength)
+
+
+__all__ = ["MAKERS", "Editor", "Setting", "make_editor", "named"]

@@ -1,0 +1,179 @@
+"""The comparison of editors: each against its closed form, and the protocol on a tiny model."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from tiny import TARGETS, tiny_model, tiny_tokenizer
+from torch import nn
+
+from coachhook import EditRequest
+from coachhook.models import load_model
+from coachhook.ordinary import ordinary_text, perplexity
+from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
+
+BENCH = Path(__file__).parents[1] / "bench"
+FACTS = [
+    EditRequest("They moved to {}", "France", TARGETS[0], ("Once {}",), (("It rained", "and"),)),
+    EditRequest("I was told of {}", "Rome", TARGETS[1], ("Of {}",), (("Yes", "it"),)),
+    EditRequest("We think of {}", "Brazil", TARGETS[2]),
+    # The first fact, corrected.
+    EditRequest("They moved to {}", "France", TARGETS[3], ("Once {}",), (("It rained", "and"),)),
+]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of bench/, importable for one test only."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+class TestClosedForms:
+    @pytest.mark.parametrize("name", ["memit", "accumulated"])
+    def test_solves_against_what_it_preserves(self, bench: Any, name: str) -> None:
+        rule = getattr(bench("editors.direct"), name)(moment(), 3.0)
+        preserved = weighted(moment(), 3.0)
+        for seed in (1, 2):
+            keys = random(5, D_IN, seed=seed, dtype=torch.float32)
+            residuals = random(5, D_OUT, seed=seed + 10, dtype=torch.float32)
+            want = residuals.double().T @ closed_form(preserved, keys)
+            assert relative_error(rule.update(keys, residuals).double(), want) <= 1e-5
+            if name == "accumulated":
+                preserved = preserved + keys.double().T @ keys.double()
+
+    def test_alphaedit_leaves_the_main_directions_alone(self, bench: Any) -> None:
+        share = 0.1
+        values, vectors = torch.linalg.eigh(moment())
+        kept = vectors[:, values.cumsum(0) > share * values.sum()]
+        assert 0 < kept.shape[1] < D_IN
+        rule = bench("editors.direct").alphaedit(moment(), share)
+        for seed in (1, 2):
+            keys = random(5, D_IN, seed=seed, dtype=torch.float32)
+            residuals = random(5, D_OUT, seed=seed + 10, dtype=torch.float32)
+            change = rule.update(keys, residuals).double()
+            assert (change @ kept).norm() <= 1e-5 * change.norm()
+            assert relative_error(change @ keys.double().T, residuals.double().T) < 0.9
+
+    def test_a_codebook_answers_within_its_radii(self, bench: Any) -> None:
+        base = nn.Linear(2, 1, bias=False)
+        book = bench("editors.grace").Codebook(base)
+        book.add(torch.tensor([0.0, 0.0]), torch.tensor([5.0]), 1.0, [])
+        inside, outside = torch.tensor([[0.9, 0.0]]), torch.tensor([[1.1, 0.0]])
+        with torch.no_grad():
+            assert book(inside) == 5
+            assert book(outside) == base(outside)
+            # A neighbour halves the distance between them with it.
+            book.add(torch.tensor([1.0, 0.0]), torch.tensor([7.0]), 1.0, [])
+            assert book.radii.tolist() == [0.5, 0.5]
+            assert book(inside) == 7
+            # The entry that a correction replaces is gone.
+            book.add(torch.tensor([0.0, 0.0]), torch.tensor([6.0]), 1.0, [0])
+            assert book(torch.zeros(1, 2)) == 6
+            assert len(book.keys) == 2
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def arguments(tiny_folder: Path, tmp_path: Path, **others: Any) -> dict[str, Any]:
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS))
+    usual = {
+        "facts": facts,
+        "first": 0,
+        "edits": 10,
+        "batch_size": 2,
+        "every": 1,
+        "editor": None,
+        "model": str(tiny_folder),
+        "run": tmp_path / "run",
+        "as_json": True,
+    }
+    return usual | others
+
+
+def test_every_editor_under_one_protocol(
+    bench: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    quality = bench("quality")
+    quality.main(**arguments(tiny_folder, tmp_path))
+    document = json.loads(capsys.readouterr().out)
+    assert list(document["editors"]) == list(bench("editors").MAKERS)
+    model, tokenizer = load_model(str(tiny_folder))
+    unedited = perplexity(model, tokenizer, ordinary_text())
+    for name, result in document["editors"].items():
+        first, last = result["points"]
+        assert (first["edits"], last["edits"]) == (2, 4), name
+        # The corrected fact counts once, and one fact has no paraphrase.
+        assert [len(point["records"]) for point in (first, last)] == [2, 3], name
+        assert last["records"][2]["generality"]["greedy"] is None
+        assert {record["batch"] for record in last["records"]} <= {1, 2, None}
+        # Off is off, for each editor in its own way.
+        assert last["perplexity_before"] == pytest.approx(unedited, rel=1e-6), name
+        assert (last["gate"] is not None) == (name in ("keyed", "calibrated", "sequence"))
+    reached = document["editors"]["memit"]["points"][0]["reliability"]["teacher_forced"]
+    assert reached > document["editors"]["memit"]["points"][0]["before_reliability"]
+
+    # What is there is not measured again; what is missing is.
+    (tmp_path / "run" / "grace.json").unlink()
+    measured: list[str] = []
+    again = quality.measure
+
+    def noted(name: str, *given: Any) -> Any:
+        measured.append(name)
+        return again(name, *given)
+
+    monkeypatch.setattr(quality, "measure", noted)
+    quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", "memit"]))
+    assert measured == ["grace"]
+    assert "memit" in capsys.readouterr().out
+    with pytest.raises(typer.BadParameter, match="another version"):
+        quality.main(**arguments(tiny_folder, tmp_path, batch_size=3))
+
+
+def test_unknown_editors_are_told_before_any_work(
+    bench: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for name, reason in (
+        ("memo@3", "no editor 'memo'; there are keyed, "),
+        ("memit@many", "'many' behind memit@ is no positive number"),
+        ("memit@nan", "'nan' behind memit@"),
+    ):
+        with pytest.raises(typer.BadParameter, match=reason):
+            bench("quality").main(**arguments(tiny_folder, tmp_path, editor=[name]))
+    assert not (tmp_path / "run").exists()
+    assert bench("editors").named("memit@1500") == ("memit", 1500)
+
+
+def test_intervals_hold_the_mean(bench: Any) -> None:
+    intervals = bench("intervals")
+    records = [
+        {m: {"greedy": float(i % 4 > 0)} for m in ("reliability", "generality", "locality")}
+        for i in range(200)
+    ]
+    low, high = intervals.interval(records, lambda some: intervals.harmonic(some, "greedy"))
+    assert low < 0.75 < high
+    assert high - low < 0.15
+    absent = [{**record, "generality": {"greedy": None}} for record in records]
+    assert intervals.harmonic(absent, "greedy") is None
+    assert intervals.interval(absent, lambda some: intervals.harmonic(some, "greedy")) is None
