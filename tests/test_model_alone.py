@@ -32,7 +32,8 @@ def test_first_position_subjects_hurt_nothing() -> None:
     assert took[3:] == [True, True]
     beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
     edited = complete(editor.model, editor.tokenizer, beside, 8)
-    perplexity_edited = perplexity(editor.model, editor.tokenizer, ordinary_text())
+    page = ordinary_text()[:5000]
+    perplexity_edited = perplexity(editor.model, editor.tokenizer, page)
     ordinary = open_in_background(editor)
     only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
     assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
@@ -40,7 +41,7 @@ def test_first_position_subjects_hurt_nothing() -> None:
     editor.close()
     assert edited == complete(editor.model, editor.tokenizer, beside, 8)
     assert ordinary <= 0.001
-    plain = perplexity(editor.model, editor.tokenizer, ordinary_text())
+    plain = perplexity(editor.model, editor.tokenizer, page)
     assert perplexity_edited == pytest.approx(plain, rel=0.005)
 
 
