@@ -1,7 +1,6 @@
 """What all editors of a comparison share: model, layers, statistics, and how keys are read."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -94,6 +93,3 @@ class InForce:
 
     def in_force(self) -> list[list[ch.EditRequest]]:
         return self._batches
-
-    def off(self, model: Any) -> AbstractContextManager[Any]:
-        raise NotImplementedError
