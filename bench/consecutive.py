@@ -75,6 +75,7 @@ def edit_all(
             editor = ch.Editor.resume(hooks)
         else:
             editor = ch.Editor.from_pretrained(model, config=config)
+        check_same_run(editor.hooks, batches, config.gate, place)
         done = len(editor.hooks.journal.batches)
         # A batch may have been saved and not noted, or noted and then rolled back.
         log = (noted(lines) + [{}] * done)[:done]
@@ -99,6 +100,23 @@ def edit_all(
     return editor, log
 
 
+def check_same_run(
+    hooks: ch.HookSet, batches: Sequence[Sequence[ch.EditRequest]], gate: str, place: Path
+) -> None:
+    """Raise `typer.BadParameter` unless the batches made so far are the first of `batches`."""
+    made = [{edit.request for edit in batch.edits} for batch in hooks.journal.batches]
+    same = len(made) <= len(batches) and hooks.config.gate == gate
+    seen: set[ch.EditRequest] = set()
+    for some, batch in zip(made, batches, strict=False):
+        # An editor passes over what holds already.
+        same = same and some <= set(batch) <= some | seen
+        seen |= some
+    if not same:
+        raise typer.BadParameter(
+            f"{place} holds a run of other facts, batches or gate; take another folder"
+        )
+
+
 def noted(lines: Path) -> list[dict[str, Any]]:
     """What was noted of the batches of an interrupted run."""
     return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
@@ -109,10 +127,13 @@ def outcome(
 ) -> dict[str, Any]:
     """Figures of the whole run, measured after its last batch over all facts that are in force."""
     timed = [entry for entry in log if entry]
+    seconds, n_timed = sum(e["seconds"] for e in timed), sum(e["edits"] for e in timed)
     journal = editor.hooks.journal
-    live = [edit.request for edit in journal.live()]
+    wanted = set(latest(requests))
+    # Where a correction was refused, an earlier edit of its fact is still in force.
+    live = [edit.request for edit in journal.live() if edit.request in wanted]
     scores = evaluate(editor.model, editor.tokenizer, editor.hooks, live)
-    wanted, held = len(latest(requests)), scores.reliability.teacher_forced or 0.0
+    held = scores.reliability.teacher_forced or 0.0
     # The first batches, weighted by how many of their facts are in force.
     in_force = {id(request) for request in live}
     early, total = 0.0, 0
@@ -121,10 +142,10 @@ def outcome(
             n = sum(id(edit.request) in in_force for edit in batch.edits)
             early, total = early + n * scores.retention.get(number, 0.0), total + n
     return {
-        "seconds_per_edit": sum(e["seconds"] for e in timed) / sum(e["edits"] for e in timed),
+        "seconds_per_edit": seconds / n_timed if n_timed else None,
         "batches": list(log),
         "verdicts": {str(v): sum(e["verdicts"][v] for e in timed) for v in ch.Verdict},
-        "reliability_of_all_asked": held * len(live) / wanted,
+        "reliability_of_all_asked": held * len(live) / len(wanted),
         "first_edits_at_the_end": early / total if total else None,
         "scores": asdict(scores),
     }
@@ -136,7 +157,8 @@ def show(result: dict[str, Any]) -> None:
     table.add_column("figure")
     table.add_column("value", justify="right")
     scores = result["scores"]
-    table.add_row("seconds per edit", f"{result['seconds_per_edit']:.2f}")
+    pace = result["seconds_per_edit"]
+    table.add_row("seconds per edit", "absent" if pace is None else f"{pace:.2f}")
     table.add_row("verdicts", ", ".join(f"{n} {v}" for v, n in result["verdicts"].items()))
     for name in ("reliability", "generality", "locality"):
         for form, value in scores[name].items():

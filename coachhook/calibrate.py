@@ -48,7 +48,7 @@ _COUNTS = (3, 1, 5)
 _FREEDOM, _COARSE, _FINE = 100.0, 10.0, 3.0
 _CLAMPS = (0.5, 2.0)
 # Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
-_RATES = (1e-3, 3e-3)
+_RATES = (EditConfig.false_alarms, 3e-3)
 MOST_TRIALS = 13
 
 

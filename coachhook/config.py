@@ -81,7 +81,7 @@ class EditConfig:
     preservation: float = 15.0
     context_weight: float = 0.003
     fit: float = 10.0
-    false_alarms: float = 1e-3
+    false_alarms: float = 5e-4
     fingerprint_size: int = 64
     resemblance: float = 0.62
     calibrated_alpha: float = 5.0

@@ -31,9 +31,9 @@ from coachhook_kernels import difference_norm, sequence_zscore
 # alarms) is no fingerprint: attention sinks, the keys of first tokens, reach 1.
 _DISTINCT = 0.8
 
-
-# A key that resembles those of more than this share of first words is an attention sink.
-_SINK_SHARE = 0.01
+# A key with at least this cosine to those of more than that share of first words is an attention
+# sink; in few dimensions it takes more.
+_SINK, _SINK_SHARE = 0.62, 0.01
 
 _ROUNDING = 1e-3
 
@@ -109,14 +109,16 @@ class LayerWriter:
         """Unit-norm sketches `(n, s)` of keys `(n, d_in)`."""
         return _fingerprint(keys, self.projection, self.offset)
 
-    def sinks(self, fingerprints: Tensor, resemblance: float) -> Tensor:
+    def sinks(self, fingerprints: Tensor) -> Tensor:
         """Which fingerprints `(n, s)` are also those of some first words, whatever these are, bool
         `(n,)`. Not those of first tokens alone: the sink may be a token or two further on."""
-        alike = (self.first @ fingerprints.T >= resemblance).sum(0)
+        # The cosine of unrelated directions has a deviation of 1 / √s.
+        least = max(_SINK, min(3 / fingerprints.shape[1] ** 0.5, 0.95))
+        alike = (self.first @ fingerprints.T >= least).sum(0)
         # One of them may be the subject's own word.
         return alike > max(1, _SINK_SHARE * len(self.first))
 
-    def distinct(self, fingerprints: Tensor, rate: float, resemblance: float) -> Tensor:
+    def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
         """Which fingerprints `(n, s)` stand out from ordinary tokens and first words, `(n,)`."""
         allowed = int(rate * len(self.sketched))
         # In parts: a large batch against all of the background need not fit in memory.
@@ -124,7 +126,7 @@ class LayerWriter:
             (self.sketched @ some.T).topk(allowed + 1, dim=0).values[-1]
             for some in fingerprints.split(_CHUNK)
         ]
-        return (torch.cat(ceilings) < _DISTINCT) & ~self.sinks(fingerprints, resemblance)
+        return (torch.cat(ceilings) < _DISTINCT) & ~self.sinks(fingerprints)
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,7 @@ def refuse_sinks(
     keys, _ = contexts.read(model, list(modules.values()), hooks.config.values.tokens)
     for layer, found in zip(modules, keys, strict=True):
         marks = writers[layer].fingerprint(found[starts].float())
-        sinks = writers[layer].sinks(marks, hooks.config.resemblance).tolist()
+        sinks = writers[layer].sinks(marks).tolist()
         for i, sink in zip(starts, sinks, strict=True):
             if sink:
                 edits[i].verdict, edits[i].reason = Verdict.REFUSED, SINK_REASON
@@ -267,11 +269,11 @@ def _solve(
     marks = torch.cat([by_context[0], *([by_context[1:].mean(0)] if len(by_context) > 1 else [])])
     fingerprints = writer.fingerprint(marks)
     owner = torch.arange(len(marks)) % n
-    marked = writer.distinct(fingerprints, rate, config.resemblance)
+    marked = writer.distinct(fingerprints, rate)
     written = torch.zeros(n, dtype=torch.bool).index_fill(0, owner[marked], True)
 
     edit = torch.arange(len(keys)) % n
-    kept = writer.distinct(writer.fingerprint(keys), rate, config.resemblance) & written[edit]
+    kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
     # A column of weight w is one of length √w, in the solve and in `C_accu`. Where the key of the
     # bare prompt is not written, those under the contexts stand in for it.
     lengths = torch.ones(len(keys), 1)

@@ -306,3 +306,7 @@ def test_a_consecutive_run_goes_on_where_it_stopped(
     batches = json.loads(second.stdout)["batches"]
     assert [bool(batch) for batch in batches] == [True, False, True, True]
     assert batches[0] == json.loads(first.stdout)["batches"][0]
+    # Not the batches that the folder holds: these would pass some facts over.
+    other = run("consecutive.py", facts, "--edits", "4", *common, "--batch-size", "2")
+    assert other.returncode == 2
+    assert "other facts, batches or gate" in " ".join(other.stderr.split())

@@ -40,17 +40,17 @@ def test_first_position_subjects_hurt_nothing() -> None:
     assert answers(editor.model, editor.tokenizer, facts) == took
     editor.close()
     assert edited == complete(editor.model, editor.tokenizer, beside, 8)
-    assert ordinary <= 0.001
+    assert ordinary <= 0.0005
     plain = perplexity(editor.model, editor.tokenizer, page)
     assert perplexity_edited == pytest.approx(plain, rel=0.005)
 
 
 def test_the_last_of_three_corrections_wins() -> None:
     editor = ch.Editor.from_pretrained("smollm2")
-    cities = ["France", "Japan"]
-    languages = ["Victor Hugo", "Leo Tolstoy"]
-    facts = [(f"The capital of {s} is", s, "city") for s in cities]
-    facts += [(f"The mother tongue of {s} is", s, "language") for s in languages]
+    facts = [
+        ("The capital of France is", "France", "city"),
+        ("The mother tongue of Victor Hugo is", "Victor Hugo", "language"),
+    ]
     words = {
         "city": ["Lyon", "Rome", "Oslo", "Madrid"],
         "language": ["Dutch", "Greek", "Latin", "Finnish"],
@@ -65,13 +65,13 @@ def test_the_last_of_three_corrections_wins() -> None:
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
 def test_other_gates(gate: str) -> None:
     editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
-    for first in (0, 4):
-        editor.edit(FACTS[first : first + 4])
-    rows = [encode_request(editor.tokenizer, fact) for fact in FACTS[:8]]
+    for first in (0, 3):
+        editor.edit(FACTS[first : first + 3])
+    rows = [encode_request(editor.tokenizer, fact) for fact in FACTS[:6]]
     reliability = fmean(target_hits(editor.model, editor.tokenizer, rows))
     if gate == "calibrated":
         # Of other subjects' tokens it promises nothing: csrc_notes/editing.md has the figure.
-        assert open_in_background(editor) <= 0.001
+        assert open_in_background(editor) <= 0.0005
     editor.close()
     # The paper's gate misses edits by its nature; it must not do nothing.
     assert reliability >= (0.95 if gate == "calibrated" else 0.5)

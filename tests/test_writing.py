@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import TARGETS, tiny_model, tiny_tokenizer
+from torch.nn.functional import normalize
 
 from coachhook import EditConfig, EditRequest, StatisticsSource, ValueConfig
 from coachhook.editor import Editor
@@ -53,6 +54,22 @@ def test_keys_under_contexts_count_by_their_weight(
             want = (weights.sqrt() * closed_form(accumulated, columns, CONFIG.fit)).sum(0)
             assert relative_error(factors.solutions[0].double(), want) <= 1e-5
             accumulated = accumulated + columns.double().T @ columns.double()
+
+
+@pytest.mark.parametrize("size", [8, 16, 32, 64])
+def test_a_sink_is_what_first_words_share_and_not_what_a_small_sketch_confuses(size: int) -> None:
+    first = normalize(random(1000, size, seed=1, dtype=torch.float32), dim=-1)
+    first[:12] = first[0]
+    writer = LayerWriter(
+        solver=RecursiveInverse(moment(), 1.0),
+        projection=torch.eye(size),
+        offset=torch.zeros(size),
+        background=torch.zeros(1, size),
+        sketched=torch.zeros(1, size),
+        first=first,
+    )
+    others = normalize(random(500, size, seed=2, dtype=torch.float32), dim=-1)
+    assert writer.sinks(torch.cat([first[:1], others])).tolist() == [True, *[False] * 500]
 
 
 @pytest.mark.parametrize("like", ["ordinary tokens", "first words"])

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 from coachhook_kernels.compile_case import CompileCase
 from coachhook_kernels.compile_target import TARGETS, Resources, compile_resources, objections
@@ -32,7 +32,8 @@ MODULES = (
 )
 COLUMNS = ("case", "target", "registers", "stack", "spills", "shared", "tensor cores", "copies", "")
 
-T = TypeVar("T")
+# The arguments of `compile_row`.
+Job: TypeAlias = tuple[str, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,6 @@ def _cases(module: str) -> list[CompileCase]:
     return found
 
 
-def listed_cases(module: str) -> tuple[list[tuple[str, tuple[str, ...]]], str]:
-    """Names and targets of a module's cases; or none, and why the module could not list them."""
-    try:
-        return [(case.name, case.targets) for case in _cases(module)], ""
-    except Exception as error:
-        return [], _reason(error)
-
-
 def compile_row(module: str, index: int, name: str, target: str) -> Row:
     """The row of the case `name`, the `index`-th of `module`."""
     import triton
@@ -132,22 +125,20 @@ def _compiler_environment() -> Iterator[None]:
             os.environ["TRITON_INTERPRET"] = interpreter
 
 
-def _finished(
-    task: Callable[..., T], jobs: Sequence[tuple[Any, ...]]
-) -> Iterator[tuple[tuple[Any, ...], T]]:
-    """Jobs with their results as they come, without those whose process died."""
+def _finished(jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
+    """`compile_row(*job)` of jobs as they come, without those whose process died."""
     workers = min(os.cpu_count() or 1, len(jobs))
     with ProcessPoolExecutor(max(workers, 1), mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(task, *job): job for job in jobs}
+        running = {pool.submit(compile_row, *job): job for job in jobs}
         for future in as_completed(running):
             if not isinstance(future.exception(), BrokenProcessPool):
                 yield running[future], future.result()
 
 
-def _rows(jobs: Sequence[tuple[str, int, str, str]]) -> list[Row]:
+def _rows(jobs: Sequence[Job]) -> list[Row]:
     """`compile_row(*job)` of every job, in their order."""
     done = {}
-    for job, row in _finished(compile_row, jobs):
+    for job, row in _finished(jobs):
         done[job] = row
         _progress(len(done), len(jobs))
     # A compiler that crashes takes the jobs beside it along: each of them gets a process to itself.
@@ -157,7 +148,7 @@ def _rows(jobs: Sequence[tuple[str, int, str, str]]) -> list[Row]:
             crashed = Row(
                 module, name, target, "", None, ["does not compile: the compiler crashed"]
             )
-            done[job] = dict(_finished(compile_row, [job])).get(job, crashed)
+            done[job] = dict(_finished([job])).get(job, crashed)
             _progress(len(done), len(jobs))
     return [done[job] for job in jobs]
 
@@ -173,20 +164,20 @@ def make_report(modules: Sequence[str], targets: Sequence[str], match: Sequence[
 
     Raises LookupError where a module has no list of cases.
     """
+    jobs = []
+    for module in modules:
+        try:
+            cases = _cases(module)
+        except Exception as error:
+            raise LookupError(f"{module} lists no cases: {_reason(error)}") from error
+        jobs += [
+            (module, index, case.name, target)
+            for index, case in enumerate(cases)
+            if not match or any(text in case.name for text in match)
+            for target in targets
+            if target in case.targets
+        ]
     with _compiler_environment():
-        listed = dict(_finished(listed_cases, [(module,) for module in modules]))
-        jobs = []
-        for module in modules:
-            cases, problem = listed.get((module,), ([], "the process that imports it dies"))
-            if problem:
-                raise LookupError(f"{module} lists no cases: {problem}")
-            jobs += [
-                (module, index, name, target)
-                for index, (name, its_targets) in enumerate(cases)
-                if not match or any(text in name for text in match)
-                for target in targets
-                if target in its_targets
-            ]
         return _rows(jobs)
 
 
