@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from statistics import harmonic_mean
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 Record = dict[str, Any]
+T = TypeVar("T")
 METRICS = ("reliability", "generality", "locality")
 
 
@@ -23,8 +24,8 @@ def mean_of(records: Sequence[Record], metric: str, form: str) -> float | None:
 
 
 def interval(
-    records: Sequence[Record],
-    figure: Callable[[Sequence[Record]], float | None],
+    records: Sequence[T],
+    figure: Callable[[Sequence[T]], float | None],
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
@@ -39,3 +40,16 @@ def interval(
         return None
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
+
+
+def lead(ours: Sequence[Record], others: Sequence[Record], form: str) -> tuple[float, float] | None:
+    """The middle 95 % of what the harmonic mean of `ours` is above that of `others`, who answered
+    the same requests in the same order: pairs are resampled, so that what makes a record hard for
+    both does not count."""
+
+    def difference(pairs: Sequence[tuple[Record, Record]]) -> float | None:
+        ahead = harmonic([pair[0] for pair in pairs], form)
+        behind = harmonic([pair[1] for pair in pairs], form)
+        return None if ahead is None or behind is None else ahead - behind
+
+    return interval(list(zip(ours, others, strict=True)), difference)

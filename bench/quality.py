@@ -4,11 +4,12 @@
         [--editor NAME]... [--run DIR] [--json]
 
 FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. A batch as wide
-as the edits is single-round editing. After every `every` batches, and at the end, all edits in
-force are evaluated, by the code of `coachhook eval`. Target values are optimised once, on the
-unedited model, and given to every editor that takes them. NAME is one of bench/editors, with @ and
-a number behind it where its own strength is not wanted. With --run the values and each editor's
-result are kept in DIR, and the same command goes on with the editors that are missing.
+as the edits is single-round editing. After every `every` batches, and at the end, the last request
+of every fact so far is evaluated by the code of `coachhook eval`, also where an editor refused it.
+Target values are optimised once, on the unedited model, and given to every editor that takes them.
+NAME is one of bench/editors, with @ and a number behind it where its own number is not wanted. With
+--run the values and each editor's result are kept in DIR, and the same command goes on with the
+editors that are missing.
 """
 
 import hashlib
@@ -16,44 +17,53 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 import typer
 from consecutive import demo_facts
-from editors import MAKERS, Setting, make_editor, named
-from intervals import METRICS, harmonic, interval, mean_of
+from editors import MAKERS, Setting, make_editor, named, takes_values
+from filelock import FileLock, Timeout
+from intervals import METRICS, harmonic, interval, lead, mean_of
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import coachhook as ch
+from coachhook.backlog import latest
 from coachhook.evaluate import before_edits, evaluate
 from coachhook.models import load_model
 from coachhook.progress import track
 from coachhook.requests import EditRequest
 from coachhook.values import optimise_values
 
-VERSION = 1
+VERSION = 2
+
+
+@dataclass(frozen=True)
+class Values:
+    """hidden: wanted outputs of the last hooked block, float32 `(n, d)`; seconds: of them all."""
+
+    hidden: Tensor
+    seconds: float
 
 
 def main(
     facts: Annotated[Path | None, typer.Argument()] = None,
-    first: int = 0,
-    edits: int = 200,
-    batch_size: int = 10,
-    every: int = 10,
+    first: Annotated[int, typer.Option(min=0)] = 0,
+    edits: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    every: Annotated[int, typer.Option(min=1)] = 10,
     editor: Annotated[list[str] | None, typer.Option()] = None,
     model: str = "smollm2",
     run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    names = list(dict.fromkeys(editor or MAKERS))
     try:
-        _ = [named(name) for name in names]
+        names = list(dict.fromkeys(named(name) for name in editor or MAKERS))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     path = facts or demo_facts()
@@ -83,8 +93,18 @@ def compare(
     protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
 ) -> dict[str, Any]:
     """Each editor's result; those that `place` has are read. Raises `typer.BadParameter` if `place`
-    belongs to another protocol."""
+    belongs to another protocol, or another process works in it."""
     place.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place / ".lock", timeout=0):
+            return _compare(protocol, requests, names, place)
+    except Timeout:
+        raise typer.BadParameter(f"another process works in {place}; wait for it") from None
+
+
+def _compare(
+    protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
+) -> dict[str, Any]:
     description = place / "protocol.json"
     if description.exists() and json.loads(description.read_text()) != jsonable(protocol):
         raise typer.BadParameter(
@@ -108,50 +128,62 @@ def measure(
     name: str,
     protocol: dict[str, Any],
     requests: Sequence[EditRequest],
-    values: Tensor,
+    values: Values,
     known: dict[EditRequest, Any],
 ) -> dict[str, Any]:
-    """One editor on a fresh model: seconds and memory of its batches, and scores along the way."""
+    """One editor on a fresh model: seconds of its batches, and scores along the way. An editor that
+    fails is one that failed, with its reason and what was measured before."""
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
     model, tokenizer = load_model(protocol["model"])
-    setting = Setting.of(model, tokenizer, ch.EditConfig())
-    subject = make_editor(name, setting)
-    size, every = protocol["batch_size"], protocol["every"]
-    starts = range(0, len(requests), size)
-    seconds, points = [], []
+    subject = make_editor(name, Setting.of(model, tokenizer, ch.EditConfig()))
+    ahead = values.seconds / len(requests) if takes_values(name) else 0.0
+    row_of = {request: i for i, request in enumerate(requests)}
+    batches = consecutive(requests, protocol["batch_size"])
+    seconds: list[float] = []
+    points: list[dict[str, Any]] = []
+    failure, asked = None, 0
     with track(name, len(requests)) as advance:
-        for number, start in enumerate(starts, 1):
-            rows = slice(start, start + size)
+        for number, (batch, wanted) in enumerate(batches, 1):
             began = time.perf_counter()
-            subject.edit(requests[rows], values[rows])
-            seconds.append(time.perf_counter() - began)
-            if number % every == 0 or number == len(starts):
-                asked = in_question(requests[: rows.stop])
-                found = evaluate(model, tokenizer, subject.edits, asked, known=known)
-                points.append({"edits": min(rows.stop, len(requests)), **found.to_dict()})
-            advance(len(requests[rows]))
+            try:
+                subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
+            except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
+                failure = f"batch {number}: {error}"
+                break
+            asked += len(batch)
+            seconds.append(time.perf_counter() - began + ahead * len(batch))
+            if number % protocol["every"] == 0 or number == len(batches):
+                so_far = latest(requests[:asked])
+                found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
+                points.append({"edits": asked, **found.to_dict()})
+            advance(len(batch))
     return {
-        "seconds_per_edit": sum(seconds) / len(requests),
+        "editor": name,
+        "failure": failure,
+        "seconds_per_edit": sum(seconds) / asked if asked else None,
         "batch_seconds": seconds,
         "bytes_held": subject.held(),
-        "memory_gb": psutil.Process().memory_info().rss / 2**30,
         "points": points,
     }
 
 
-def in_question(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The last request of every fact; those that an editor refused count, as failed."""
-    return list({request.fact: request for request in requests}.values())
+def consecutive(
+    requests: Sequence[EditRequest], size: int
+) -> list[tuple[Sequence[EditRequest], list[EditRequest]]]:
+    """Batches in order, each with what an editor is given of it: one request a fact."""
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+    return [(batch, latest(batch)) for batch in batches]
 
 
 def target_values(
     model: Any, tokenizer: Any, requests: Sequence[EditRequest], place: Path
-) -> Tensor:
-    """Wanted outputs of the last hooked block, float32 `(n, d)`, kept in `place`."""
+) -> Values:
+    """Kept in `place`."""
     kept = place / "values.safetensors"
     if not kept.exists():
         setting = Setting.of(model, tokenizer, ch.EditConfig())
+        began = time.perf_counter()
         with track("target values", len(requests)) as advance:
             found = optimise_values(
                 model,
@@ -162,10 +194,12 @@ def target_values(
                 setting.config.values,
                 advance,
             )
+        took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         staging = kept.with_suffix(".writing")
-        save_file({"hidden": found.hidden.contiguous()}, staging)
+        save_file({"hidden": found.hidden.contiguous(), "seconds": took}, staging)
         staging.replace(kept)
-    return load_file(kept)["hidden"]
+    tensors = load_file(kept)
+    return Values(tensors["hidden"], float(tensors["seconds"]))
 
 
 def jsonable(document: Any) -> Any:
@@ -183,32 +217,42 @@ def show(document: dict[str, Any]) -> None:
     protocol = document["protocol"]
     title = f"{protocol['edits']} edits of {protocol['facts']}, {protocol['batch_size']} a batch"
     table = Table(title=f"{title}: greedy, in brackets teacher-forced")
-    for column in ("editor", *METRICS, "harmonic mean, 95 %", "perplexity", "KL", "s an edit"):
+    columns = ("editor", *METRICS, "harmonic mean, 95 %", "first leads by, 95 %")
+    for column in (*columns, "perplexity", "KL", "s an edit"):
         table.add_column(column, justify="left" if column == "editor" else "right")
+    best: list[Any] = []
     for name, result in document["editors"].items():
+        if result["failure"]:
+            table.add_row(name, f"failed: {result['failure']}")
+            continue
         last = result["points"][-1]
         records = last["records"]
+        best = best or records
         cells = [
             f"{shown(mean_of(records, metric, 'greedy'))} "
             f"({shown(mean_of(records, metric, 'teacher_forced'))})"
             for metric in METRICS
         ]
         middle = interval(records, lambda some: harmonic(some, "greedy"))
-        spread = "absent" if middle is None else f"{middle[0]:.3f}–{middle[1]:.3f}"
         table.add_row(
             name,
             *cells,
-            f"{shown(harmonic(records, 'greedy'))}, {spread}",
+            f"{shown(harmonic(records, 'greedy'))}, {spread(middle)}",
+            "" if records is best else spread(lead(best, records, "greedy")),
             f"{last['perplexity_after'] / last['perplexity_before'] - 1:+.2%}",
             f"{last['divergence']:.4f}",
             f"{result['seconds_per_edit']:.2f}",
         )
     # As wide as it needs to be, also into a file.
-    Console(width=max(Console().width, 140)).print(table)
+    Console(width=max(Console().width, 160)).print(table)
 
 
 def shown(value: float | None) -> str:
     return "absent" if value is None else f"{value:.3f}"
+
+
+def spread(found: tuple[float, float] | None) -> str:
+    return "absent" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
 
 
 if __name__ == "__main__":

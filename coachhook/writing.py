@@ -4,6 +4,7 @@ The residual is spread over the layers: each takes an equal share of what is sti
 output of the last one, and keys and residual are collected again after each (design section 2).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,7 @@ class LayerWriter:
         """Which fingerprints `(n, s)` are also those of some first words, whatever these are, bool
         `(n,)`. Not those of first tokens alone: the sink may be a token or two further on."""
         # The cosine of unrelated directions has a deviation of 1 / √s.
-        least = max(_SINK, min(3 / fingerprints.shape[1] ** 0.5, 0.95))
+        least = max(_SINK, min(3 / math.sqrt(fingerprints.shape[1]), 0.95))
         alike = (self.first @ fingerprints.T >= least).sum(0)
         # One of them may be the subject's own word.
         return alike > max(1, _SINK_SHARE * len(self.first))

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import typer
+from filelock import FileLock
 from tiny import TARGETS, tiny_model, tiny_tokenizer
 from torch import nn
 
 from coachhook import EditRequest
+from coachhook.errors import StatisticsError
 from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text, perplexity
 from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
@@ -41,7 +43,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 class TestClosedForms:
     @pytest.mark.parametrize("name", ["memit", "accumulated"])
     def test_solves_against_what_it_preserves(self, bench: Any, name: str) -> None:
-        rule = getattr(bench("editors.direct"), name)(moment(), 3.0)
+        rule = getattr(bench("editors.direct"), name)(moment(), 3.0, 1.0)
         preserved = weighted(moment(), 3.0)
         for seed in (1, 2):
             keys = random(5, D_IN, seed=seed, dtype=torch.float32)
@@ -56,7 +58,7 @@ class TestClosedForms:
         values, vectors = torch.linalg.eigh(moment())
         kept = vectors[:, values.cumsum(0) > share * values.sum()]
         assert 0 < kept.shape[1] < D_IN
-        rule = bench("editors.direct").alphaedit(moment(), share)
+        rule = bench("editors.direct").alphaedit(moment(), share, 1.0)
         for seed in (1, 2):
             keys = random(5, D_IN, seed=seed, dtype=torch.float32)
             residuals = random(5, D_OUT, seed=seed + 10, dtype=torch.float32)
@@ -66,18 +68,18 @@ class TestClosedForms:
 
     def test_a_codebook_answers_within_its_radii(self, bench: Any) -> None:
         base = nn.Linear(2, 1, bias=False)
-        book = bench("editors.grace").Codebook(base)
-        book.add(torch.tensor([0.0, 0.0]), torch.tensor([5.0]), 1.0, [])
+        book = bench("editors.grace").Codebook(base, 2)
+        assert book.add(torch.tensor([0.0, 0.0]), torch.tensor([5.0]), 1.0) == 0
         inside, outside = torch.tensor([[0.9, 0.0]]), torch.tensor([[1.1, 0.0]])
         with torch.no_grad():
             assert book(inside) == 5
             assert book(outside) == base(outside)
             # A neighbour halves the distance between them with it.
-            book.add(torch.tensor([1.0, 0.0]), torch.tensor([7.0]), 1.0, [])
+            assert book.add(torch.tensor([1.0, 0.0]), torch.tensor([7.0]), 1.0) == 1
             assert book.radii.tolist() == [0.5, 0.5]
             assert book(inside) == 7
-            # The entry that a correction replaces is gone.
-            book.add(torch.tensor([0.0, 0.0]), torch.tensor([6.0]), 1.0, [0])
+            # One with the same key takes the place of the entry that had it.
+            assert book.add(torch.tensor([0.0, 0.0]), torch.tensor([6.0]), 1.0) == 0
             assert book(torch.zeros(1, 2)) == 6
             assert len(book.keys) == 2
 
@@ -118,7 +120,8 @@ def test_every_editor_under_one_protocol(
     quality = bench("quality")
     quality.main(**arguments(tiny_folder, tmp_path))
     document = json.loads(capsys.readouterr().out)
-    assert list(document["editors"]) == list(bench("editors").MAKERS)
+    editors = bench("editors")
+    assert list(document["editors"]) == [editors.named(name) for name in editors.MAKERS]
     model, tokenizer = load_model(str(tiny_folder))
     unedited = perplexity(model, tokenizer, ordinary_text())
     for name, result in document["editors"].items():
@@ -127,15 +130,22 @@ def test_every_editor_under_one_protocol(
         # The corrected fact counts once, and one fact has no paraphrase.
         assert [len(point["records"]) for point in (first, last)] == [2, 3], name
         assert last["records"][2]["generality"]["greedy"] is None
-        assert {record["batch"] for record in last["records"]} <= {1, 2, None}
+        assert {record["batch"] for record in last["records"]} == {1, 2}, name
+        # Each of them does something.
+        assert result["failure"] is None
+        moved = any(record["answer"] != record["answer_before"] for record in last["records"])
+        assert moved or last["divergence"] > 1e-6, name
         # Off is off, for each editor in its own way.
         assert last["perplexity_before"] == pytest.approx(unedited, rel=1e-6), name
-        assert (last["gate"] is not None) == (name in ("keyed", "calibrated", "sequence"))
-    reached = document["editors"]["memit"]["points"][0]["reliability"]["teacher_forced"]
-    assert reached > document["editors"]["memit"]["points"][0]["before_reliability"]
+        assert (last["gate"] is not None) == name.startswith(("keyed", "calibrated", "sequence"))
+        seconds = result["batch_seconds"]
+        assert all(took > 0 for took in seconds)
+        assert result["seconds_per_edit"] == pytest.approx(sum(seconds) / len(FACTS))
+    reached = document["editors"]["memit@150"]["points"][0]["reliability"]["teacher_forced"]
+    assert reached > document["editors"]["memit@150"]["points"][0]["before_reliability"]
 
     # What is there is not measured again; what is missing is.
-    (tmp_path / "run" / "grace.json").unlink()
+    (tmp_path / "run" / "grace@0.3.json").unlink()
     measured: list[str] = []
     again = quality.measure
 
@@ -144,8 +154,8 @@ def test_every_editor_under_one_protocol(
         return again(name, *given)
 
     monkeypatch.setattr(quality, "measure", noted)
-    quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", "memit"]))
-    assert measured == ["grace"]
+    quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", "memit@150"]))
+    assert measured == ["grace@0.3"]
     assert "memit" in capsys.readouterr().out
     with pytest.raises(typer.BadParameter, match="another version"):
         quality.main(**arguments(tiny_folder, tmp_path, batch_size=3))
@@ -162,7 +172,77 @@ def test_unknown_editors_are_told_before_any_work(
         with pytest.raises(typer.BadParameter, match=reason):
             bench("quality").main(**arguments(tiny_folder, tmp_path, editor=[name]))
     assert not (tmp_path / "run").exists()
-    assert bench("editors").named("memit@1500") == ("memit", 1500)
+    assert bench("editors").named("memit@1500") == "memit@1500"
+
+
+def test_one_batch_of_facts_that_contradict_each_other(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every editor gets the last request of a fact; down-projections are Conv1D here."""
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "gpt2"
+    tiny_model("gpt2").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    names = ["keyed", "accumulated", "grace", "constrained@0.05"]
+    asked = arguments(folder, tmp_path, batch_size=4, editor=names)
+    bench("quality").main(**asked)
+    for name, result in json.loads(capsys.readouterr().out)["editors"].items():
+        (point,) = result["points"]
+        records = point["records"]
+        assert [record["target"] for record in records] == [TARGETS[3], TARGETS[1], TARGETS[2]]
+        assert {record["batch"] for record in records} == {1}, name
+        assert point["reliability"]["teacher_forced"] > point["before_reliability"], name
+
+
+def test_an_editor_that_fails_is_told_and_the_others_go_on(
+    bench: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    direct = bench("editors.direct").Direct
+    edit, calls = direct.edit, []
+
+    def fail(self: Any, *given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            raise StatisticsError("the keys are not finite")
+        edit(self, *given)
+
+    monkeypatch.setattr(direct, "edit", fail)
+    names = ["memit", "constrained"]
+    bench("quality").main(**arguments(tiny_folder, tmp_path, editor=names))
+    failed, sound = json.loads(capsys.readouterr().out)["editors"].values()
+    assert failed["failure"] == "batch 2: the keys are not finite"
+    assert [point["edits"] for point in failed["points"]] == [2]
+    assert [point["edits"] for point in sound["points"]] == [2, 4]
+    bench("quality").main(**arguments(tiny_folder, tmp_path, editor=names, as_json=False))
+    assert "failed: batch 2" in capsys.readouterr().out
+
+
+def test_one_process_at_a_time(bench: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (
+        FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(typer.BadParameter, match="another process works in"),
+    ):
+        bench("quality").main(**arguments(tiny_folder, tmp_path, editor=["memit"]))
+
+
+def test_a_lead_is_that_of_pairs(bench: Any) -> None:
+    intervals = bench("intervals")
+    hard = [float(i % 3 > 0) for i in range(90)]
+    ours = [{metric: {"greedy": value} for metric in intervals.METRICS} for value in hard]
+    # One record of ten is worse; which records are hard says nothing about the lead.
+    others = [
+        {metric: {"greedy": value * (i % 10 > 0)} for metric in intervals.METRICS}
+        for i, value in enumerate(hard)
+    ]
+    low, high = intervals.lead(ours, others, "greedy")
+    assert 0 < low < 6 / 90 < high < 0.15
+    assert intervals.lead(ours, ours, "greedy") == (0, 0)
 
 
 def test_intervals_hold_the_mean(bench: Any) -> None:

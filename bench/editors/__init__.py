@@ -1,7 +1,8 @@
-"""Editors to compare, by name; each small, all on the same layers, keys, values and data."""
+"""Editors to compare, by name; each small, and what they share is in csrc_notes/quality.md."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,48 +13,68 @@ from editors.setting import Editor, Setting
 from editors.tuned import Constrained, LowRank
 
 
-def _direct(rule: Callable[[Tensor, float], Rule]) -> Callable[[Setting, float], Editor]:
+def _direct(rule: Callable[[Tensor, float, float], Rule]) -> Callable[[Setting, float], Editor]:
     def make(setting: Setting, strength: float) -> Editor:
-        rules = {k: rule(setting.statistics[k].moment, strength) for k in setting.layers}
+        moments = {k: setting.statistics[k].moment for k in setting.layers}
+        rules = {k: rule(moments[k], strength, setting.config.fit) for k in moments}
         return Direct(setting, rules)
 
     return make
 
 
-# What makes each editor, from the one number that it is most sensitive to; and that number, chosen
-# on other records than the results are of (csrc_notes/quality.md).
-MAKERS: dict[str, tuple[Callable[[Setting, float], Editor], float]] = {
-    "keyed": (lambda setting, value: Hooked(setting, "keyed", value), 15.0),
-    "calibrated": (lambda setting, value: Hooked(setting, "calibrated", value), 15.0),
-    "sequence": (lambda setting, value: Hooked(setting, "sequence", value), 15.0),
-    "accumulated": (_direct(accumulated), 150.0),
-    "memit": (_direct(memit), 150.0),
-    "alphaedit": (_direct(alphaedit), 0.02),
-    "grace": (Grace, 0.3),
-    "lora": (LowRank, 1e-3),
-    "constrained": (Constrained, 5e-4),
+@dataclass(frozen=True)
+class Maker:
+    """make: an editor from a setting and the one number that it is most sensitive to. number: the
+    one chosen on other records than the results are of (csrc_notes/quality.md). takes_values:
+    whether it uses the common target values, whose time is then part of its own."""
+
+    make: Callable[[Setting, float], Editor]
+    number: float
+    takes_values: bool = True
+
+
+def _hooked(gate: str) -> Callable[[Setting, float], Editor]:
+    return lambda setting, preservation: Hooked(setting, gate, preservation)
+
+
+MAKERS = {
+    "keyed": Maker(_hooked("keyed"), 15.0),
+    "calibrated": Maker(_hooked("calibrated"), 15.0),
+    "sequence": Maker(_hooked("sequence"), 15.0),
+    "accumulated": Maker(_direct(accumulated), 15.0),
+    "memit": Maker(_direct(memit), 150.0),
+    "alphaedit": Maker(_direct(alphaedit), 0.02),
+    "grace": Maker(Grace, 0.3),
+    "lora": Maker(LowRank, 1e-3, takes_values=False),
+    "constrained": Maker(Constrained, 5e-4, takes_values=False),
 }
 
 
-def named(name: str) -> tuple[str, float]:
-    """The editor that `name` means, and its number: its own, or that of `name@number`. Raises
-    ValueError for an editor that is not known or a number that is none."""
+def named(name: str) -> str:
+    """`kind@number` of the editor that `name` means: that number, or its own where `name` has none.
+
+    Raises ValueError for an editor that is not known or a number that is none.
+    """
     kind, _, number = name.partition("@")
     if kind not in MAKERS:
         raise ValueError(f"there is no editor {kind!r}; there are {', '.join(MAKERS)}")
     try:
-        strength = float(number) if number else MAKERS[kind][1]
+        strength = float(number) if number else MAKERS[kind].number
     except ValueError:
         strength = math.nan
     if not 0 < strength < math.inf:
         raise ValueError(f"{number!r} behind {kind}@ is no positive number")
-    return kind, strength
+    return f"{kind}@{strength:g}"
 
 
 def make_editor(name: str, setting: Setting) -> Editor:
-    """The editor `name`, on a model of its own. See `named`."""
-    kind, strength = named(name)
-    return MAKERS[kind][0](setting, strength)
+    """The editor `name`, as `named` gives it, on a model of its own."""
+    kind, _, number = name.partition("@")
+    return MAKERS[kind].make(setting, float(number))
 
 
-__all__ = ["MAKERS", "Editor", "Setting", "make_editor", "named"]
+def takes_values(name: str) -> bool:
+    return MAKERS[name.partition("@")[0]].takes_values
+
+
+__all__ = ["MAKERS", "Editor", "Setting", "make_editor", "named", "takes_values"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 import coachhook as ch
 from coachhook.update import RecursiveInverse
@@ -21,31 +22,38 @@ class Rule:
     """The closed form of one layer: what a batch of keys adds.
 
     basis `(d_in, m)`: the directions it may use, orthonormal, or None for all. accumulate: whether
-    later batches preserve the keys of earlier ones.
+    later batches preserve the keys of earlier ones. fit: weight of a batch's own keys.
     """
 
-    def __init__(self, inverse: RecursiveInverse, basis: Tensor | None, accumulate: bool) -> None:
+    def __init__(
+        self,
+        inverse: RecursiveInverse,
+        basis: Tensor | None = None,
+        accumulate: bool = True,
+        fit: float = 1.0,
+    ) -> None:
         self._inverse, self._basis, self._accumulate = inverse, basis, accumulate
+        self._fit = fit
 
     def update(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """`(d_out, d_in)` for keys `(c, d_in)` and residuals `(c, d_out)`."""
         inside = keys if self._basis is None else keys @ self._basis
-        solutions = self._inverse.solve(inside, fit=1).float()
+        solutions = self._inverse.solve(inside, fit=self._fit).float()
         if self._accumulate:
             self._inverse.absorb(inside)
         change = residuals.T @ solutions
         return change if self._basis is None else change @ self._basis.T
 
 
-def memit(moment: Tensor, preservation: float) -> Rule:
-    return Rule(RecursiveInverse(moment, preservation), None, accumulate=False)
+def memit(moment: Tensor, preservation: float, _: float) -> Rule:
+    return Rule(RecursiveInverse(moment, preservation), accumulate=False)
 
 
-def accumulated(moment: Tensor, preservation: float) -> Rule:
-    return Rule(RecursiveInverse(moment, preservation), None, accumulate=True)
+def accumulated(moment: Tensor, preservation: float, fit: float) -> Rule:
+    return Rule(RecursiveInverse(moment, preservation), fit=fit)
 
 
-def alphaedit(moment: Tensor, share: float) -> Rule:
+def alphaedit(moment: Tensor, share: float, _: float) -> Rule:
     """share: of the trace of the second moment that the directions it may use hold together.
 
     The published threshold on eigenvalues belongs to the scale of its models' keys; a share does
@@ -55,7 +63,7 @@ def alphaedit(moment: Tensor, share: float) -> Rule:
     free = values.cumsum(0) <= share * values.sum()
     basis = vectors[:, free].float()
     identity = torch.eye(basis.shape[1], dtype=torch.float64) * values.mean()
-    return Rule(RecursiveInverse(identity, 1.0), basis, accumulate=True)
+    return Rule(RecursiveInverse(identity, 1.0), basis)
 
 
 class Direct:
@@ -79,7 +87,10 @@ class Direct:
             keys, reached = setting.read(contexts, layer)
             missing = (values - reached) / (len(setting.layers) - done)
             change = self._rules[layer].update(*setting.weighted(keys, missing))
-            setting.down_projection(layer).weight.data += change
+            module = setting.down_projection(layer)
+            # Conv1D keeps its weight as (d_in, d_out).
+            change = change.T if isinstance(module, Conv1D) else change
+            module.weight.data += change.to(module.weight)
         self._force.add(requests)
 
     @contextmanager

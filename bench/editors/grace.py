@@ -22,12 +22,13 @@ class Codebook(nn.Module):
     keys `(e, d_in)`, outputs `(e, d_out)`, radii `(e,)` in the units of the keys.
     """
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Module, d_in: int) -> None:
         super().__init__()
         self.base = base
-        self.keys = torch.zeros(0, base.in_features)
-        self.outputs = torch.zeros(0, base.out_features)
-        self.radii = torch.zeros(0)
+        weight = base.weight
+        self.keys = torch.zeros(0, d_in, device=weight.device)
+        self.outputs = torch.zeros(0, weight.numel() // d_in, device=weight.device)
+        self.radii = torch.zeros(0, device=weight.device)
         self.on = True
 
     def forward(self, keys: Tensor) -> Tensor:
@@ -38,19 +39,23 @@ class Codebook(nn.Module):
         inside = distance <= self.radii[entry]
         return torch.where(inside[..., None], self.outputs[entry].to(output.dtype), output)
 
-    def add(self, key: Tensor, output: Tensor, radius: float, replaces: list[int]) -> None:
-        """One more entry. Where it falls into the radius of another, both shrink to half their
-        distance, so that neither answers for the other. replaces: entries that it supersedes."""
-        if replaces:
-            self.keep(torch.tensor([i not in replaces for i in range(len(self.keys))]))
-        if len(self.keys):
-            distances = (self.keys - key).norm(dim=-1)
+    def add(self, key: Tensor, output: Tensor, radius: float) -> int:
+        """One more entry, and its number. Where it falls into the radius of another, both shrink to
+        half their distance, so that neither answers for the other; an entry with the same key gives
+        way to it."""
+        distances = (self.keys - key).norm(dim=-1)
+        if len(distances) and distances.min() == 0:
+            number = int(distances.argmin())
+            self.outputs[number] = output
+            return number
+        if len(distances):
             near = distances < self.radii + radius
             self.radii = torch.where(near, torch.minimum(self.radii, distances / 2), self.radii)
             radius = min(radius, float(distances.min()) / 2)
         self.keys = torch.cat([self.keys, key[None]])
         self.outputs = torch.cat([self.outputs, output[None]])
-        self.radii = torch.cat([self.radii, torch.tensor([radius])])
+        self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
+        return len(self.keys) - 1
 
     def keep(self, which: Tensor) -> None:
         self.keys, self.outputs, self.radii = (
@@ -65,7 +70,8 @@ class Grace:
         self._setting, layer = setting, setting.layers[-1]
         background = setting.statistics[layer].background[:1024].float()
         self._radius = radius * float(torch.pdist(background).mean())
-        self._codebook = Codebook(setting.down_projection(layer))
+        d_in = setting.architecture.d_in(setting.model, layer)
+        self._codebook = Codebook(setting.down_projection(layer), d_in)
         setting.model.set_submodule(setting.architecture.name(layer), self._codebook)
         self._facts: list[tuple[str, str]] = []
         self._force = InForce()
@@ -78,13 +84,18 @@ class Grace:
         setting, book = self._setting, self._codebook
         contexts = setting.contexts(requests)
         keys, reached = setting.read(contexts, setting.layers[-1])
-        for key, missing, request in zip(keys, values - reached, requests, strict=False):
-            replaces = [i for i, fact in enumerate(self._facts) if fact == request.fact]
-            self._facts = [fact for fact in self._facts if fact != request.fact]
-            with torch.no_grad():
-                now = book(key[None])[0]
-            book.add(key, now + missing, self._radius, replaces)
-            self._facts.append(request.fact)
+        device = book.keys.device
+        keys, missing = keys[: len(requests)].to(device), (values - reached).to(device)
+        # What the layer gives with the entries so far, which is what `reached` came from.
+        with torch.no_grad():
+            wanted = book(keys.to(book.base.weight.dtype)).float() + missing
+        replaced = {request.fact for request in requests}
+        stay = [fact not in replaced for fact in self._facts]
+        book.keep(torch.tensor(stay, dtype=torch.bool, device=device))
+        self._facts = [fact for fact in self._facts if fact not in replaced]
+        for key, output, request in zip(keys, wanted, requests, strict=True):
+            number = book.add(key, output, self._radius)
+            self._facts[number : number + 1] = [request.fact]
         self._force.add(requests)
 
     @contextmanager

@@ -40,7 +40,7 @@ class Setting:
     def last_block(self) -> nn.Module:
         return self.architecture.blocks(self.model)[self.layers[-1]]
 
-    def down_projection(self, layer: int) -> nn.Linear:
+    def down_projection(self, layer: int) -> nn.Module:
         return self.architecture.down_projection(self.model, layer)
 
     def contexts(self, requests: Sequence[ch.EditRequest]) -> Contexts:

@@ -1,7 +1,8 @@
 """Fine-tuning on the batch: low-rank adapters, and one layer's weights within a small box.
 
 Both minimise the negative log-likelihood of the targets behind the bare prompts, as their
-publications do; the common target values are not theirs to use.
+publications do, for 25 steps a batch of any size; the common keys and target values are not theirs
+to use.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,7 @@ def target_loss(setting: Setting, requests: Sequence[ch.EditRequest]) -> Tensor:
     labels = torch.full_like(padded.ids, -100)
     for i, row in enumerate(rows):
         end = len(row.ids)
-        labels[i, end - row.n_target : end] = torch.tensor(row.target)
+        labels[i, end - row.n_target : end] = labels.new_tensor(row.target)
     loss: Tensor = setting.model(**padded.inputs(), labels=labels, use_cache=False).loss
     return loss
 
