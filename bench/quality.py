@@ -16,7 +16,8 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,21 +27,26 @@ import typer
 from consecutive import demo_facts
 from editors import MAKERS, Setting, make_editor, named, takes_values
 from filelock import FileLock, Timeout
-from intervals import METRICS, harmonic, interval, lead, mean_of
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from timing import Timings, take_turns
 from torch import Tensor
 
 import coachhook as ch
 from coachhook.backlog import latest
-from coachhook.evaluate import before_edits, evaluate
+from coachhook.evaluate import Edits, before_edits, evaluate
+from coachhook.generation import greedy
+from coachhook.intervals import METRICS, harmonic, interval, lead, mean_of
 from coachhook.models import load_model
+from coachhook.ordinary import ordinary_text
 from coachhook.progress import track
 from coachhook.requests import EditRequest
 from coachhook.values import optimise_values
 
 VERSION = 2
+# Of the speeds: tokens that are read, tokens that are decoded, turns.
+_PROMPT, _DECODED, _ROUNDS = 64, 16, 5
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,43 @@ def measure(
         "seconds_per_edit": sum(seconds) / asked if asked else None,
         "batch_seconds": seconds,
         "bytes_held": subject.held(),
+        "overhead": overhead(model, tokenizer, subject.edits),
         "points": points,
+    }
+
+
+def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
+    """Seconds to the first token after `_PROMPT` tokens, and tokens a second of greedy decoding,
+    with the edits and without: medians of `_ROUNDS` turns; ratio: of the speeds, within turns."""
+    ids = tokenizer(ordinary_text(), return_tensors="pt")["input_ids"].to(model.device)
+    prompt = ids[:, :_PROMPT]
+    mask = torch.ones_like(prompt)
+
+    def first_token() -> None:
+        with torch.no_grad():
+            model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
+
+    def decode() -> None:
+        greedy(model, tokenizer, prompt[:, :8], mask[:, :8], _DECODED)
+
+    with ExitStack() as state:
+
+        def before(name: str) -> None:
+            state.close()
+            if name == "unedited":
+                state.enter_context(edits.off(model))
+
+        def turns(step: Callable[[], None]) -> dict[str, Timings]:
+            steps = {"unedited": step, "edited": step}
+            take_turns(steps, 1, model.device, before)
+            return take_turns(steps, _ROUNDS, model.device, before)
+
+        first, decoding = turns(first_token), turns(decode)
+    return {
+        "first_token_seconds": {name: timings.median for name, timings in first.items()},
+        "first_token_ratio": first["unedited"].over(first["edited"])[0],
+        "tokens_per_second": {name: _DECODED / t.median for name, t in decoding.items()},
+        "tokens_per_second_ratio": decoding["unedited"].over(decoding["edited"])[0],
     }
 
 

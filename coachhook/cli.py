@@ -408,6 +408,29 @@ def calibrate(
     report.show(document, report.calibration_view, as_json=as_json)
 
 
+@app.command("report")
+def report_page(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            metavar="RUN",
+            help="A folder of bench/quality.py --run, or its JSON, or that of eval or demo.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="The HTML file; beside RUN by default.")
+    ] = None,
+) -> None:
+    """Write what a run found as one HTML file to look at, and name it."""
+    from coachhook.html_report import write_report
+    from coachhook.runs import load_run
+
+    target = output or (run / "report.html" if run.is_dir() else run.with_suffix(".html"))
+    write_report(load_run(run), target)
+    typer.echo(str(target))
+
+
 @app.command()
 def demo(
     hooks: Annotated[

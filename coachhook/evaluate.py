@@ -54,13 +54,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class RecordScores:
-    """One request, the batch that holds it (None: not in force), what greedy decoding makes of its
-    prompt without the edits and with them, and its scores; before: the share of its target that
-    was the unedited model's first choice."""
+    """One request, the batch that holds it (None: not in force) and what its editor said of it
+    (None: nothing), what greedy decoding makes of its prompt without the edits and with them, and
+    its scores; before: the share of its target that was the unedited model's first choice."""
 
     prompt: str
     target: str
     batch: int | None
+    verdict: str | None
     answer_before: str
     answer: str
     before: float
@@ -174,6 +175,9 @@ def evaluate(
         for number, batch in enumerate(edits.in_force(), 1)
         for request in batch
     }
+    verdicts = {}
+    if isinstance(edits, HookSet):
+        verdicts = {(e.request.fact, e.request.target): str(e.verdict) for e in edits.edits}
     targets = [requests[i].target for i, _ in paraphrases]
     reached = map(_met, reworded_hits, reworded_answers, targets)
     general = _by_record([i for i, _ in paraphrases], reached)
@@ -185,6 +189,7 @@ def evaluate(
             prompt=request.prompt,
             target=request.target,
             batch=batch_of.get((request.fact, request.target)),
+            verdict=verdicts.get((request.fact, request.target)),
             answer_before=before[i].answer,
             answer=answers[i],
             before=before[i].hit,

@@ -13,7 +13,7 @@ from filelock import FileLock
 from tiny import TARGETS, tiny_model, tiny_tokenizer
 from torch import nn
 
-from coachhook import EditRequest
+from coachhook import EditRequest, intervals
 from coachhook.errors import StatisticsError
 from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text, perplexity
@@ -138,6 +138,8 @@ def test_every_editor_under_one_protocol(
         # Off is off, for each editor in its own way.
         assert last["perplexity_before"] == pytest.approx(unedited, rel=1e-6), name
         assert (last["gate"] is not None) == name.startswith(("keyed", "calibrated", "sequence"))
+        for ratio in ("first_token_ratio", "tokens_per_second_ratio"):
+            assert 0 < result["overhead"][ratio] < 100
         seconds = result["batch_seconds"]
         assert all(took > 0 for took in seconds)
         assert result["seconds_per_edit"] == pytest.approx(sum(seconds) / len(FACTS))
@@ -231,8 +233,7 @@ def test_one_process_at_a_time(bench: Any, tiny_folder: Path, tmp_path: Path) ->
         bench("quality").main(**arguments(tiny_folder, tmp_path, editor=["memit"]))
 
 
-def test_a_lead_is_that_of_pairs(bench: Any) -> None:
-    intervals = bench("intervals")
+def test_a_lead_is_that_of_pairs() -> None:
     hard = [float(i % 3 > 0) for i in range(90)]
     ours = [{metric: {"greedy": value} for metric in intervals.METRICS} for value in hard]
     # One record of ten is worse; which records are hard says nothing about the lead.
@@ -245,8 +246,7 @@ def test_a_lead_is_that_of_pairs(bench: Any) -> None:
     assert intervals.lead(ours, ours, "greedy") == (0, 0)
 
 
-def test_intervals_hold_the_mean(bench: Any) -> None:
-    intervals = bench("intervals")
+def test_intervals_hold_the_mean() -> None:
     records = [
         {m: {"greedy": float(i % 4 > 0)} for m in ("reliability", "generality", "locality")}
         for i in range(200)
