@@ -22,6 +22,7 @@ from coachhook.gate_scores import GateScores, gate_scores
 from coachhook.generation import complete, is_exactly, natural_stop, starts_with
 from coachhook.hookset import HookSet
 from coachhook.ordinary import compare_text, ordinary_text
+from coachhook.preferences import Preferences, mean_preferences, preferences
 from coachhook.progress import track
 from coachhook.requests import EditRequest
 from coachhook.tokens import Row, check_length, context_length, encode, encode_request, pad
@@ -68,20 +69,24 @@ class RecordScores:
     reliability: Scores
     generality: Scores
     locality: Scores
+    preferences: Preferences
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one model with edits on one list of requests. `before` are the unedited
     model's; gate: of hooks alone; perplexities and divergence (nats a token) are over the same
-    ordinary text; retention: reliability by batch; harmonic_mean: of the three greedy scores."""
+    ordinary text; retention: reliability by batch; harmonic_mean: of the three greedy scores;
+    preferences: CounterFact's scores."""
 
     n_requests: int
     reliability: Scores
     generality: Scores
     locality: Scores
     harmonic_mean: float | None
+    preferences: Preferences
     before_reliability: float
+    before_preferences: Preferences
     already_true: int
     gate: GateScores | None
     perplexity_before: float
@@ -97,11 +102,12 @@ class Evaluation:
 @dataclass(frozen=True)
 class Before:
     """What the unedited model says of one request: share of the target that is its first choice,
-    completion of the prompt; of the locality prompts, first choices for the answers, completions.
-    """
+    completion of the prompt, preferences; of the locality prompts, first choices for the answers,
+    completions."""
 
     hit: float
     answer: str
+    preferences: Preferences
     choices: list[Tensor]
     answers: list[str]
 
@@ -119,13 +125,14 @@ def before_edits(
     _check(model, [*asked, *beside])
     hits = target_hits(model, tokenizer, asked)
     answers = _answers(model, tokenizer, [request.prompt for request in requests])
+    preferred = preferences(model, tokenizer, requests)
     choices = iter(first_choices(model, tokenizer, beside))
     local_answers = iter(_answers(model, tokenizer, [p.prompt for p in local]))
     found = {}
-    for request, hit, answer in zip(requests, hits, answers, strict=True):
+    for i, request in enumerate(requests):
         n = range(len(request.locality))
         own, said = [next(choices) for _ in n], [next(local_answers) for _ in n]
-        found[request] = Before(hit, answer, own, said)
+        found[request] = Before(hits[i], answers[i], preferred[i], own, said)
     return found
 
 
@@ -149,7 +156,7 @@ def evaluate(
     reworded = [encode(tokenizer, p, requests[i].target) for i, p in paraphrases]
     beside = [encode(tokenizer, p.prompt, p.answer) for _, p in local]
     _check(model, [*asked, *reworded, *beside])
-    with eval_mode(model), track("evaluating", 8) as advance:
+    with eval_mode(model), track("evaluating", 9) as advance:
 
         def step(result: Any) -> Any:
             advance(1)
@@ -165,6 +172,7 @@ def evaluate(
         answers = step(_answers(model, tokenizer, [r.prompt for r in requests]))
         reworded_answers = step(_answers(model, tokenizer, [p for _, p in paraphrases]))
         beside_answers = step(_answers(model, tokenizer, [p.prompt for _, p in local]))
+        preferred = step(preferences(model, tokenizer, requests))
         words = step(compare_text(model, tokenizer, text, edits.off))
         gate = None
         if isinstance(edits, HookSet):
@@ -196,6 +204,7 @@ def evaluate(
             reliability=_met(hits[i], answers[i], request.target),
             generality=general.get(i, _ABSENT),
             locality=same.get(i, _ABSENT),
+            preferences=preferred[i],
         )
         for i, request in enumerate(requests)
     ]
@@ -208,7 +217,9 @@ def evaluate(
         generality=generality,
         locality=locality,
         harmonic_mean=_harmonic(reliability.greedy, generality.greedy, locality.greedy),
+        preferences=mean_preferences(preferred),
         before_reliability=fmean(record.before for record in records),
+        before_preferences=mean_preferences([b.preferences for b in before]),
         already_true=sum(record.before == 1 for record in records),
         gate=gate,
         perplexity_before=words.perplexity_before,

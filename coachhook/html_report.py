@@ -51,6 +51,7 @@ def _contents(run: Run, figures: Any) -> dict[str, Any]:
         "run": run,
         "metrics": METRICS,
         "table": _table(run, last),
+        "before_preferences": next(iter(last.values()))["before_preferences"],
         "failures": {n: r["failure"] for n, r in run.editors.items() if r["failure"]},
         "curves": _curves(figures, finished),
         "retention": {
@@ -106,6 +107,7 @@ def _table(run: Run, last: Mapping[str, Point]) -> list[dict[str, Any]]:
                 "harmonic": harmonic(records, "greedy"),
                 "interval": interval(records, lambda some: harmonic(some, "greedy")),
                 "lead": lead(last[first]["records"], records, "greedy") if asked_the_same else None,
+                "preferences": point["preferences"],
                 "before": point["before_reliability"],
                 "already_true": point["already_true"],
                 "perplexity": point["perplexity_after"] / point["perplexity_before"] - 1,

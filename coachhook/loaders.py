@@ -207,6 +207,7 @@ def _from_own(record: dict[str, Any]) -> EditRequest:
         record["target"],
         _listed(record, "paraphrases"),
         [_values(item, "prompt", "answer") for item in _listed(record, "locality")],
+        record.get("truth"),
     )
 
 
@@ -227,6 +228,7 @@ def _from_easyedit(record: dict[str, Any]) -> EditRequest:
         record["target_new"],
         _listed(record, "rephrase_prompt"),
         _paired(record, "locality_prompt", "locality_ground_truth"),
+        record.get("ground_truth"),
     )
 
 
@@ -234,12 +236,12 @@ def _from_rome(record: dict[str, Any]) -> EditRequest:
     rewrite = record["requested_rewrite"]
     prompt, subject, new = _values(rewrite, "prompt", "subject", "target_new")
     neighbours = _listed(record, "neighborhood_prompts")
-    locality = []
-    if neighbours:
-        (true,) = _values(rewrite, "target_true")
-        locality = [(neighbour, *_values(true, "str")) for neighbour in neighbours]
+    truth: list[Any] = []
+    if neighbours or "target_true" in rewrite:
+        truth = list(_values(*_values(rewrite, "target_true"), "str"))
+    locality = [(neighbour, *truth) for neighbour in neighbours]
     (target,) = _values(new, "str")
-    return _request(prompt, subject, target, _listed(record, "paraphrase_prompts"), locality)
+    return _request(prompt, subject, target, _listed(record, "paraphrase_prompts"), locality, truth)
 
 
 def _from_mend(record: dict[str, Any]) -> EditRequest:
@@ -249,7 +251,12 @@ def _from_mend(record: dict[str, Any]) -> EditRequest:
         for prompt, answer in _paired(record, "loc", "loc_ans")
     ]
     return _request(
-        record["src"], record["subject"], record["alt"], _listed(record, "rephrase"), locality
+        record["src"],
+        record["subject"],
+        record["alt"],
+        _listed(record, "rephrase"),
+        locality,
+        record.get("answers"),
     )
 
 
@@ -264,13 +271,21 @@ _FORMS: tuple[tuple[str, frozenset[str], Callable[[dict[str, Any]], EditRequest]
 
 
 def _request(
-    prompt: Any, subject: Any, target: Any, paraphrases: list[Any], locality: list[tuple[Any, ...]]
+    prompt: Any,
+    subject: Any,
+    target: Any,
+    paraphrases: list[Any],
+    locality: list[tuple[Any, ...]],
+    truth: Any = None,
 ) -> EditRequest:
-    """The request of values of any type: the constructors check them."""
+    """The request of values of any type: the constructors check them. truth: of several the first;
+    only evaluation asks for it, so that a record without a usable one is as good as any."""
     if isinstance(prompt, str) and isinstance(subject, str):
         subject = _as_spelled_in(prompt, subject.strip())
     kept = tuple(LocalityPrompt(*pair) for pair in locality)
-    return EditRequest(prompt, subject, target, tuple(paraphrases), kept)
+    first = truth[0] if isinstance(truth, list) and truth else truth
+    known = first if isinstance(first, str) and first.strip() else None
+    return EditRequest(prompt, subject, target, tuple(paraphrases), kept, known)
 
 
 def _as_spelled_in(prompt: str, subject: str) -> str:

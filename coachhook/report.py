@@ -177,6 +177,10 @@ def evaluation_view(document: Document) -> None:
         f"perplexity of ordinary text {before:.3f} → {after:.3f} ({after / before - 1:+.2%}), "
         f"divergence {document['divergence']:.4f} nats a token"
     )
+    likelier, former = document["preferences"], document["before_preferences"]
+    if any(value is not None for value in likelier.values()):
+        told = (f"{k} {_percent(v)} % (before {_percent(former[k])})" for k, v in likelier.items())
+        say(f"the likelier of two answers: {', '.join(told)}")
     kept = ", ".join(f"{n}: {_percent(score)} %" for n, score in document["retention"].items())
     say(f"reliability by batch (retention) {kept or '–'}")
 

@@ -37,6 +37,8 @@ class EditRequest:
     target: how the prompt shall continue after the edit.
     paraphrases: other prompts for the same fact; `{}` is filled here too.
     locality: prompts whose answers must not change; (prompt, answer) pairs are accepted.
+    truth: what the target replaces, if that is known; evaluation compares their likelihoods. It is
+    no part of what makes two requests equal.
 
     Texts are stripped and lists become tuples. A subject that has braces of its own and already
     stands in the prompt leaves any `{}` there as it is. Raises `RequestError` for fields of a wrong
@@ -48,6 +50,7 @@ class EditRequest:
     target: str
     paraphrases: tuple[str, ...] = ()
     locality: tuple[LocalityPrompt, ...] = ()
+    truth: str | None = field(default=None, compare=False)
     _start: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class EditRequest:
         object.__setattr__(self, "target", _text("target", self.target, about))
         object.__setattr__(self, "paraphrases", paraphrases)
         object.__setattr__(self, "locality", locality)
+        if self.truth is not None:
+            object.__setattr__(self, "truth", _text("truth", self.truth, about))
         object.__setattr__(self, "_start", start)
 
     @property
@@ -92,22 +97,23 @@ class EditRequest:
         if start != prompt.rfind(self.subject):
             # Only the `{}` tells which of several occurrences is meant.
             prompt = prompt[:start] + _SLOT + prompt[end:]
-        return {
+        found: dict[str, Any] = {
             "prompt": prompt,
             "subject": self.subject,
             "target": self.target,
             "paraphrases": list(self.paraphrases),
             "locality": [{"prompt": item.prompt, "answer": item.answer} for item in self.locality],
         }
+        return found if self.truth is None else found | {"truth": self.truth}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
-        """Read what `to_dict` wrote; `paraphrases` and `locality` may be left out.
+        """Read what `to_dict` wrote; `paraphrases`, `locality`, `truth` may be left out.
 
         Raises `RequestError` for missing or unknown fields and for what the constructor refuses.
         """
         required = {"prompt", "subject", "target"}
-        _check_fields("request", data, required, optional={"paraphrases", "locality"})
+        _check_fields("request", data, required, optional={"paraphrases", "locality", "truth"})
         about = f" (prompt {_shown(data['prompt'])}, subject {_shown(data['subject'])})"
         locality = []
         for item in _items("locality", data.get("locality", ()), about):
@@ -119,6 +125,7 @@ class EditRequest:
             target=data["target"],
             paraphrases=data.get("paraphrases", ()),
             locality=tuple(locality),
+            truth=data.get("truth"),
         )
 
 

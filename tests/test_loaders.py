@@ -111,6 +111,28 @@ def test_every_record_form(
 
 
 @pytest.mark.parametrize(
+    ("record", "truth"),
+    [
+        (EASYEDIT, "Paris"),
+        (EASYEDIT | {"ground_truth": ["Paris", "Lutetia"]}, "Paris"),
+        (EASYEDIT | {"ground_truth": " "}, None),
+        (EASYEDIT | {"ground_truth": 3}, None),
+        (EASYEDIT | {"ground_truth": []}, None),
+        (ROME, "Madrid"),
+        (MEND, "Paris"),
+        (QAEDIT, None),
+        (OWN, None),
+        (OWN | {"truth": " Paris "}, "Paris"),
+    ],
+)
+def test_what_a_target_replaces(tmp_path: Path, record: dict[str, Any], truth: str | None) -> None:
+    (request,) = load_requests(write_jsonl(tmp_path / "facts.jsonl", record)).requests
+    assert request.truth == truth
+    assert EditRequest.from_dict(request.to_dict()).truth == truth
+    assert ("truth" in request.to_dict()) == (truth is not None)
+
+
+@pytest.mark.parametrize(
     ("prompt", "subject", "spelling"),
     [
         ("who wrote the song hey jude?", "Hey Jude", "hey jude"),

@@ -61,6 +61,8 @@ def point(edits: int, **others: Any) -> dict[str, Any]:
         "generality": ABSENT,
         "locality": ABSENT,
         "harmonic_mean": None,
+        "preferences": {"efficacy": 1.0, "paraphrase": 0.25, "neighbourhood": None},
+        "before_preferences": {"efficacy": 0.125, "paraphrase": 0.0, "neighbourhood": None},
         "before_reliability": 0.1,
         "already_true": 1,
         "gate": None,
@@ -143,6 +145,8 @@ def test_a_comparison(folder: Path) -> None:
     # What no record has is absent, never a number.
     row = text[text.index("<tr><td>keyed@15</td>") :]
     assert row[: row.index("</tr>")].count("absent") == 5
+    preferred = text[text.index("The likelier of two answers") :]
+    assert "<td>0.250</td>" in preferred[: preferred.index("</table>")]
     for picture in ("Reliability, greedy", "Retention: keyed@15", "z-scores: keyed@15"):
         assert f'aria-label="{picture}"' in text
     assert 'aria-label="Generality, greedy"' not in text
