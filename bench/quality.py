@@ -12,13 +12,13 @@ NAME is one of bench/editors, with @ and a number behind it where its own number
 editors that are missing.
 """
 
-import hashlib
 import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +26,9 @@ import torch
 import typer
 from consecutive import demo_facts
 from editors import MAKERS, Setting, make_editor, named, takes_values
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+from run_folder import checksum, kept, run_folder
 from safetensors.torch import load_file, save_file
 from timing import Timings, take_turns
 from torch import Tensor
@@ -42,9 +42,9 @@ from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text
 from coachhook.progress import track
 from coachhook.requests import EditRequest
+from coachhook.runs import VERSION
 from coachhook.values import optimise_values
 
-VERSION = 2
 # Of the speeds: tokens that are read, tokens that are decoded, turns.
 _PROMPT, _DECODED, _ROUNDS = 64, 16, 5
 
@@ -79,7 +79,7 @@ def main(
     protocol = {
         "version": VERSION,
         "facts": path.name,
-        "sha256": hashlib.sha256(json.dumps([r.to_dict() for r in requests]).encode()).hexdigest(),
+        "sha256": checksum(requests),
         "edits": len(requests),
         "batch_size": batch_size,
         "every": every,
@@ -98,36 +98,18 @@ def main(
 def compare(
     protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
 ) -> dict[str, Any]:
-    """Each editor's result; those that `place` has are read. Raises `typer.BadParameter` if `place`
-    belongs to another protocol, or another process works in it."""
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(place / ".lock", timeout=0):
-            return _compare(protocol, requests, names, place)
-    except Timeout:
-        raise typer.BadParameter(f"another process works in {place}; wait for it") from None
-
-
-def _compare(
-    protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
-) -> dict[str, Any]:
-    description = place / "protocol.json"
-    if description.exists() and json.loads(description.read_text()) != jsonable(protocol):
-        raise typer.BadParameter(
-            f"{place} holds a run of another version, of other facts or settings; take another "
-            "folder"
-        )
-    write(description, protocol)
-    model, tokenizer = load_model(protocol["model"])
-    values = target_values(model, tokenizer, requests, place)
-    known = before_edits(model, tokenizer, requests)
-    results = {}
-    for name in names:
-        done = place / f"{name}.json"
-        if not done.exists():
-            write(done, measure(name, protocol, requests, values, known))
-        results[name] = json.loads(done.read_text())
-    return results
+    """Each editor's result; those that `place` has are read."""
+    with run_folder(place, protocol):
+        model, tokenizer = load_model(protocol["model"])
+        values = target_values(model, tokenizer, requests, place)
+        known = before_edits(model, tokenizer, requests)
+        return {
+            name: kept(
+                place / f"{name}.json",
+                partial(measure, name, protocol, requests, values, known),
+            )
+            for name in names
+        }
 
 
 def measure(
@@ -242,17 +224,6 @@ def target_values(
         staging.replace(kept)
     tensors = load_file(kept)
     return Values(tensors["hidden"], float(tensors["seconds"]))
-
-
-def jsonable(document: Any) -> Any:
-    return json.loads(json.dumps(document))
-
-
-def write(path: Path, document: Any) -> None:
-    """Whole or not at all."""
-    staging = path.with_suffix(".writing")
-    staging.write_text(json.dumps(document, indent=1) + "\n")
-    staging.replace(path)
 
 
 def show(document: dict[str, Any]) -> None:

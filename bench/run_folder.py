@@ -1,0 +1,55 @@
+"""A folder that keeps what a long run has found, so that the same command goes on with the rest."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from filelock import FileLock, Timeout
+
+from coachhook.requests import EditRequest
+
+
+@contextmanager
+def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
+    """Hold `place` for the run that `protocol` describes, and for it alone.
+
+    Raises `typer.BadParameter` if `place` belongs to another run or another process works in it.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place / ".lock", timeout=0):
+            description = place / "protocol.json"
+            # As JSON has it: there are no tuples.
+            wanted = json.loads(json.dumps(protocol))
+            if description.exists() and json.loads(description.read_text()) != wanted:
+                raise typer.BadParameter(
+                    f"{place} holds a run of another version, of other facts or settings; take "
+                    "another folder"
+                )
+            write(description, wanted)
+            yield
+    except Timeout:
+        raise typer.BadParameter(f"another process works in {place}; wait for it") from None
+
+
+def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `path` holds; measured and written now where there is no such file."""
+    if not path.exists():
+        write(path, measure())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def write(path: Path, document: Any) -> None:
+    """Whole or not at all."""
+    staging = path.with_suffix(".writing")
+    staging.write_text(json.dumps(document, indent=1) + "\n")
+    staging.replace(path)
+
+
+def checksum(requests: Sequence[EditRequest]) -> str:
+    return hashlib.sha256(json.dumps([r.to_dict() for r in requests]).encode()).hexdigest()
