@@ -76,16 +76,7 @@ def main(
     requests = ch.load_requests(path).requests[first : first + edits]
     if not requests:
         raise typer.BadParameter(f"{path} has no facts from number {first} on")
-    protocol = {
-        "version": VERSION,
-        "facts": path.name,
-        "sha256": checksum(requests),
-        "edits": len(requests),
-        "batch_size": batch_size,
-        "every": every,
-        "model": model,
-        "config": ch.EditConfig().to_dict(),
-    }
+    protocol = protocol_of(path, requests, batch_size, every, model)
     with tempfile.TemporaryDirectory() as temporary:
         results = compare(protocol, requests, names, run or Path(temporary))
     document = {"protocol": protocol, "editors": results}
@@ -93,6 +84,22 @@ def main(
         print(json.dumps(document))
     else:
         show(document)
+
+
+def protocol_of(
+    facts: Path, requests: Sequence[EditRequest], batch_size: int, every: int, model: str
+) -> dict[str, Any]:
+    """What tells one comparison from another."""
+    return {
+        "version": VERSION,
+        "facts": facts.name,
+        "sha256": checksum(requests),
+        "edits": len(requests),
+        "batch_size": batch_size,
+        "every": every,
+        "model": model,
+        "config": ch.EditConfig().to_dict(),
+    }
 
 
 def compare(
