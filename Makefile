@@ -1,9 +1,9 @@
-# The whole workflow: make demo, make test, make bench, make lint.
+# The whole workflow: make demo, make test, make bench, make lint, make results.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test pytest lint bench clean
+.PHONY: demo test pytest lint bench results clean
 
 demo: $(READY)
 	$(BIN)/coachhook demo
@@ -29,6 +29,10 @@ bench: $(READY)
 	$(BIN)/python bench/consecutive.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(BIN)/python bench/ops.py && $(BIN)/python bench/inference.py --shape llama-3-8b; fi
+
+# RESULTS.md, measured again: make results COUNTERFACT=FILE QAEDIT=FILE RUN=FOLDER. It takes hours.
+results: $(READY)
+	$(BIN)/python bench/results.py $(COUNTERFACT) $(QAEDIT) --run $(RUN)
 
 # torch goes first: left to another package's range, pip may choose a build with gigabytes of CUDA.
 # uv installs the rest in a tenth of the time; where it knows no way to the packages, pip does.

@@ -10,21 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from click.testing import Result
 from tiny import TARGETS, tiny_model, tiny_tokenizer
+from typer.testing import CliRunner
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = (
-    "timing",
-    "output",
-    "published",
-    "layers",
-    "shapes",
-    "sessions",
-    "cases",
-    "tune",
-    "ops",
-    "update",
-)
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -45,9 +36,18 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The modules of bench/, importable for one test only."""
     monkeypatch.syspath_prepend(str(BENCH))
+    before = set(sys.modules)
     yield importlib.import_module
-    for name in (*MODULES, "inference"):
-        sys.modules.pop(name, None)
+    for name in set(sys.modules) - before:
+        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def called(script: Any, *arguments: str) -> Result:
+    """A script's command in this process: another one takes seconds to start."""
+    app = typer.Typer()
+    app.command()(script.main)
+    return CliRunner().invoke(app, arguments)
 
 
 def test_update_prints_how_fast_and_how_accurate_it_is(
@@ -75,13 +75,16 @@ def test_update_is_not_timed_when_it_is_wrong(bench: Any, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("gate", "form"), [("keyed", ["--dense"]), ("calibrated", ["--factored", "--rank", "8"])]
 )
-def test_inference_prints_its_measurements(gate: str, form: list[str]) -> None:
+def test_inference_prints_its_measurements(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, gate: str, form: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = ["--gate", gate, *form, "--edits", "50", "--rounds", "2", "--tokens", "4"]
-    done = run("inference.py", "--shape", "tiny", *settings, "--json", "-")
-    assert done.returncode == 0, done.stderr
+    done = called(bench("inference"), "--shape", "tiny", *settings, "--json", "-")
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["model"] == "tiny"
-    assert result["threads"] == 1
+    assert result["threads"] == torch.get_num_threads()
     assert result["hook_bytes"] > 0
     cases = [(row["case"], row["batch"], row["pairs"]) for row in result["rows"]]
     assert cases == [
@@ -100,9 +103,6 @@ def test_inference_prints_its_measurements(gate: str, form: list[str]) -> None:
 
 
 def test_inference_stops_on_a_wrong_result(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
-    from typer.testing import CliRunner
-
     inference, shapes, gates = bench("inference"), bench("shapes"), bench("coachhook.gates")
 
     def always_open(*arguments: Any) -> Any:
@@ -110,9 +110,7 @@ def test_inference_stops_on_a_wrong_result(bench: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(shapes, "random_gate", always_open)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    app = typer.Typer()
-    app.command()(inference.main)
-    done = CliRunner().invoke(app, ["--shape", "tiny", "--edits", "5", "--rounds", "1"])
+    done = called(inference, "--shape", "tiny", "--edits", "5", "--rounds", "1")
     assert done.exit_code == 1
     assert "nothing timed" in done.output
 
@@ -272,14 +270,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_editing_measures_its_three_parts(
-    tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Any, tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
     model, facts = map(str, tiny_folder)
     sizes = ["--d-in", "64", "--keys", "8", "--batches", "2", "--accuracy-d-in", "64"]
-    few = ["--edits", "2", "--steps", "2", "--rounds", "2", "--threads", "1"]
-    done = run("editing.py", facts, "--model", model, *sizes, *few, "--json")
-    assert done.returncode == 0, done.stderr
+    few = ["--edits", "2", "--steps", "2", "--rounds", "2"]
+    done = called(bench("editing"), facts, "--model", model, *sizes, *few, "--json")
+    assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["values_speedup"] > 0
     assert result["update_speedup"] > 0
@@ -291,22 +289,23 @@ def test_editing_measures_its_three_parts(
 
 
 def test_a_consecutive_run_goes_on_where_it_stopped(
-    tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bench: Any, tiny_folder: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     model, facts = map(str, tiny_folder)
     common = ["--model", model, "--batch-size", "1", "--run", str(tmp_path / "run"), "--json"]
     first = run("consecutive.py", facts, "--edits", "2", *common)
     assert first.returncode == 0, first.stderr
+    script = bench("consecutive")
     # As if it had been killed between saving the second batch and noting it.
     notes = tmp_path / "run" / "batches.jsonl"
     notes.write_text(notes.read_text().splitlines()[0] + "\n")
-    second = run("consecutive.py", facts, "--edits", "4", *common)
-    assert second.returncode == 0, second.stderr
+    second = called(script, facts, "--edits", "4", *common)
+    assert second.exit_code == 0, second.output
     batches = json.loads(second.stdout)["batches"]
     assert [bool(batch) for batch in batches] == [True, False, True, True]
     assert batches[0] == json.loads(first.stdout)["batches"][0]
     # Not the batches that the folder holds: these would pass some facts over.
-    other = run("consecutive.py", facts, "--edits", "4", *common, "--batch-size", "2")
-    assert other.returncode == 2
+    other = called(script, facts, "--edits", "4", *common, "--batch-size", "2")
+    assert other.exit_code == 2
     assert "other facts, batches or gate" in " ".join(other.stderr.split())

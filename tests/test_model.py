@@ -19,6 +19,8 @@ from coachhook.requests import EditRequest
 from coachhook.tokens import encode, encode_request
 
 pytestmark = pytest.mark.model
+# Half of the page: the whole of it, and more, is read by bench/consecutive.py.
+PAGE = ordinary_text()[:6000]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def scores(editor: ch.Editor, live: list[EditRequest]) -> Evaluation:
     with pytest.MonkeyPatch.context() as patch:
         # As many as a target and an answer have; nothing here asks for the natural stop.
         patch.setattr("coachhook.evaluate._NEW_TOKENS", 8)
-        return evaluate(editor.model, editor.tokenizer, editor.hooks, live)
+        return evaluate(editor.model, editor.tokenizer, editor.hooks, live, PAGE)
 
 
 class TestMetrics:
@@ -188,7 +190,7 @@ def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
         first_ids = {id(edit.request) for edit in journal.batches[0].edits}
         kept = [h for h, request in zip(hits, in_force, strict=True) if id(request) in first_ids]
         assert fmean(kept) >= 0.98
-        after = perplexity(model, tokenizer, ordinary_text())
+        after = perplexity(model, tokenizer, PAGE)
         assert after == pytest.approx(scores.perplexity_before, rel=0.005)
         assert open_in_background(editor) <= 0.0005
         # Asked of near neighbours of what is edited, as csrc_notes/editing.md has it.

@@ -20,6 +20,7 @@ from coachhook.ordinary import ordinary_text, perplexity
 from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
 
 BENCH = Path(__file__).parents[1] / "bench"
+RESULTS = BENCH.with_name("RESULTS.md")
 FACTS = [
     EditRequest("They moved to {}", "France", TARGETS[0], ("Once {}",), (("It rained", "and"),)),
     EditRequest("I was told of {}", "Rome", TARGETS[1], ("Of {}",), (("Yes", "it"),)),
@@ -302,3 +303,52 @@ def test_intervals_hold_the_mean() -> None:
     absent = [{**record, "generality": {"greedy": None}} for record in records]
     assert intervals.harmonic(absent, "greedy") is None
     assert intervals.interval(absent, lambda some: intervals.harmonic(some, "greedy")) is None
+
+
+def test_the_page_says_what_the_figures_say(bench: Any) -> None:
+    results = bench("results")
+    kept = results.kept()
+    assert list(kept) == [asked.name for asked in results.RUNS]
+    assert RESULTS.read_text(encoding="utf-8") == results.page(kept)
+    # A figure that changes changes the page.
+    name = next(iter(kept["counterfact"]["editors"]))
+    kept["counterfact"]["editors"][name]["harmonic_mean"] = 0.123456
+    assert "| 0.123 (" in results.page(kept)
+
+
+def test_one_command_measures_and_writes(
+    bench: Any,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    results = bench("results")
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS))
+    short = results.Asked("short", "A short one", "qaedit", 0, 4, 2, 1)
+    makers = {name: results.MAKERS[name] for name in ("keyed", "memit")}
+    for name, value in (
+        ("RUNS", (short,)),
+        ("MAKERS", makers),
+        ("KEPT", tmp_path / "kept"),
+        ("PAGE", tmp_path / "page.md"),
+    ):
+        monkeypatch.setattr(results, name, value)
+    asked = {"counterfact": facts, "qaedit": facts, "only": None, "model": str(tiny_folder)}
+    results.main(**asked, run=tmp_path / "run", write=False)
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    figures = json.loads((tmp_path / "kept" / "short.json").read_text())
+    assert (tmp_path / "run" / "short.html").exists()
+    for name in ("keyed@15", "memit@150"):
+        found = figures["editors"][name]
+        assert f"| {name} | {found['reliability']['greedy']:.3f} / " in text
+        assert f" | {found['divergence']:.4f} | {found['seconds_per_edit']:.2f} | " in text
+    assert "3 facts of 4 records from number 0 on" in text
+
+    (tmp_path / "page.md").unlink()
+    nothing = {"counterfact": None, "qaedit": None, "run": None, "only": None, "model": ""}
+    results.main(**nothing, write=True)
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
+    with pytest.raises(typer.BadParameter, match="give COUNTERFACT"):
+        results.main(**nothing, write=False)

@@ -1,0 +1,222 @@
+"""Every table of RESULTS.md: runs the comparisons, keeps their figures as JSON, writes the page.
+
+    python bench/results.py COUNTERFACT QAEDIT --run DIR [--only NAME]... [--model smollm2]
+    python bench/results.py --write
+
+The first takes hours on two cores, and goes on where it was stopped; the second writes the page
+alone, from bench/results/*.json. COUNTERFACT and QAEDIT are files of records of those kinds, which
+are not shipped here. The figures of each run go to bench/results/NAME.json, and a page to look at
+to DIR/NAME.html.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import quality
+import torch
+import typer
+from editors import MAKERS, named
+
+import coachhook as ch
+from coachhook.html_report import write_report
+from coachhook.intervals import METRICS, harmonic, interval, lead
+from coachhook.runs import load_run
+
+KEPT = Path(__file__).with_name("results")
+PAGE = Path(__file__).parents[1] / "RESULTS.md"
+FORMS = ("greedy", "teacher_forced", "exact")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One comparison: records `first` to `first + edits` of `data`, `batch_size` at a time."""
+
+    name: str
+    title: str
+    data: str
+    first: int
+    edits: int
+    batch_size: int
+    every: int
+
+
+RUNS = (
+    Asked("counterfact", "Consecutive: CounterFact, 10 a batch", "counterfact", 0, 200, 10, 5),
+    Asked("single", "Single round: CounterFact, all in one batch", "counterfact", 0, 50, 50, 1),
+    Asked("qaedit", "Consecutive: QAEdit, 10 a batch", "qaedit", 0, 100, 10, 5),
+)
+
+
+def main(
+    counterfact: Annotated[Path | None, typer.Argument()] = None,
+    qaedit: Annotated[Path | None, typer.Argument()] = None,
+    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
+    only: Annotated[list[str] | None, typer.Option()] = None,
+    model: str = "smollm2",
+    write: Annotated[bool, typer.Option("--write")] = False,
+) -> None:
+    if not write:
+        if counterfact is None or qaedit is None or run is None:
+            raise typer.BadParameter("give COUNTERFACT, QAEDIT and --run DIR; or --write alone")
+        files = {"counterfact": counterfact, "qaedit": qaedit}
+        for asked in RUNS:
+            if not only or asked.name in only:
+                keep(asked, files[asked.data], run, model)
+    PAGE.write_text(page(kept()), encoding="utf-8")
+
+
+def keep(asked: Asked, facts: Path, place: Path, model: str) -> None:
+    """Run one comparison and keep its figures."""
+    requests = ch.load_requests(facts).requests[asked.first : asked.first + asked.edits]
+    protocol = quality.protocol_of(facts, requests, asked.batch_size, asked.every, model)
+    names = [named(name) for name in MAKERS]
+    results = quality.compare(protocol, requests, names, place / asked.name)
+    KEPT.mkdir(exist_ok=True)
+    found = {"machine": machine(), "asked": vars(asked), **figures(protocol, results)}
+    (KEPT / f"{asked.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_report(load_run(place / asked.name), place / f"{asked.name}.html")
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+    }
+
+
+def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page tells of a comparison: everything but the records themselves."""
+    last = {name: r["points"][-1] for name, r in results.items() if r["points"]}
+    best = max(last, key=lambda name: last[name]["harmonic_mean"] or 0.0)
+    found = {}
+    for name, result in results.items():
+        if name not in last:
+            found[name] = {"failure": result["failure"]}
+            continue
+        point, records = last[name], last[name]["records"]
+        same = name != best and len(records) == len(last[best]["records"])
+        found[name] = {
+            "failure": result["failure"],
+            "edits": point["edits"],
+            **{metric: point[metric] for metric in METRICS},
+            "harmonic_mean": harmonic(records, "greedy"),
+            "interval": interval(records, _greedy),
+            "exact_harmonic_mean": harmonic(records, "exact"),
+            "behind_the_best": lead(last[best]["records"], records, "greedy") if same else None,
+            "preferences": point["preferences"],
+            "perplexity_change": point["perplexity_after"] / point["perplexity_before"] - 1,
+            "divergence": point["divergence"],
+            "first_batch": point["retention"].get(1, point["retention"].get("1")),
+            "ordinary_open": point["gate"] and point["gate"]["ordinary"],
+            "seconds_per_edit": result["seconds_per_edit"],
+            "bytes_held": result["bytes_held"],
+            "overhead": result["overhead"],
+        }
+    point = last[best]
+    return {
+        "protocol": dict(protocol),
+        "before": {
+            "reliability": point["before_reliability"],
+            "already_true": point["already_true"],
+            "preferences": point["before_preferences"],
+            "facts": point["n_requests"],
+        },
+        "editors": found,
+    }
+
+
+def _greedy(records: Sequence[Mapping[str, Any]]) -> float | None:
+    return harmonic(records, "greedy")
+
+
+def kept() -> dict[str, dict[str, Any]]:
+    """The figures of every run that was kept, in the order of `RUNS`."""
+    files = {asked.name: KEPT / f"{asked.name}.json" for asked in RUNS}
+    return {n: json.loads(file.read_text()) for n, file in files.items() if file.exists()}
+
+
+def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """RESULTS.md."""
+    parts = [(Path(__file__).with_name("results.head.md")).read_text(encoding="utf-8")]
+    parts += [section(found) for found in runs.values()]
+    return "\n".join(parts)
+
+
+def section(found: Mapping[str, Any]) -> str:
+    asked, before, machine = found["asked"], found["before"], found["machine"]
+    editors = {n: e for n, e in found["editors"].items() if "harmonic_mean" in e}
+    order = sorted(editors, key=lambda name: editors[name]["harmonic_mean"] or 0.0, reverse=True)
+    lines = [
+        f"## {asked['title']}",
+        "",
+        f"{before['facts']} facts of {asked['edits']} records from number {asked['first']} on. The "
+        f"unedited model gives {share(before['reliability'])} of the targets' tokens; "
+        f"{before['already_true']} facts were true before. {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}.",
+        "",
+        *table(
+            ("editor", *METRICS, "harmonic mean (95 %)", "the best leads by (95 %)"),
+            (
+                (
+                    name,
+                    *(forms(editors[name][metric]) for metric in METRICS),
+                    f"{share(editors[name]['harmonic_mean'])} ({span(editors[name]['interval'])})",
+                    span(editors[name]["behind_the_best"]),
+                )
+                for name in order
+            ),
+        ),
+        "",
+        *table(
+            (
+                *("editor", "first batch", "efficacy", "paraphrase", "neighbourhood"),
+                *("perplexity", "divergence", "seconds an edit", "first token", "tokens/s"),
+            ),
+            (
+                (
+                    name,
+                    share(e["first_batch"]),
+                    *(share(value) for value in e["preferences"].values()),
+                    f"{e['perplexity_change']:+.2%}",
+                    f"{e['divergence']:.4f}",
+                    f"{e['seconds_per_edit']:.2f}",
+                    f"{e['overhead']['first_token_ratio']:.2f}",
+                    f"{e['overhead']['tokens_per_second_ratio']:.2f}",
+                )
+                for name, e in ((name, editors[name]) for name in order)
+            ),
+        ),
+        "",
+    ]
+    failed = {n: e["failure"] for n, e in found["editors"].items() if e["failure"]}
+    lines += [f"`{name}` failed: {reason}" for name, reason in failed.items()]
+    return "\n".join([*lines, ""] if failed else lines)
+
+
+def table(columns: Sequence[str], rows: Any) -> list[str]:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def forms(scores: Mapping[str, float | None]) -> str:
+    return " / ".join(share(scores[form]) for form in FORMS)
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def span(found: Sequence[float] | None) -> str:
+    return "" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
