@@ -20,7 +20,6 @@ from coachhook.ordinary import ordinary_text, perplexity
 from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
 
 BENCH = Path(__file__).parents[1] / "bench"
-RESULTS = BENCH.with_name("RESULTS.md")
 FACTS = [
     EditRequest("They moved to {}", "France", TARGETS[0], ("Once {}",), (("It rained", "and"),)),
     EditRequest("I was told of {}", "Rome", TARGETS[1], ("Of {}",), (("Yes", "it"),)),
@@ -303,17 +302,6 @@ def test_intervals_hold_the_mean() -> None:
     absent = [{**record, "generality": {"greedy": None}} for record in records]
     assert intervals.harmonic(absent, "greedy") is None
     assert intervals.interval(absent, lambda some: intervals.harmonic(some, "greedy")) is None
-
-
-def test_the_page_says_what_the_figures_say(bench: Any) -> None:
-    results = bench("results")
-    kept = results.kept()
-    assert list(kept) == [asked.name for asked in results.RUNS]
-    assert RESULTS.read_text(encoding="utf-8") == results.page(kept)
-    # A figure that changes changes the page.
-    name = next(iter(kept["counterfact"]["editors"]))
-    kept["counterfact"]["editors"][name]["harmonic_mean"] = 0.123456
-    assert "| 0.123 (" in results.page(kept)
 
 
 def test_one_command_measures_and_writes(
