@@ -49,7 +49,8 @@ class Resources:
     registers: of a thread (on AMD, vector registers). stack, local: bytes of a thread. spills: on
     NVIDIA the bytes stored and loaded (`store`, `load`), on AMD the registers (`vgpr`, `sgpr`).
     shared: bytes of a block. tensor_memory: columns, on sm_100. tensor_cores: matrix instructions
-    by opcode. async_copies: instructions that copy to shared memory past the registers.
+    by opcode. async_copies: instructions that copy to shared memory past the registers. Neither is
+    counted on NVIDIA (empty, None) where the case asks for no matrix instructions.
     serialized: the assembler gave up on keeping warp-group products in flight.
     """
 
@@ -61,7 +62,7 @@ class Resources:
     shared: int
     tensor_memory: int | None
     tensor_cores: dict[str, int]
-    async_copies: int
+    async_copies: int | None
     serialized: bool
 
 
@@ -98,7 +99,8 @@ def compile_resources(case: CompileCase, target: Target) -> Resources:
         )
         if amd:
             return _amd(compiled)
-        return _nvidia(compiled, assembler_log.getvalue(), Path(folder) / "kernel.cubin")
+        cubin = Path(folder) / "kernel.cubin"
+        return _nvidia(compiled, assembler_log.getvalue(), cubin, case.tensor_cores)
 
 
 def objections(case: CompileCase, name: str, found: Resources) -> list[str]:
@@ -151,14 +153,17 @@ def _source(case: CompileCase) -> Any:
     return ASTSource(case.kernel, signature, case.constants, attributes)
 
 
-def _nvidia(compiled: Any, assembler_log: str, cubin: Path) -> Resources:
+def _nvidia(compiled: Any, assembler_log: str, cubin: Path, counted: bool) -> Resources:
     from triton import knobs
 
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-    # Without its data-flow analysis, which no count needs.
-    sass = _output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
-    opcodes = Counter(SASS_OPCODE.findall(sass))
+    opcodes: Counter[str] = Counter()
+    if counted:
+        # Without its data-flow analysis, which no count needs. It still takes a quarter of the
+        # report's time.
+        sass = _output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
+        opcodes.update(SASS_OPCODE.findall(sass))
     return Resources(
         registers=max(_numbers(r"\bREG:(\d+)", usage)),
         scalar_registers=None,
@@ -171,7 +176,7 @@ def _nvidia(compiled: Any, assembler_log: str, cubin: Path) -> Resources:
         shared=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
         tensor_cores={name: count for name, count in opcodes.items() if name.endswith("MMA")},
-        async_copies=sum(opcodes[name] for name in SASS_COPIES),
+        async_copies=sum(opcodes[name] for name in SASS_COPIES) if counted else None,
         serialized="wgmma.mma_async instructions are serialized" in assembler_log,
     )
 
