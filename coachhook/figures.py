@@ -91,7 +91,10 @@ def heat_map(title: str, rows: Sequence[tuple[int, Mapping[int, float]]]) -> str
         axes.set(title=title, xlabel="batch", ylabel="edits so far")
         axes.set_yticks(range(len(rows)), [str(edits) for edits, _ in rows])
         axes.set_xlim(batches[0] - 0.5, batches[-1] + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(batches) <= 12:
+            axes.set_xticks(batches)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.invert_yaxis()
         return _svg(figure, title)
 
