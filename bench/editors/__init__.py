@@ -24,9 +24,10 @@ def _direct(rule: Callable[[Tensor, float, float], Rule]) -> Callable[[Setting, 
 
 @dataclass(frozen=True)
 class Maker:
-    """make: an editor from a setting and the one number that it is most sensitive to. number: the
-    one chosen on other records than the results are of (csrc_notes/quality.md). takes_values:
-    whether it uses the common target values, whose time is then part of its own."""
+    """make: an editor from a setting and the one number that it is most sensitive to. number: a
+    first guess where csrc_notes/quality.md does not say that it was chosen, which must be on other
+    records than the results are of. takes_values: whether it uses the common target values, whose
+    time is then part of its own."""
 
     make: Callable[[Setting, float], Editor]
     number: float
