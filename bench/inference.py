@@ -16,11 +16,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from layers import WrongResultError
+from memory import peak_memory
 from output import put
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sessions import Session, check, check_steps, peak_memory, prefill, random_prompt
+from sessions import Session, check, check_steps, prefill, random_prompt
 from shapes import LOADED, SHAPES, Shape, SyntheticHooks, build, bytes_read
 from timing import Timings, copy_bandwidth, take_turns
 

@@ -26,6 +26,7 @@ import torch
 import typer
 from consecutive import demo_facts
 from editors import MAKERS, Setting, make_editor, named, takes_values
+from memory import peak_memory
 from rich.console import Console
 from rich.table import Table
 from run_folder import checksum, kept, run_folder
@@ -126,8 +127,9 @@ def measure(
     values: Values,
     known: dict[EditRequest, Any],
 ) -> dict[str, Any]:
-    """One editor on a fresh model: seconds of its batches, and scores along the way. An editor that
-    fails is one that failed, with its reason and what was measured before."""
+    """One editor on a fresh model: seconds of its batches, the most memory that it edited in, the
+    model with it, and scores along the way. An editor that fails is one that failed, with its
+    reason and what was measured before."""
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
     model, tokenizer = load_model(protocol["model"])
@@ -137,9 +139,10 @@ def measure(
     batches = consecutive(requests, protocol["batch_size"])
     seconds: list[float] = []
     points: list[dict[str, Any]] = []
-    failure, asked = None, 0
+    failure, asked, peak = None, 0, 0
     with track(name, len(requests)) as advance:
         for number, (batch, wanted) in enumerate(batches, 1):
+            peak_memory(model.device)
             began = time.perf_counter()
             try:
                 subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
@@ -148,6 +151,7 @@ def measure(
                 break
             asked += len(batch)
             seconds.append(time.perf_counter() - began + ahead * len(batch))
+            peak = max(peak, peak_memory(model.device))
             if number % protocol["every"] == 0 or number == len(batches):
                 so_far = latest(requests[:asked])
                 found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
@@ -159,6 +163,7 @@ def measure(
         "seconds_per_edit": sum(seconds) / asked if asked else None,
         "batch_seconds": seconds,
         "bytes_held": subject.held(),
+        "peak_bytes": peak,
         "overhead": overhead(model, tokenizer, subject.edits),
         "points": points,
     }

@@ -12,7 +12,7 @@ to DIR/NAME.html.
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +30,12 @@ from coachhook.runs import load_run
 KEPT = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "RESULTS.md"
 FORMS = ("greedy", "teacher_forced", "exact")
+# Harmonic means by the forms they are of; the last of locality, where it is another.
+MEANS = {
+    "greedy": ("greedy",),
+    "greedy, locality teacher-forced": ("greedy", "teacher_forced"),
+    "exact": ("exact",),
+}
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,14 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
             "failure": result["failure"],
             "edits": point["edits"],
             **{metric: point[metric] for metric in METRICS},
-            "harmonic_mean": harmonic(records, "greedy"),
-            "interval": interval(records, _greedy),
-            "exact_harmonic_mean": harmonic(records, "exact"),
-            "behind_the_best": lead(last[best]["records"], records, "greedy") if same else None,
+            "means": {
+                name: {
+                    "mean": harmonic(records, *forms),
+                    "interval": interval(records, lambda some, f=forms: harmonic(some, *f)),
+                    "behind": lead(last[best]["records"], records, *forms) if same else None,
+                }
+                for name, forms in MEANS.items()
+            },
             "preferences": point["preferences"],
             "perplexity_change": point["perplexity_after"] / point["perplexity_before"] - 1,
             "divergence": point["divergence"],
@@ -118,6 +128,7 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
             "ordinary_open": point["gate"] and point["gate"]["ordinary"],
             "seconds_per_edit": result["seconds_per_edit"],
             "bytes_held": result["bytes_held"],
+            "peak_bytes": result["peak_bytes"],
             "overhead": result["overhead"],
         }
     point = last[best]
@@ -131,10 +142,6 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
         },
         "editors": found,
     }
-
-
-def _greedy(records: Sequence[Mapping[str, Any]]) -> float | None:
-    return harmonic(records, "greedy")
 
 
 def kept() -> dict[str, dict[str, Any]]:
@@ -152,8 +159,11 @@ def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def section(found: Mapping[str, Any]) -> str:
     asked, before, machine = found["asked"], found["before"], found["machine"]
-    editors = {n: e for n, e in found["editors"].items() if "harmonic_mean" in e}
-    order = sorted(editors, key=lambda name: editors[name]["harmonic_mean"] or 0.0, reverse=True)
+    finished = {name: e for name, e in found["editors"].items() if "means" in e}
+    order = sorted(
+        finished, key=lambda n: finished[n]["means"]["greedy"]["mean"] or 0, reverse=True
+    )
+    editors = {name: finished[name] for name in order}
     lines = [
         f"## {asked['title']}",
         "",
@@ -163,42 +173,55 @@ def section(found: Mapping[str, Any]) -> str:
         f"{machine['threads']} threads, torch {machine['torch']}.",
         "",
         *table(
-            ("editor", *METRICS, "harmonic mean (95 %)", "the best leads by (95 %)"),
+            ("harmonic mean (95 %)", *MEANS),
+            ((name, *(mean(e["means"][form]) for form in MEANS)) for name, e in editors.items()),
+        ),
+        "",
+        *table(
+            (f"behind {order[0]} by", *MEANS),
             (
-                (
-                    name,
-                    *(forms(editors[name][metric]) for metric in METRICS),
-                    f"{share(editors[name]['harmonic_mean'])} ({span(editors[name]['interval'])})",
-                    span(editors[name]["behind_the_best"]),
-                )
-                for name in order
+                (name, *(span(e["means"][form]["behind"]) for form in MEANS))
+                for name, e in list(editors.items())[1:]
             ),
         ),
         "",
         *table(
+            ("editor", *METRICS, "first batch", *before["preferences"]),
             (
-                *("editor", "first batch", "efficacy", "paraphrase", "neighbourhood"),
-                *("perplexity", "divergence", "seconds an edit", "first token", "tokens/s"),
+                ("none", *("–",) * 4, *map(share, before["preferences"].values())),
+                *(
+                    (
+                        name,
+                        *(forms(e[metric]) for metric in METRICS),
+                        share(e["first_batch"]),
+                        *map(share, e["preferences"].values()),
+                    )
+                    for name, e in editors.items()
+                ),
             ),
-            (
-                (
-                    name,
-                    share(e["first_batch"]),
-                    *(share(value) for value in e["preferences"].values()),
-                    f"{e['perplexity_change']:+.2%}",
-                    f"{e['divergence']:.4f}",
-                    f"{e['seconds_per_edit']:.2f}",
-                    f"{e['overhead']['first_token_ratio']:.2f}",
-                    f"{e['overhead']['tokens_per_second_ratio']:.2f}",
-                )
-                for name, e in ((name, editors[name]) for name in order)
-            ),
+        ),
+        "",
+        *table(
+            ("editor", *COSTS),
+            ((name, *(cost(e) for cost in COSTS.values())) for name, e in editors.items()),
         ),
         "",
     ]
     failed = {n: e["failure"] for n, e in found["editors"].items() if e["failure"]}
     lines += [f"`{name}` failed: {reason}" for name, reason in failed.items()]
     return "\n".join([*lines, ""] if failed else lines)
+
+
+COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "perplexity": lambda e: f"{e['perplexity_change']:+.2%}",
+    "divergence": lambda e: f"{e['divergence']:.4f}",
+    "ordinary tokens open": lambda e: percent(e["ordinary_open"]),
+    "seconds an edit": lambda e: f"{e['seconds_per_edit']:.2f}",
+    "peak GB": lambda e: f"{e['peak_bytes'] / 1e9:.2f}",
+    "MB held": lambda e: f"{e['bytes_held'] / 1e6:.2f}",
+    "first token": lambda e: f"{e['overhead']['first_token_ratio']:.2f}",
+    "tokens/s": lambda e: f"{e['overhead']['tokens_per_second_ratio']:.2f}",
+}
 
 
 def table(columns: Sequence[str], rows: Any) -> list[str]:
@@ -210,12 +233,21 @@ def forms(scores: Mapping[str, float | None]) -> str:
     return " / ".join(share(scores[form]) for form in FORMS)
 
 
+def mean(found: Mapping[str, Any]) -> str:
+    around = f" ({span(found['interval'])})" if found["interval"] else ""
+    return share(found["mean"]) + around
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
 def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
 def span(found: Sequence[float] | None) -> str:
-    return "" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+    return "–" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """One model generating: prefill and single steps, and the check that hooks do what they say."""
 
-import resource
 from typing import Any
 
 import torch
@@ -121,13 +120,3 @@ def check_steps(model: Any, steps: dict[str, Step], sessions: dict[str, Session]
         if not error <= tolerance(model):
             raise WrongResultError(f"decoding step {i + 1}: the logits are off by {error:.3g}")
     return CHECKED_STEPS
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on a GPU since the last call, otherwise by the process at all."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    # Linux counts it in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -115,6 +115,7 @@ def _table(run: Run, last: Mapping[str, Point]) -> list[dict[str, Any]]:
                 "gate": point["gate"],
                 "seconds": result.get("seconds_per_edit"),
                 "bytes": result.get("bytes_held"),
+                "peak": result.get("peak_bytes"),
                 "overhead": result.get("overhead"),
             }
         )

@@ -11,9 +11,11 @@ T = TypeVar("T")
 METRICS = ("reliability", "generality", "locality")
 
 
-def harmonic(records: Sequence[Record], form: str) -> float | None:
-    """Harmonic mean of the three metrics' means; None where no record has one of them."""
-    means = [mean_of(records, metric, form) for metric in METRICS]
+def harmonic(records: Sequence[Record], form: str, locality: str | None = None) -> float | None:
+    """Harmonic mean of the three metrics' means; None where no record has one of them. locality:
+    another form for that one."""
+    forms = (form, form, locality or form)
+    means = [mean_of(records, metric, f) for metric, f in zip(METRICS, forms, strict=True)]
     given = [m for m in means if m is not None]
     return harmonic_mean(given) if len(given) == len(METRICS) else None
 
@@ -42,14 +44,16 @@ def interval(
     return float(low), float(high)
 
 
-def lead(ours: Sequence[Record], others: Sequence[Record], form: str) -> tuple[float, float] | None:
+def lead(
+    ours: Sequence[Record], others: Sequence[Record], form: str, locality: str | None = None
+) -> tuple[float, float] | None:
     """The middle 95 % of what the harmonic mean of `ours` is above that of `others`, who answered
     the same requests in the same order: pairs are resampled, so that what makes a record hard for
     both does not count."""
 
     def difference(pairs: Sequence[tuple[Record, Record]]) -> float | None:
-        ahead = harmonic([pair[0] for pair in pairs], form)
-        behind = harmonic([pair[1] for pair in pairs], form)
+        ahead = harmonic([pair[0] for pair in pairs], form, locality)
+        behind = harmonic([pair[1] for pair in pairs], form, locality)
         return None if ahead is None or behind is None else ahead - behind
 
     return interval(list(zip(ours, others, strict=True)), difference)

@@ -13,7 +13,7 @@ from filelock import FileLock
 from tiny import TARGETS, tiny_model, tiny_tokenizer
 from torch import nn
 
-from coachhook import EditRequest, intervals
+from coachhook import EditConfig, EditRequest, intervals
 from coachhook.errors import StatisticsError
 from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text, perplexity
@@ -146,17 +146,20 @@ def test_every_editor_under_one_protocol(
         assert moved or last["divergence"] > 1e-6, name
         # Off is off, for each editor in its own way.
         assert last["perplexity_before"] == pytest.approx(unedited, rel=1e-6), name
-        assert (last["gate"] is not None) == name.startswith(("keyed", "calibrated", "sequence"))
+        hooked = ("keyed", "calibrated", "sequence", "onegradient")
+        assert (last["gate"] is not None) == name.startswith(hooked)
         for ratio in ("first_token_ratio", "tokens_per_second_ratio"):
             assert 0 < result["overhead"][ratio] < 100
         seconds = result["batch_seconds"]
         assert all(took > 0 for took in seconds)
+        assert 1e8 < result["peak_bytes"] < 1e11
         assert result["seconds_per_edit"] == pytest.approx(sum(seconds) / len(FACTS))
-    reached = document["editors"]["memit@150"]["points"][0]["reliability"]["teacher_forced"]
-    assert reached > document["editors"]["memit@150"]["points"][0]["before_reliability"]
+    memit, grace = editors.named("memit"), editors.named("grace")
+    reached = document["editors"][memit]["points"][0]
+    assert reached["reliability"]["teacher_forced"] > reached["before_reliability"]
 
     # What is there is not measured again; what is missing is.
-    (tmp_path / "run" / "grace@0.3.json").unlink()
+    (tmp_path / "run" / f"{grace}.json").unlink()
     measured: list[str] = []
     again = quality.measure
 
@@ -165,11 +168,33 @@ def test_every_editor_under_one_protocol(
         return again(name, *given)
 
     monkeypatch.setattr(quality, "measure", noted)
-    quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", "memit@150"]))
-    assert measured == ["grace@0.3"]
+    quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", memit]))
+    assert measured == [grace]
     assert "memit" in capsys.readouterr().out
     with pytest.raises(typer.BadParameter, match="another version"):
         quality.main(**arguments(tiny_folder, tmp_path, batch_size=3))
+
+
+def test_values_of_one_gradient(
+    bench: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shifts of one length, each against its gradient in every feature."""
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load_model(str(tiny_folder))
+    editors = bench("editors")
+    setting = editors.Setting.of(model, tokenizer, EditConfig())
+    editor = editors.make_editor("onegradient@0.25", setting)
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        bench("editors.hooked").Hooked, "edit", lambda self, requests, values: given.append(values)
+    )
+    for batch in (FACTS[:1], FACTS[1:3]):
+        hidden, gradient = editor._gradients(batch)
+        editor.edit(batch, torch.full_like(hidden, torch.nan))
+        shift = given[-1] - hidden
+        torch.testing.assert_close(shift.norm(dim=-1), 0.25 * hidden.norm(dim=-1))
+        assert (shift * gradient <= 0).all()
+        assert (shift * gradient).sum() < 0
 
 
 def test_ablations_change_one_thing_at_a_time(
@@ -328,10 +353,13 @@ def test_one_command_measures_and_writes(
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     figures = json.loads((tmp_path / "kept" / "short.json").read_text())
     assert (tmp_path / "run" / "short.html").exists()
-    for name in ("keyed@15", "memit@150"):
-        found = figures["editors"][name]
+    assert len(figures["editors"]) == 2
+    for name, found in figures["editors"].items():
         assert f"| {name} | {found['reliability']['greedy']:.3f} / " in text
-        assert f" | {found['divergence']:.4f} | {found['seconds_per_edit']:.2f} | " in text
+        assert f"| {name} | {found['means']['greedy']['mean']:.3f} (" in text
+        assert f" | {found['perplexity_change']:+.2%} | {found['divergence']:.4f} | " in text
+    (behind,) = [e for e in figures["editors"].values() if e["means"]["exact"]["behind"]]
+    assert f" | {behind['means']['greedy']['behind'][0]:.3f} to " in text
     assert "3 facts of 4 records from number 0 on" in text
 
     (tmp_path / "page.md").unlink()

@@ -9,6 +9,7 @@ from torch import Tensor
 from editors.direct import Direct, Rule, accumulated, alphaedit, memit
 from editors.grace import Grace
 from editors.hooked import Hooked
+from editors.one_gradient import OneGradient
 from editors.setting import Editor, Setting
 from editors.tuned import Constrained, LowRank
 
@@ -42,6 +43,7 @@ MAKERS = {
     "keyed": Maker(_hooked("keyed"), 15.0),
     "calibrated": Maker(_hooked("calibrated"), 15.0),
     "sequence": Maker(_hooked("sequence"), 15.0),
+    "onegradient": Maker(OneGradient, 0.5, takes_values=False),
     "accumulated": Maker(_direct(accumulated), 15.0),
     "memit": Maker(_direct(memit), 150.0),
     "alphaedit": Maker(_direct(alphaedit), 0.02),
