@@ -1,8 +1,8 @@
 """GRACE: a growing codebook at one layer; a key within the radius of an entry gets its output.
 
 As published but for two things that all editors here share: keys are those of the subject's last
-token, and values come from the common optimisation. Its radii are in units of the distance between
-keys of ordinary text.
+token, and values come from the common optimisation. Its radii are in units of the median
+distance between keys of ordinary text (the mean is that of the few attention sinks).
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,12 +64,12 @@ class Codebook(nn.Module):
 
 
 class Grace:
-    """radius: of a new entry, in units of the mean distance between ordinary keys."""
+    """radius: of a new entry, in units of the median distance between ordinary keys."""
 
     def __init__(self, setting: Setting, radius: float) -> None:
         self._setting, layer = setting, setting.layers[-1]
         background = setting.statistics[layer].background[:1024].float()
-        self._radius = radius * float(torch.pdist(background).mean())
+        self._radius = radius * float(torch.pdist(background).median())
         d_in = setting.architecture.d_in(setting.model, layer)
         self._codebook = Codebook(setting.down_projection(layer), d_in)
         setting.model.set_submodule(setting.architecture.name(layer), self._codebook)
