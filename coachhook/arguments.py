@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coachhook import report
+from coachhook import views
 from coachhook.errors import ConfigError, RequestError
 from coachhook.loaders import load_requests
 from coachhook.requests import EditRequest
@@ -92,7 +92,7 @@ def profiled(config: EditConfig, model: Any, given: Path | None, *, shown: bool)
 
     identity = profiles.identity(model, Architecture.of(model, config.template))
     found = profiles.find(identity) if given is None else profiles.load(given)
-    tell = report.tell if shown else lambda _: None
+    tell = views.tell if shown else lambda _: None
     if found is None:
         tell("default settings; 'coachhook calibrate MODEL' finds this model's own")
         return config
@@ -106,7 +106,7 @@ def checked(plan: Plan, *, shown: bool) -> dict[str, Any]:
     """The plan as it goes into a command's document. Refuses what cannot fit."""
     document = plan.to_dict()
     if shown:
-        report.plan_view(document)
+        views.plan_view(document)
     plan.check()
     return document
 

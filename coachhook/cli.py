@@ -16,7 +16,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from coachhook import report
+from coachhook import views
 from coachhook.arguments import (
     Facts,
     Hooks,
@@ -171,9 +171,9 @@ def edit(
                 outcome = editor.edit(batch)
                 editor.save_pretrained(hooks)
                 if first:
-                    edited.append(report.batch_document(outcome.number, outcome.edits))
+                    edited.append(views.batch_document(outcome.number, outcome.edits))
                     if not as_json:
-                        report.batch_view(edited[-1])
+                        views.batch_view(edited[-1])
         if first:
             document = {
                 "folder": str(hooks),
@@ -182,7 +182,7 @@ def edit(
                 "plan": plan,
                 "batches": edited,
             }
-            report.show(document, report.edited_view, as_json=as_json)
+            views.show(document, views.edited_view, as_json=as_json)
 
 
 @app.command("eval")
@@ -200,7 +200,7 @@ def evaluate(
     page = None if text is None else page_of(text)
     loaded, tokenizer, hookset = with_hooks(model, hooks)
     result = measure(loaded, tokenizer, hookset, requests, page)
-    report.show(result.to_dict(), report.evaluation_view, as_json=as_json)
+    views.show(result.to_dict(), views.evaluation_view, as_json=as_json)
 
 
 @app.command()
@@ -237,9 +237,9 @@ def generate(
         document |= {
             "gate": hookset.config.gate,
             "trace": found.to_dict(),
-            "edits": {i: report.fact(hookset.edits[i].request) for i in named},
+            "edits": {i: views.fact(hookset.edits[i].request) for i in named},
         }
-    report.show(document, report.completion_view, as_json=as_json)
+    views.show(document, views.completion_view, as_json=as_json)
 
 
 @app.command()
@@ -251,8 +251,8 @@ def inspect(
     from coachhook.hookset import HookSet
 
     hookset = HookSet.from_pretrained(directory)
-    document = report.inspection_document(directory, hookset)
-    report.show(document, report.inspection_view, as_json=as_json)
+    document = views.inspection_document(directory, hookset)
+    views.show(document, views.inspection_view, as_json=as_json)
 
 
 @app.command()
@@ -282,7 +282,7 @@ def rollback(
         "batches": to,
         "edits": len(hookset.edits),
     }
-    report.show(document, report.rollback_view, as_json=as_json)
+    views.show(document, views.rollback_view, as_json=as_json)
 
 
 @app.command()
@@ -298,7 +298,7 @@ def compact(
     folder.read_config(directory)  # before the lock, which would make a folder that is missing
     with folder.locked(directory):
         hookset = HookSet.from_pretrained(directory)
-        before = report.folder_bytes(directory)
+        before = views.folder_bytes(directory)
         hookset.compact(keep)
         hookset.save_pretrained(directory)
     document = {
@@ -307,9 +307,9 @@ def compact(
         "merged_batches": hookset.journal.merged,
         "edits": len(hookset.edits),
         "bytes_before": before,
-        "bytes": report.folder_bytes(directory),
+        "bytes": views.folder_bytes(directory),
     }
-    report.show(document, report.compaction_view, as_json=as_json)
+    views.show(document, views.compaction_view, as_json=as_json)
 
 
 @app.command()
@@ -347,8 +347,8 @@ def statistics(
         )
         found = key_statistics(loaded, tokenizer, architecture, hooked, source, processes)
         if processes.is_first:
-            document = {"model": model, "plan": plan, "layers": report.statistics_entries(found)}
-            report.show(document, report.statistics_view, as_json=as_json)
+            document = {"model": model, "plan": plan, "layers": views.statistics_entries(found)}
+            views.show(document, views.statistics_view, as_json=as_json)
 
 
 @app.command()
@@ -392,7 +392,7 @@ def calibrate(
     path = output or profiles.default_path(result.profile.identity)
     profiles.save(result.profile, path)
     if not result.took:
-        report.tell(
+        views.tell(
             "warning: under no settings did half of the probe edits take; these are the best found"
         )
     document = {
@@ -405,7 +405,7 @@ def calibrate(
         "seconds": result.seconds,
         "cut_short": result.cut_short,
     }
-    report.show(document, report.calibration_view, as_json=as_json)
+    views.show(document, views.calibration_view, as_json=as_json)
 
 
 @app.command("report")

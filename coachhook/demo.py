@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from coachhook import folder, report
+from coachhook import folder, views
 from coachhook.editor import Editor
 from coachhook.embedded import NAME
 from coachhook.errors import CoachhookError, FolderError
@@ -40,26 +40,26 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     if folder.exists(directory):
         raise FolderError(f"{directory} already holds edits; name a folder that is empty or new")
     requests = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
-    tell(report.say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
+    tell(views.say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
     batches = []
     with folder.locked(directory):
         editor = Editor.from_pretrained(NAME)
         for first in range(0, len(requests), _BATCH):
             outcome = editor.edit(requests[first : first + _BATCH])
             editor.hooks.save_pretrained(directory)
-            batches.append(report.batch_document(outcome.number, outcome.edits))
-            tell(report.batch_view, batches[-1])
+            batches.append(views.batch_document(outcome.number, outcome.edits))
+            tell(views.batch_view, batches[-1])
     live = editor.hooks.journal.live()
     completions = _side_by_side(editor, [edit.request for edit in live])
-    tell(report.side_by_side_view, completions)
+    tell(views.side_by_side_view, completions)
     metrics = evaluate(
         editor.model, editor.tokenizer, editor.hooks, [edit.request for edit in live]
     ).to_dict()
-    tell(report.evaluation_view, metrics)
+    tell(views.evaluation_view, metrics)
     asked = next((edit for edit in live if edit.verdict is Verdict.APPLIED), live[0]).request
-    tell(report.say, "\na fresh process loads the folder and generates with a KV cache:")
+    tell(views.say, "\na fresh process loads the folder and generates with a KV cache:")
     fresh = _fresh_process(directory, asked)
-    tell(report.completion_view, fresh)
+    tell(views.completion_view, fresh)
     document = {
         "folder": str(directory),
         "batches": batches,
@@ -68,7 +68,7 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
         "fresh_process": fresh,
         "seconds": time.monotonic() - started,
     }
-    report.show(document, report.demo_view, as_json=as_json)
+    views.show(document, views.demo_view, as_json=as_json)
     return bool(fresh["met"])
 
 

@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
 import coachhook
-from coachhook import folder, report
+from coachhook import folder, views
 from coachhook.backlog import latest, remaining
 from coachhook.cli import app, parse_layers
 from coachhook.editor import Editor
@@ -425,8 +425,8 @@ def test_statistics() -> None:
 
 
 def test_markup_and_infinities_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    report.say("a [bold]bracket[/bold]")
-    report.show({"a": (float("inf"), float("nan"), 1.5)}, report.edited_view, as_json=True)
+    views.say("a [bold]bracket[/bold]")
+    views.show({"a": (float("inf"), float("nan"), 1.5)}, views.edited_view, as_json=True)
     bracket, _, document = capsys.readouterr().out.partition("\n")
     assert bracket == "a [bold]bracket[/bold]"
     assert json.loads(document) == {"a": [None, None, 1.5]}
