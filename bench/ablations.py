@@ -9,6 +9,7 @@ batches of 10 where the batch is not what changes, and are evaluated at the end 
 --run every variant's result is kept in DIR, and the same command goes on.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -180,7 +181,7 @@ def main(
         "sha256": checksum(requests),
         "edits": len(requests),
         "model": model,
-        "text": text and text.name,
+        "text": text and hashlib.sha256(text.read_bytes()).hexdigest(),
         "config": ch.EditConfig().to_dict(),
     }
     values = Values(requests)

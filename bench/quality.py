@@ -12,7 +12,10 @@ NAME is one of bench/editors, with @ and a number behind it where its own number
 editors that are missing.
 """
 
+import gc
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,12 +23,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
 import typer
 from consecutive import demo_facts
-from editors import MAKERS, Setting, make_editor, named, takes_values
+from editors import EDITORS_VERSION, MAKERS, Setting, make_editor, named, takes_values
 from memory import peak_memory
 from rich.console import Console
 from rich.table import Table
@@ -100,6 +104,17 @@ def protocol_of(
         "every": every,
         "model": model,
         "config": ch.EditConfig().to_dict(),
+        "editors": EDITORS_VERSION,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
 
 
@@ -111,29 +126,30 @@ def compare(
         model, tokenizer = load_model(protocol["model"])
         values = target_values(model, tokenizer, requests, place)
         known = before_edits(model, tokenizer, requests)
-        return {
-            name: kept(
-                place / f"{name}.json",
-                partial(measure, name, protocol, requests, values, known),
-            )
-            for name in names
-        }
+        with ch.Editor.from_pretrained(model, tokenizer) as engine:
+            sinks = frozenset(engine.sinks(requests))
+        del model, engine
+        measured = partial(measure, protocol, requests, values, known, sinks)
+        return {name: kept(place / f"{name}.json", partial(measured, name)) for name in names}
 
 
 def measure(
-    name: str,
     protocol: dict[str, Any],
     requests: Sequence[EditRequest],
     values: Values,
     known: dict[EditRequest, Any],
+    sinks: frozenset[EditRequest],
+    name: str,
 ) -> dict[str, Any]:
     """One editor on a fresh model: seconds of its batches, the most memory that it edited in, the
-    model with it, and scores along the way. An editor that fails is one that failed, with its
+    model with it, and scores along the way. One that fails at a batch is one that failed, with its
     reason and what was measured before."""
+    # The editor before this one, which may refer to itself, is not part of this one's memory.
+    gc.collect()
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
     model, tokenizer = load_model(protocol["model"])
-    subject = make_editor(name, Setting.of(model, tokenizer, ch.EditConfig()))
+    subject = make_editor(name, Setting.of(model, tokenizer, ch.EditConfig(), sinks))
     ahead = values.seconds / len(requests) if takes_values(name) else 0.0
     row_of = {request: i for i, request in enumerate(requests)}
     batches = consecutive(requests, protocol["batch_size"])
@@ -155,11 +171,18 @@ def measure(
             if number % protocol["every"] == 0 or number == len(batches):
                 so_far = latest(requests[:asked])
                 found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
-                points.append({"edits": asked, **found.to_dict()})
+                first = [
+                    record.reliability.teacher_forced
+                    for request, record in zip(so_far, found.records, strict=True)
+                    if request in batches[0][0]
+                ]
+                kept_on = fmean(first) if first else None
+                points.append({"edits": asked, "first_batch": kept_on, **found.to_dict()})
             advance(len(batch))
     return {
         "editor": name,
         "failure": failure,
+        "machine": machine(),
         "seconds_per_edit": sum(seconds) / asked if asked else None,
         "batch_seconds": seconds,
         "bytes_held": subject.held(),
@@ -180,12 +203,18 @@ def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
         with torch.no_grad():
             model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
 
+    # By turn; a model may come to an end before it is cut off.
+    decoded = {"unedited": 0, "edited": 0}
+    turn = ""
+
     def decode() -> None:
-        greedy(model, tokenizer, prompt[:, :8], mask[:, :8], _DECODED)
+        decoded[turn] = greedy(model, tokenizer, prompt[:, :8], mask[:, :8], _DECODED).shape[1]
 
     with ExitStack() as state:
 
         def before(name: str) -> None:
+            nonlocal turn
+            turn = name
             state.close()
             if name == "unedited":
                 state.enter_context(edits.off(model))
@@ -199,8 +228,9 @@ def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
     return {
         "first_token_seconds": {name: timings.median for name, timings in first.items()},
         "first_token_ratio": first["unedited"].over(first["edited"])[0],
-        "tokens_per_second": {name: _DECODED / t.median for name, t in decoding.items()},
-        "tokens_per_second_ratio": decoding["unedited"].over(decoding["edited"])[0],
+        "tokens_per_second": {name: decoded[name] / t.median for name, t in decoding.items()},
+        "tokens_per_second_ratio": decoding["unedited"].over(decoding["edited"])[0]
+        * (decoded["edited"] / decoded["unedited"]),
     }
 
 

@@ -10,15 +10,12 @@ to DIR/NAME.html.
 """
 
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import quality
-import torch
 import typer
 from editors import MAKERS, named
 
@@ -52,9 +49,9 @@ class Asked:
 
 
 RUNS = (
+    Asked("qaedit", "Consecutive: QAEdit, 10 a batch", "qaedit", 0, 100, 10, 5),
     Asked("counterfact", "Consecutive: CounterFact, 10 a batch", "counterfact", 0, 200, 10, 5),
     Asked("single", "Single round: CounterFact, all in one batch", "counterfact", 0, 50, 50, 1),
-    Asked("qaedit", "Consecutive: QAEdit, 10 a batch", "qaedit", 0, 100, 10, 5),
 )
 
 
@@ -70,6 +67,10 @@ def main(
         if counterfact is None or qaedit is None or run is None:
             raise typer.BadParameter("give COUNTERFACT, QAEDIT and --run DIR; or --write alone")
         files = {"counterfact": counterfact, "qaedit": qaedit}
+        unknown = set(only or ()) - {asked.name for asked in RUNS}
+        if unknown:
+            names = ", ".join(asked.name for asked in RUNS)
+            raise typer.BadParameter(f"there is no run {unknown.pop()!r}; there are {names}")
         for asked in RUNS:
             if not only or asked.name in only:
                 keep(asked, files[asked.data], run, model)
@@ -79,68 +80,66 @@ def main(
 def keep(asked: Asked, facts: Path, place: Path, model: str) -> None:
     """Run one comparison and keep its figures."""
     requests = ch.load_requests(facts).requests[asked.first : asked.first + asked.edits]
+    if not requests:
+        raise typer.BadParameter(f"{facts} has no facts from number {asked.first} on")
     protocol = quality.protocol_of(facts, requests, asked.batch_size, asked.every, model)
     names = [named(name) for name in MAKERS]
     results = quality.compare(protocol, requests, names, place / asked.name)
     KEPT.mkdir(exist_ok=True)
-    found = {"machine": machine(), "asked": vars(asked), **figures(protocol, results)}
+    found = {"asked": vars(asked), **figures(protocol, results)}
     (KEPT / f"{asked.name}.json").write_text(json.dumps(found, indent=1) + "\n")
     write_report(load_run(place / asked.name), place / f"{asked.name}.html")
 
 
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
-    }
-
-
 def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """What the page tells of a comparison: everything but the records themselves."""
-    last = {name: r["points"][-1] for name, r in results.items() if r["points"]}
-    best = max(last, key=lambda name: last[name]["harmonic_mean"] or 0.0)
+    # One that failed half-way has answered fewer records: it is told apart, not compared.
+    last = {name: r["points"][-1] for name, r in results.items() if not r["failure"]}
+    best = max(last, key=lambda name: last[name]["harmonic_mean"] or 0.0, default=None)
     found = {}
     for name, result in results.items():
         if name not in last:
             found[name] = {"failure": result["failure"]}
             continue
         point, records = last[name], last[name]["records"]
-        same = name != best and len(records) == len(last[best]["records"])
         found[name] = {
-            "failure": result["failure"],
-            "edits": point["edits"],
+            "failure": None,
+            "machine": result["machine"],
             **{metric: point[metric] for metric in METRICS},
             "means": {
-                name: {
+                form: {
                     "mean": harmonic(records, *forms),
                     "interval": interval(records, lambda some, f=forms: harmonic(some, *f)),
-                    "behind": lead(last[best]["records"], records, *forms) if same else None,
+                    "behind": None
+                    if name == best
+                    else lead(last[best]["records"], records, *forms),
                 }
-                for name, forms in MEANS.items()
+                for form, forms in MEANS.items()
             },
             "preferences": point["preferences"],
             "perplexity_change": point["perplexity_after"] / point["perplexity_before"] - 1,
             "divergence": point["divergence"],
-            "first_batch": point["retention"].get(1, point["retention"].get("1")),
+            "first_batch": point["first_batch"],
             "ordinary_open": point["gate"] and point["gate"]["ordinary"],
             "seconds_per_edit": result["seconds_per_edit"],
             "bytes_held": result["bytes_held"],
             "peak_bytes": result["peak_bytes"],
             "overhead": result["overhead"],
         }
-    point = last[best]
     return {
         "protocol": dict(protocol),
-        "before": {
-            "reliability": point["before_reliability"],
-            "already_true": point["already_true"],
-            "preferences": point["before_preferences"],
-            "facts": point["n_requests"],
-        },
+        "before": before(last[best]) if best else None,
         "editors": found,
+    }
+
+
+def before(point: Mapping[str, Any]) -> dict[str, Any]:
+    """The unedited model, which is the same beside every editor."""
+    return {
+        "reliability": point["before_reliability"],
+        "already_true": point["already_true"],
+        "preferences": point["before_preferences"],
+        "facts": point["n_requests"],
     }
 
 
@@ -158,19 +157,25 @@ def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def section(found: Mapping[str, Any]) -> str:
-    asked, before, machine = found["asked"], found["before"], found["machine"]
-    finished = {name: e for name, e in found["editors"].items() if "means" in e}
+    asked, before = found["asked"], found["before"]
+    finished = {name: e for name, e in found["editors"].items() if not e["failure"]}
+    failed = {name: e["failure"] for name, e in found["editors"].items() if e["failure"]}
+    told = [f"`{name}` failed: {reason}\n" for name, reason in failed.items()]
+    if not finished:
+        return "\n".join([f"## {asked['title']}", "", *told])
     order = sorted(
         finished, key=lambda n: finished[n]["means"]["greedy"]["mean"] or 0, reverse=True
     )
     editors = {name: finished[name] for name in order}
+    machine = editors[order[0]]["machine"]
     lines = [
         f"## {asked['title']}",
         "",
-        f"{before['facts']} facts of {asked['edits']} records from number {asked['first']} on. The "
-        f"unedited model gives {share(before['reliability'])} of the targets' tokens; "
-        f"{before['already_true']} facts were true before. {machine['device']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}.",
+        f"{before['facts']} facts of {found['protocol']['edits']} records from number "
+        f"{asked['first']} on. The unedited model gives {share(before['reliability'])} of the "
+        f"targets' tokens; {before['already_true']} facts were true before. "
+        f"{found['protocol']['model']} on {found['protocol']['device']} ({machine['cores']} cores, "
+        f"{machine['threads']} threads), torch {machine['torch']}.",
         "",
         *table(
             ("harmonic mean (95 %)", *MEANS),
@@ -207,9 +212,7 @@ def section(found: Mapping[str, Any]) -> str:
         ),
         "",
     ]
-    failed = {n: e["failure"] for n, e in found["editors"].items() if e["failure"]}
-    lines += [f"`{name}` failed: {reason}" for name, reason in failed.items()]
-    return "\n".join([*lines, ""] if failed else lines)
+    return "\n".join([*lines, *told])
 
 
 COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {

@@ -238,6 +238,14 @@ class Editor:
                 row = encode_request(self.tokenizer, request, context)
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
 
+    def sinks(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
+        """Those that `edit` refuses: their subject is a text's first token, with the key that all
+        first tokens share. Another prompt, with words before the subject, may do."""
+        records = [EditRecord(i, request) for i, request in enumerate(requests)]
+        with eval_mode(self.model):
+            refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, records)
+        return [record.request for record in records if record.verdict is Verdict.REFUSED]
+
     def _forget_inverses(self) -> None:
         for writer in self._writers.values():
             writer.solver.forget()

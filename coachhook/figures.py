@@ -51,8 +51,9 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         axes = figure.subplots()
         for i, (name, points) in enumerate(lines.items()):
             edits, shares = zip(*points, strict=True)
-            colour = _SERIES[i % len(_SERIES)]
-            axes.plot(edits, shares, marker="o", markersize=3, color=colour, label=name)
+            colour, dashed = _SERIES[i % len(_SERIES)], i // len(_SERIES) % 2
+            style: Any = {"linestyle": "--" if dashed else "-", "marker": "s" if dashed else "o"}
+            axes.plot(edits, shares, markersize=3, color=colour, label=name, **style)
         axes.set(title=title, xlabel="edits so far", ylim=(-0.03, 1.05))
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))

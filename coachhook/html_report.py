@@ -36,6 +36,8 @@ def render(run: Run) -> str:
         raise ConfigError(
             f"the run is of another version, it lacks {error}; run it again"
         ) from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"this is no run, or a damaged one ({error}); run it again") from error
 
 
 def _contents(run: Run, figures: Any) -> dict[str, Any]:
@@ -43,8 +45,10 @@ def _contents(run: Run, figures: Any) -> dict[str, Any]:
     points = {name: result["points"] for name, result in run.editors.items() if result["points"]}
     if not points:
         raise ConfigError("no editor of this run got as far as its first evaluation")
+    # Those that failed half-way have answered fewer requests; a table of them alone has them all.
+    whole = {n: p for n, p in points.items() if not run.editors[n]["failure"]} or points
     # The best first; where there is no harmonic mean, by reliability.
-    finished = dict(sorted(points.items(), key=lambda item: _merit(item[1][-1]), reverse=True))
+    finished = dict(sorted(whole.items(), key=lambda item: _merit(item[1][-1]), reverse=True))
     last = {name: points[-1] for name, points in finished.items()}
     gates = {name: points for name, points in finished.items() if points[-1]["gate"]}
     return {
@@ -73,7 +77,7 @@ def _contents(run: Run, figures: Any) -> dict[str, Any]:
         },
         "samples": {name: points[-1]["gate"]["samples"] for name, points in gates.items()},
         "n_layers": {name: len(points[-1]["gate"]["layers"]) for name, points in gates.items()},
-        "overhead": _overhead(figures, run),
+        "overhead": _overhead(figures, {name: run.editors[name] for name in finished}),
         "records": {name: point["records"] for name, point in last.items()},
     }
 
@@ -148,8 +152,8 @@ def _greedy(point: Point, metric: str) -> float | None:
     return score
 
 
-def _overhead(figures: Any, run: Run) -> list[str]:
-    found = {n: r["overhead"] for n, r in run.editors.items() if r.get("overhead")}
+def _overhead(figures: Any, results: Mapping[str, Any]) -> list[str]:
+    found = {n: r["overhead"] for n, r in results.items() if r.get("overhead")}
     if not found:
         return []
     unit = "unedited model's speed = 1"

@@ -49,7 +49,7 @@ def load_run(path: Path) -> Run:
             "script, of coachhook eval or of coachhook demo"
         )
     title = "The demo" if "evaluation" in document else "Edits in force"
-    point = {"edits": found["n_requests"], **found}
+    point = {"edits": _of(found, "n_requests", path), **found}
     return Run(title, {}, {"edits": {"editor": "edits", "failure": None, "points": [point]}})
 
 
@@ -61,7 +61,11 @@ def _comparison(path: Path, protocol: Any, editors: Any) -> Run:
         )
     if not editors:
         raise ConfigError(f"{path} has no finished editor yet; go on with the run first")
-    edits, size = _of(protocol, "edits", path), _of(protocol, "batch_size", path)
+    if not isinstance(editors, Mapping) or not all(isinstance(r, dict) for r in editors.values()):
+        raise ConfigError(f"{path} is no run: its editors are not results by name")
+    edits, size = (_of(protocol, name, path) for name in ("edits", "batch_size"))
+    if not (isinstance(edits, int) and isinstance(size, int)):
+        raise ConfigError(f"{path} is no run: {edits!r} edits in batches of {size!r}")
     names = ("facts", "model", "batch_size", "every")
     notes = {name.replace("_", " "): str(_of(protocol, name, path)) for name in names}
     rounds = "in one batch" if size >= edits else f"in batches of {size}"

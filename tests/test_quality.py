@@ -53,18 +53,22 @@ class TestClosedForms:
             if name == "accumulated":
                 preserved = preserved + keys.double().T @ keys.double()
 
-    def test_alphaedit_leaves_the_main_directions_alone(self, bench: Any) -> None:
-        share = 0.1
+    def test_alphaedit_solves_where_ordinary_text_has_little(self, bench: Any) -> None:
         values, vectors = torch.linalg.eigh(moment())
-        kept = vectors[:, values.cumsum(0) > share * values.sum()]
-        assert 0 < kept.shape[1] < D_IN
-        rule = bench("editors.direct").alphaedit(moment(), share, 1.0)
+        free = values <= values.median()
+        assert 0 < free.sum() < D_IN
+        basis = vectors[:, free]
+        preserved = weighted(torch.eye(basis.shape[1]) * values[free].sum() / 10, 1.0)
+        rule = bench("editors.direct").alphaedit(moment(), 1.0, 1.0)
         for seed in (1, 2):
             keys = random(5, D_IN, seed=seed, dtype=torch.float32)
             residuals = random(5, D_OUT, seed=seed + 10, dtype=torch.float32)
             change = rule.update(keys, residuals).double()
-            assert (change @ kept).norm() <= 1e-5 * change.norm()
-            assert relative_error(change @ keys.double().T, residuals.double().T) < 0.9
+            assert (change @ vectors[:, ~free]).norm() <= 1e-5 * change.norm()
+            inside = keys.double() @ basis
+            want = residuals.double().T @ closed_form(preserved, inside) @ basis.T
+            assert relative_error(change, want) <= 1e-5
+            preserved = preserved + inside.T @ inside
 
     def test_a_codebook_answers_within_its_radii(self, bench: Any) -> None:
         base = nn.Linear(2, 1, bias=False)
@@ -74,14 +78,15 @@ class TestClosedForms:
         with torch.no_grad():
             assert book(inside) == 5
             assert book(outside) == base(outside)
-            # A neighbour halves the distance between them with it.
+            # A neighbour halves the distance between them with it; one far off leaves both alone.
             assert book.add(torch.tensor([1.0, 0.0]), torch.tensor([7.0]), 1.0) == 1
-            assert book.radii.tolist() == [0.5, 0.5]
+            assert book.add(torch.tensor([0.0, 3.0]), torch.tensor([9.0]), 1.0) == 2
+            assert book.radii.tolist() == [0.5, 0.5, 1.0]
             assert book(inside) == 7
             # One with the same key takes the place of the entry that had it.
             assert book.add(torch.tensor([0.0, 0.0]), torch.tensor([6.0]), 1.0) == 0
             assert book(torch.zeros(1, 2)) == 6
-            assert len(book.keys) == 2
+            assert len(book.keys) == 3
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +157,7 @@ def test_every_editor_under_one_protocol(
             assert 0 < result["overhead"][ratio] < 100
         seconds = result["batch_seconds"]
         assert all(took > 0 for took in seconds)
-        assert 1e8 < result["peak_bytes"] < 1e11
+        assert result["peak_bytes"] > 1e8
         assert result["seconds_per_edit"] == pytest.approx(sum(seconds) / len(FACTS))
     memit, grace = editors.named("memit"), editors.named("grace")
     reached = document["editors"][memit]["points"][0]
@@ -163,9 +168,9 @@ def test_every_editor_under_one_protocol(
     measured: list[str] = []
     again = quality.measure
 
-    def noted(name: str, *given: Any) -> Any:
-        measured.append(name)
-        return again(name, *given)
+    def noted(*given: Any) -> Any:
+        measured.append(given[-1])
+        return again(*given)
 
     monkeypatch.setattr(quality, "measure", noted)
     quality.main(**arguments(tiny_folder, tmp_path, as_json=False, editor=["grace", memit]))
@@ -173,6 +178,38 @@ def test_every_editor_under_one_protocol(
     assert "memit" in capsys.readouterr().out
     with pytest.raises(typer.BadParameter, match="another version"):
         quality.main(**arguments(tiny_folder, tmp_path, batch_size=3))
+
+
+def test_sinks_are_given_to_no_editor_that_solves_at_keys(
+    bench: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    editors = bench("editors")
+    for name, kept in (("memit", 1), ("grace", 1), ("constrained", 2)):
+        model, tokenizer = load_model(str(tiny_folder))
+        setting = editors.Setting.of(model, tokenizer, EditConfig(), frozenset(FACTS[:1]))
+        editor = editors.make_editor(editors.named(name), setting)
+        values = torch.ones(2, model.config.hidden_size)
+        editor.edit(FACTS[:2], values)
+        (batch,) = editor.edits.in_force()
+        assert batch == FACTS[2 - kept : 2]
+        editor.edit(FACTS[:1], values[:1])
+        assert sum(map(len, editor.edits.in_force())) == kept
+
+
+def test_a_codebook_forgets_a_corrected_fact(
+    bench: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = load_model(str(tiny_folder))
+    editors = bench("editors")
+    editor = editors.make_editor("grace@0.01", editors.Setting.of(model, tokenizer, EditConfig()))
+    hidden = model.config.hidden_size
+    editor.edit(FACTS[:2], torch.ones(2, hidden))
+    corrected = FACTS[3]
+    editor.edit([corrected], torch.zeros(1, hidden))
+    assert len(editor._codebook.keys) == 2
+    assert editor._facts == [FACTS[1].fact, FACTS[0].fact]
 
 
 def test_values_of_one_gradient(
@@ -188,13 +225,15 @@ def test_values_of_one_gradient(
     monkeypatch.setattr(
         bench("editors.hooked").Hooked, "edit", lambda self, requests, values: given.append(values)
     )
+    seen = []
     for batch in (FACTS[:1], FACTS[1:3]):
         hidden, gradient = editor._gradients(batch)
+        seen.append(gradient)
         editor.edit(batch, torch.full_like(hidden, torch.nan))
         shift = given[-1] - hidden
         torch.testing.assert_close(shift.norm(dim=-1), 0.25 * hidden.norm(dim=-1))
-        assert (shift * gradient <= 0).all()
-        assert (shift * gradient).sum() < 0
+        scaled = -gradient / torch.cat(seen).square().mean(0).sqrt()
+        assert torch.cosine_similarity(shift, scaled, dim=-1).min() > 0.9999
 
 
 def test_ablations_change_one_thing_at_a_time(
@@ -303,6 +342,18 @@ def test_one_process_at_a_time(bench: Any, tiny_folder: Path, tmp_path: Path) ->
         bench("quality").main(**arguments(tiny_folder, tmp_path, editor=["memit"]))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process' mark can be set back")
+def test_peak_memory_is_that_since_the_last_look(bench: Any) -> None:
+    peak_memory, device = bench("memory").peak_memory, torch.device("cpu")
+    peak_memory(device)
+    some = peak_memory(device)
+    large = torch.ones(100_000_000, dtype=torch.uint8)
+    assert peak_memory(device) > some + 0.9e8
+    del large
+    peak_memory(device)
+    assert peak_memory(device) < some + 0.5e8
+
+
 def test_a_lead_is_that_of_pairs() -> None:
     hard = [float(i % 3 > 0) for i in range(90)]
     ours = [{metric: {"greedy": value} for metric in intervals.METRICS} for value in hard]
@@ -361,6 +412,23 @@ def test_one_command_measures_and_writes(
     (behind,) = [e for e in figures["editors"].values() if e["means"]["exact"]["behind"]]
     assert f" | {behind['means']['greedy']['behind'][0]:.3f} to " in text
     assert "3 facts of 4 records from number 0 on" in text
+
+    # An editor that failed half-way is told, not compared, however well it did until then.
+    run = tmp_path / "run" / "short"
+    document = {file.stem: json.loads(file.read_text()) for file in run.glob("*@*.json")}
+    failing = next(iter(document))
+    document[failing]["failure"] = "batch 2: no"
+    document[failing]["points"] = document[failing]["points"][:1]
+    some = results.section({"asked": vars(short)} | results.figures(figures["protocol"], document))
+    assert f"`{failing}` failed: batch 2: no" in some
+    assert f"| {failing} |" not in some
+    assert "3 facts of 4 records" in some
+    for name in document:
+        document[name] |= {"failure": "batch 1: no", "points": []}
+    none = results.section({"asked": vars(short)} | results.figures(figures["protocol"], document))
+    assert none.count("failed: batch 1: no") == 2
+    with pytest.raises(typer.BadParameter, match="no run 'shrot'; there are short"):
+        results.main(**asked | {"only": ["shrot"]}, run=tmp_path / "run", write=False)
 
     (tmp_path / "page.md").unlink()
     nothing = {"counterfact": None, "qaedit": None, "run": None, "only": None, "model": ""}

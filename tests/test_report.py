@@ -138,6 +138,9 @@ def test_a_comparison(folder: Path) -> None:
     assert "The capital of <b>land 3</b> & more is" in shown
     assert "not <finite>" in shown
     assert "grace@1" in shown
+    # Half of the requests answered is no score beside those of all.
+    assert text.count("<td>memit@150</td>") == 1
+    assert "memit@150" not in text[text.index("To the natural stop") :]
     # Nothing is fetched: every reference is to the page itself.
     assert page.links
     assert all(link.startswith("#") for link in page.links)
@@ -228,6 +231,24 @@ def test_without_the_libraries_of_the_report(folder: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ConfigError, match=r"pip install 'coachhook\[report\]'"):
         render(load_run(folder))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"records": [1, 2]},
+        {"protocol": protocol(), "editors": ["a"]},
+        {"protocol": protocol(), "editors": {"a": 3}},
+        {"protocol": protocol(edits="many"), "editors": {"a@1": result("a@1", point(2))}},
+        {"protocol": protocol(), "editors": {"a@1": result("a@1", point(2, records=[3]))}},
+        {"protocol": protocol(), "editors": {"a@1": result("a@1", point(2, reliability=0.5))}},
+    ],
+)
+def test_documents_that_are_no_runs(tmp_path: Path, document: Any) -> None:
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="no run"):
+        render(load_run(file))
 
 
 def test_no_editor_that_got_anywhere(tmp_path: Path) -> None:

@@ -14,13 +14,19 @@ from editors.setting import Editor, Setting
 from editors.tuned import Constrained, LowRank
 
 
-def _direct(rule: Callable[[Tensor, float, float], Rule]) -> Callable[[Setting, float], Editor]:
+def _direct(
+    rule: Callable[[Tensor, float, float], Rule], averaged: bool = False
+) -> Callable[[Setting, float], Editor]:
     def make(setting: Setting, strength: float) -> Editor:
         moments = {k: setting.statistics[k].moment for k in setting.layers}
         rules = {k: rule(moments[k], strength, setting.config.fit) for k in moments}
-        return Direct(setting, rules)
+        return Direct(setting, rules, averaged)
 
     return make
+
+
+# Of what the editors do: results of another version are not theirs.
+EDITORS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ MAKERS = {
     "onegradient": Maker(OneGradient, 0.5, takes_values=False),
     "accumulated": Maker(_direct(accumulated), 15.0),
     "memit": Maker(_direct(memit), 150.0),
-    "alphaedit": Maker(_direct(alphaedit), 0.02),
+    "alphaedit": Maker(_direct(alphaedit), 1.0),
+    "memitavg": Maker(_direct(memit, True), 150.0),
+    "alphaavg": Maker(_direct(alphaedit, True), 1.0),
     "grace": Maker(Grace, 0.3),
     "lora": Maker(LowRank, 1e-3, takes_values=False),
     "constrained": Maker(Constrained, 5e-4, takes_values=False),
@@ -80,4 +88,4 @@ def takes_values(name: str) -> bool:
     return MAKERS[name.partition("@")[0]].takes_values
 
 
-__all__ = ["MAKERS", "Editor", "Setting", "make_editor", "named", "takes_values"]
+__all__ = ["EDITORS_VERSION", "MAKERS", "Editor", "Setting", "make_editor", "named", "takes_values"]

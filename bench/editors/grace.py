@@ -1,8 +1,9 @@
 """GRACE: a growing codebook at one layer; a key within the radius of an entry gets its output.
 
-As published but for two things that all editors here share: keys are those of the subject's last
-token, and values come from the common optimisation. Its radii are in units of the median
-distance between keys of ordinary text (the mean is that of the few attention sinks).
+Not as published is what all editors here share: keys are those of the subject's last token, values
+come from the common optimisation, the layer is the last hooked one, every token of a text is looked
+up. Nor does a radius grow where targets are the same, for values differ by subject. Radii are in
+units of the median distance between keys of ordinary text (the mean is that of a few sinks).
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ class Codebook(nn.Module):
         return torch.where(inside[..., None], self.outputs[entry].to(output.dtype), output)
 
     def add(self, key: Tensor, output: Tensor, radius: float) -> int:
-        """One more entry, and its number. Where it falls into the radius of another, both shrink to
+        """One more entry, and its number. Where its radius meets that of the nearest, both become
         half their distance, so that neither answers for the other; an entry with the same key gives
         way to it."""
         distances = (self.keys - key).norm(dim=-1)
@@ -49,9 +50,10 @@ class Codebook(nn.Module):
             self.outputs[number] = output
             return number
         if len(distances):
-            near = distances < self.radii + radius
-            self.radii = torch.where(near, torch.minimum(self.radii, distances / 2), self.radii)
-            radius = min(radius, float(distances.min()) / 2)
+            distance, nearest = distances.min(0)
+            if distance <= radius + self.radii[nearest]:
+                radius = float(distance) / 2
+                self.radii[nearest] = radius
         self.keys = torch.cat([self.keys, key[None]])
         self.outputs = torch.cat([self.outputs, output[None]])
         self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
@@ -82,6 +84,9 @@ class Grace:
 
     def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
         setting, book = self._setting, self._codebook
+        requests, values = setting.accepted(requests, values)
+        if not requests:
+            return
         contexts = setting.contexts(requests)
         keys, reached = setting.read(contexts, setting.layers[-1])
         device = book.keys.device

@@ -18,7 +18,7 @@ from editors.setting import Setting
 
 
 class OneGradient(Hooked):
-    """length: of the shift against the gradient, in units of `‖h‖`."""
+    """length: of the shift against the gradient, in units of `‖h‖`; all else is the engine's."""
 
     def __init__(self, setting: Setting, length: float) -> None:
         super().__init__(setting, setting.config.gate, setting.config.preservation)

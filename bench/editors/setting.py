@@ -18,7 +18,9 @@ from coachhook.writing import Contexts
 class Setting:
     """A loaded model, which an editor may change, and what is common to all editors.
 
-    config: contexts, weights of keys and layers; an editor's own settings are its own.
+    config: contexts, weights of keys and layers; an editor's own settings are its own. sinks: the
+    requests whose subject is an attention sink, which the engine refuses. No editor that solves at
+    keys is given them: what they do to all other texts would drown what the editors do.
     """
 
     model: Any
@@ -27,14 +29,28 @@ class Setting:
     layers: tuple[int, ...]
     statistics: KeyStatistics
     config: ch.EditConfig
+    sinks: frozenset[ch.EditRequest]
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, config: ch.EditConfig) -> "Setting":
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        config: ch.EditConfig,
+        sinks: frozenset[ch.EditRequest] = frozenset(),
+    ) -> "Setting":
         architecture = Architecture.of(model, config.template)
         n_blocks = len(architecture.blocks(model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
-        return cls(model, tokenizer, architecture, layers, statistics, config)
+        return cls(model, tokenizer, architecture, layers, statistics, config, sinks)
+
+    def accepted(
+        self, requests: Sequence[ch.EditRequest], values: Tensor
+    ) -> tuple[list[ch.EditRequest], Tensor]:
+        """The requests that are no sinks, and their values."""
+        chosen = [i for i, request in enumerate(requests) if request not in self.sinks]
+        return [requests[i] for i in chosen], values[chosen]
 
     @property
     def last_block(self) -> nn.Module:

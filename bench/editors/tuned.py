@@ -1,8 +1,9 @@
 """Fine-tuning on the batch: low-rank adapters, and one layer's weights within a small box.
 
-Both minimise the negative log-likelihood of the targets behind the bare prompts, as their
-publications do, for 25 steps a batch of any size; the common keys and target values are not theirs
-to use.
+Both minimise the negative log-likelihood of the targets behind the bare prompts, in at most 25
+steps a batch of any size, fewer where it is below `_ENOUGH` before; the common keys and target
+values are not theirs to use. The adapters are at the layers that all editors share, and the box is
+around the original weights, whatever the number of batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from editors.setting import InForce, Setting
 
 _RANK = 8
 _STEPS = 25
+# Nats a token.
+_ENOUGH = 0.01
 
 
 def target_loss(setting: Setting, requests: Sequence[ch.EditRequest]) -> Tensor:
@@ -31,6 +34,20 @@ def target_loss(setting: Setting, requests: Sequence[ch.EditRequest]) -> Tensor:
         labels[i, end - row.n_target : end] = labels.new_tensor(row.target)
     loss: Tensor = setting.model(**padded.inputs(), labels=labels, use_cache=False).loss
     return loss
+
+
+def descent(
+    setting: Setting, requests: Sequence[ch.EditRequest], optimiser: torch.optim.Optimizer
+) -> Iterator[None]:
+    """The steps of one batch, each made when asked for."""
+    for _ in range(_STEPS):
+        optimiser.zero_grad()
+        loss = target_loss(setting, requests)
+        if loss < _ENOUGH:
+            return
+        loss.backward()
+        optimiser.step()
+        yield
 
 
 class LowRank:
@@ -52,10 +69,8 @@ class LowRank:
 
     def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
         optimiser = torch.optim.AdamW(self._trained, lr=self._rate, weight_decay=0)
-        for _ in range(_STEPS):
-            optimiser.zero_grad()
-            target_loss(self._setting, requests).backward()
-            optimiser.step()
+        for _ in descent(self._setting, requests, optimiser):
+            pass
         self._force.add(requests)
 
     @contextmanager
@@ -83,10 +98,7 @@ class Constrained:
 
     def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
         optimiser = torch.optim.Adam([self._weight], lr=self._bound)
-        for _ in range(_STEPS):
-            optimiser.zero_grad()
-            target_loss(self._setting, requests).backward()
-            optimiser.step()
+        for _ in descent(self._setting, requests, optimiser):
             with torch.no_grad():
                 self._weight.clamp_(self._before - self._bound, self._before + self._bound)
         self._force.add(requests)
