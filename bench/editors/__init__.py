@@ -15,7 +15,7 @@ from editors.tuned import Constrained, LowRank
 
 
 def _direct(
-    rule: Callable[[Tensor, float, float], Rule], averaged: bool = False
+    rule: Callable[[Tensor, float, float], Rule], averaged: bool
 ) -> Callable[[Setting, float], Editor]:
     def make(setting: Setting, strength: float) -> Editor:
         moments = {k: setting.statistics[k].moment for k in setting.layers}
@@ -31,10 +31,9 @@ EDITORS_VERSION = 1
 
 @dataclass(frozen=True)
 class Maker:
-    """make: an editor from a setting and the one number that it is most sensitive to. number: a
-    first guess where csrc_notes/quality.md does not say that it was chosen, which must be on other
-    records than the results are of. takes_values: whether it uses the common target values, whose
-    time is then part of its own."""
+    """make: an editor from a setting and the one number that it is most sensitive to. number: the
+    one chosen on other records than the results are of (csrc_notes/quality.md). takes_values:
+    whether it uses the common target values, whose time is then part of its own."""
 
     make: Callable[[Setting, float], Editor]
     number: float
@@ -49,15 +48,13 @@ MAKERS = {
     "keyed": Maker(_hooked("keyed"), 15.0),
     "calibrated": Maker(_hooked("calibrated"), 15.0),
     "sequence": Maker(_hooked("sequence"), 15.0),
-    "onegradient": Maker(OneGradient, 0.5, takes_values=False),
-    "accumulated": Maker(_direct(accumulated), 15.0),
-    "memit": Maker(_direct(memit), 150.0),
-    "alphaedit": Maker(_direct(alphaedit), 1.0),
-    "memitavg": Maker(_direct(memit, True), 150.0),
-    "alphaavg": Maker(_direct(alphaedit, True), 1.0),
-    "grace": Maker(Grace, 0.3),
-    "lora": Maker(LowRank, 1e-3, takes_values=False),
-    "constrained": Maker(Constrained, 5e-4, takes_values=False),
+    "onegradient": Maker(OneGradient, 1.0, takes_values=False),
+    "accumulated": Maker(_direct(accumulated, averaged=False), 15.0),
+    "memit": Maker(_direct(memit, averaged=True), 50.0),
+    "alphaedit": Maker(_direct(alphaedit, averaged=True), 1.0),
+    "grace": Maker(Grace, 0.5),
+    "lora": Maker(LowRank, 5e-3, takes_values=False),
+    "constrained": Maker(Constrained, 0.01, takes_values=False),
 }
 
 

@@ -69,9 +69,13 @@ def alphaedit(moment: Tensor, threshold: float, _: float) -> Rule:
 
 
 class Direct:
-    """Writes into the weights of the shared layers, from the lowest up, as `coachhook` does."""
+    """Writes into the weights of the shared layers, from the lowest up, as `coachhook` does.
 
-    def __init__(self, setting: Setting, rules: dict[int, Rule], averaged: bool = False) -> None:
+    averaged: one key a fact, the mean over its contexts, as MEMIT and AlphaEdit have it; otherwise
+    the engine's, one a context.
+    """
+
+    def __init__(self, setting: Setting, rules: dict[int, Rule], averaged: bool) -> None:
         self._setting, self._rules, self._averaged = setting, rules, averaged
         self._force = InForce()
         self._before = {
