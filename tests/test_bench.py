@@ -1,6 +1,5 @@
 """The benchmark scripts: what they print, when they stop, and that their checks can fail."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -30,17 +29,6 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=300,
         check=False,
     )
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of bench/, importable for one test only."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def called(script: Any, *arguments: str) -> Result:

@@ -1,19 +1,15 @@
 """The benchmark of what one batch more costs: it runs, and its parts are there."""
 
-import importlib
 import json
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench"
-
 
 def test_prints_a_row_a_batch_and_what_compaction_gains(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    importlib.import_module("growth").main(batches=3, edits=2, gate="keyed", as_json=True)
+    bench("growth").main(batches=3, edits=2, gate="keyed", as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert [row["edits"] for row in document["batches"]] == [2, 4, 6]
     for row in document["batches"]:

@@ -24,7 +24,10 @@ def test_first_position_subjects_hurt_nothing() -> None:
         ch.EditRequest("The capital of Italy is", "Italy", "Athens"),
         ch.EditRequest("The language of Argentina is", "Argentina", "Dutch"),
     ]
+    foretold = editor.sinks(facts)
     report = editor.edit(facts)
+    refused = [e.request for e in report.edits if e.verdict is ch.Verdict.REFUSED]
+    assert foretold == refused == facts[:1]
     took = answers(editor.model, editor.tokenizer, facts)
     for edit, holds in zip(report.edits, took, strict=True):
         assert holds or (edit.verdict is not ch.Verdict.APPLIED and edit.reason)

@@ -1,6 +1,5 @@
 """The comparison of editors: each against its closed form, and the protocol on a tiny model."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text, perplexity
 from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
 
-BENCH = Path(__file__).parents[1] / "bench"
 FACTS = [
     EditRequest("They moved to {}", "France", TARGETS[0], ("Once {}",), (("It rained", "and"),)),
     EditRequest("I was told of {}", "Rome", TARGETS[1], ("Of {}",), (("Yes", "it"),)),
@@ -27,17 +25,6 @@ FACTS = [
     # The first fact, corrected.
     EditRequest("They moved to {}", "France", TARGETS[3], ("Once {}",), (("It rained", "and"),)),
 ]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of bench/, importable for one test only."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(BENCH) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 class TestClosedForms:

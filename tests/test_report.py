@@ -121,7 +121,9 @@ class Page(HTMLParser):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A comparison of a hooked editor, one that failed half-way, and one that failed at once."""
-    hooked = result("keyed@15", point(2, gate=gate(None)), point(4, gate=gate()))
+    records = [record(0, before=1.0), *(record(i) for i in range(1, 4))]
+    last = point(4, gate=gate(), records=records)
+    hooked = result("keyed@15", point(2, gate=gate(None)), last)
     failed = result("memit@150", point(2), failure="batch 2: not <finite>")
     nothing = result("grace@1", failure="batch 1: no")
     for document in (hooked, failed, nothing):
@@ -138,6 +140,7 @@ def test_a_comparison(folder: Path) -> None:
     assert "The capital of <b>land 3</b> & more is" in shown
     assert "not <finite>" in shown
     assert "grace@1" in shown
+    assert page.texts.count("true before") == 1
     # Half of the requests answered is no score beside those of all.
     assert text.count("<td>memit@150</td>") == 1
     assert "memit@150" not in text[text.index("To the natural stop") :]

@@ -1,8 +1,6 @@
 """Key statistics at scale: interrupted, shared among processes, of any dtype; and what can fail."""
 
-import importlib
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -398,15 +396,9 @@ class TestFaults:
             dist.destroy_process_group()
 
 
-def test_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+def test_benchmark(bench: Any, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    bench = importlib.import_module("key_statistics")
-    try:
-        found = bench.measure(str(tmp_path / "model"), rounds=2)
-    finally:
-        for name in ("key_statistics", "timing"):
-            sys.modules.pop(name, None)
+    found = bench("key_statistics").measure(str(tmp_path / "model"), rounds=2)
     assert found["layers"] == [0, 1, 2]
     assert found["statistics_overhead"] > 0

@@ -54,7 +54,7 @@ MAKERS = {
     "alphaedit": Maker(_direct(alphaedit, averaged=True), 1.0),
     "grace": Maker(Grace, 0.5),
     "lora": Maker(LowRank, 5e-3, takes_values=False),
-    "constrained": Maker(Constrained, 0.01, takes_values=False),
+    "constrained": Maker(Constrained, 0.03, takes_values=False),
 }
 
 
