@@ -14,8 +14,8 @@ from coachhook.errors import ContextLengthError
 from coachhook.forward import in_parts
 from coachhook.tokens import context_length, tokenize
 
-# Prompts decoded at once: enough to fill two CPU cores, few enough for the padding not to matter.
-_AT_ONCE = 32
+# Prompts decoded at once, alike in length. With 32 a prompt took 1.3 times as long on a CPU.
+_AT_ONCE = 128
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -33,7 +33,8 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
     texts = [""] * len(rows)
     # A row that is nearly as long as the context is decoded alone, as far as there is room.
     tight = [i for i, left in enumerate(room) if left < max_new_tokens]
-    wide = [i for i in range(len(rows)) if i not in set(tight)]
+    wide = [i for i, left in enumerate(room) if left >= max_new_tokens]
+    wide.sort(key=lambda i: len(rows[i]))
     groups = [wide[i : i + _AT_ONCE] for i in range(0, len(wide), _AT_ONCE)] + [[i] for i in tight]
     for group in groups:
         width = max(len(rows[i]) for i in group)
