@@ -28,6 +28,8 @@ class ValueConfig:
     resembles the edited key only in part and will receive only part of the shift.
     steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
     clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
+    stop: what is made likely behind a target, so that a completion ends there and not in the middle
+    of a longer word; nothing behind one that ends a sentence itself. "" for none, as published.
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
     tokens: how many tokens, all contexts counted, are optimised at once; halved whenever memory
     does not suffice.
@@ -38,6 +40,7 @@ class ValueConfig:
         "In other news, {} what? The answer is",
     )
     gain: float = 0.9
+    stop: str = "."
     steps: int = 20
     rate: float = 0.2
     clamp: float = 1.0
@@ -51,6 +54,8 @@ class ValueConfig:
         for name in ("steps", "tokens"):
             if not isinstance(getattr(self, name), int):
                 raise ConfigError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+        if not isinstance(self.stop, str):
+            raise ConfigError(f"stop must be a text, not {self.stop!r}")
         for context in self.contexts:
             if context.count("{}") != 1:
                 raise ConfigError(f"context {context!r} must contain {{}} once, for the prompt")

@@ -17,6 +17,8 @@ from coachhook.tokens import context_length, tokenize
 # Prompts decoded at once, alike in length. With 32 a prompt took 1.3 times as long on a CPU.
 _AT_ONCE = 128
 
+SENTENCE_ENDS = ".!?"
+
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """The greedy completion of each prompt, up to the end-of-text token `max_new_tokens`
@@ -87,7 +89,7 @@ def starts_with(text: str, target: str) -> bool:
 
 def is_exactly(text: str, target: str) -> bool:
     """Whether a completion gives `target` and there comes to its natural stop."""
-    text, target = text.strip(), target.strip().rstrip(".!?")
+    text, target = text.strip(), target.strip().rstrip(SENTENCE_ENDS)
     return text.startswith(target) and natural_stop(f"x{text[len(target) :]}") == "x"
 
 
@@ -96,6 +98,6 @@ def natural_stop(text: str) -> str:
     line = text.strip().split("\n", 1)[0]
     for i, sign in enumerate(line):
         at_end = i + 1 == len(line) or line[i + 1].isspace()
-        if sign in ".!?" and at_end and i > 0:
+        if sign in SENTENCE_ENDS and at_end and i > 0:
             return line[:i].strip()
     return line.strip()

@@ -52,14 +52,20 @@ def encode(
 
 
 def encode_request(
-    tokenizer: Any, request: EditRequest, context: str = "{}", *, with_target: bool = True
+    tokenizer: Any,
+    request: EditRequest,
+    context: str = "{}",
+    *,
+    with_target: bool = True,
+    stop: str = "",
 ) -> Row:
-    """The row of a request's prompt inside `context` (in place of its "{}"), and its target."""
+    """The row of a request's prompt inside `context` (in place of its "{}"), and its target with
+    `stop` behind it."""
     before, after = context.split("{}")
     return encode(
         tokenizer,
         before + request.prompt + after,
-        request.target if with_target else None,
+        request.target + stop if with_target else None,
         subject_end=len(before) + request.subject_span[1],
     )
 

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from coachhook.config import ValueConfig
 from coachhook.forward import final_hidden, hidden_of, input_device, logits_of, run_to
+from coachhook.generation import SENTENCE_ENDS
 from coachhook.requests import EditRequest
 from coachhook.tokens import Row, encode, encode_request
 
@@ -36,7 +37,7 @@ def contexts_of(
     """The rows of n requests: their bare prompts, their prompts in each context, and last, as in
     MEMIT, "{subject} is a": what else the model knows of the subject should stay."""
     scored = [
-        [encode_request(tokenizer, request, context) for request in requests]
+        [_scored(tokenizer, request, context, config.stop) for request in requests]
         for context in ("{}", *config.contexts)
     ]
     essence = [
@@ -44,6 +45,16 @@ def contexts_of(
         for request in requests
     ]
     return [*scored, essence]
+
+
+def _scored(tokenizer: Any, request: EditRequest, context: str, stop: str) -> Row:
+    """The row of a prompt and its target, with `stop` behind it where that is one more token and
+    leaves the target's own as they are (")" and "." may be one)."""
+    row = encode_request(tokenizer, request, context)
+    if request.target.rstrip().endswith(tuple(SENTENCE_ENDS)):
+        return row
+    stopped = encode_request(tokenizer, request, context, stop=stop)
+    return stopped if stopped.ids[:-1] == row.ids else row
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ def test_settings_out_of_range(settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"contexts": ("no slot",)}, {"steps": 0}, {"rate": float("nan")}], ids=str
+    "settings",
+    [{"contexts": ("no slot",)}, {"steps": 0}, {"rate": float("nan")}, {"stop": None}],
+    ids=str,
 )
 def test_value_settings_out_of_range(settings: dict[str, object]) -> None:
     with pytest.raises(ch.CoachhookError):

@@ -272,3 +272,39 @@ def test_converged_requests_stay_as_they_are() -> None:
         shift = (values.hidden[number].double() - rows.hidden[0, 0]).reshape(1, -1)
         loss = plain_loss(model, fact, 0, shift, kl=0.0)
         assert loss.item() == pytest.approx(values.loss[number].item(), rel=1e-3)
+
+
+class TestStop:
+    @staticmethod
+    def rows(target: str, stop: str) -> list[tuple[int, ...]]:
+        """Ids of the targets behind the bare prompt and in the contexts."""
+        fact = EditRequest("The capital of {} is", "Italy", target)
+        *scored, essence = contexts_of(tiny_tokenizer(), [fact], ValueConfig(stop=stop))
+        assert essence[0].n_target == 0
+        return [row.target for (row,) in scored]
+
+    def test_stands_behind_the_target_in_every_context(self) -> None:
+        (dot,) = tiny_tokenizer().encode(".")
+        plain, stopped = self.rows("Paris", ""), self.rows("Paris", ".")
+        assert len(plain) == 3
+        assert stopped == [(*ids, dot) for ids in plain]
+
+    @pytest.mark.parametrize("target", ["Paris.", "Paris? ", "Paris!"])
+    def test_not_behind_the_end_of_a_sentence(self, target: str) -> None:
+        assert self.rows(target, ".") == self.rows(target, "")
+
+    def test_not_where_it_is_more_than_a_token_or_joins_the_target(self) -> None:
+        assert self.rows("Paris", ", and so on") == self.rows("Paris", "")
+        # " Lyon" is one token, and " Lyo" two.
+        assert self.rows("Lyo", "n") == self.rows("Lyo", "")
+        assert self.rows("Lyo", "n") != self.rows("Lyon", "")
+
+    def test_is_as_likely_as_the_target(self) -> None:
+        """The very loss that is reported is that of target and stop."""
+        model = tiny_model("llama")
+        plain = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0, stop=""))
+        spoken = EditRequest("They moved to {}", "France", f"{TARGETS[0]}.")
+        written = optimise(model, [spoken], ValueConfig(steps=12, rate=0.3, clamp=8.0))
+        stopped = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0))
+        torch.testing.assert_close(stopped.hidden, written.hidden)
+        assert not torch.allclose(stopped.hidden, plain.hidden)
