@@ -285,7 +285,8 @@ def test_loss_of_the_values_is_what_a_full_pass_gives(kind: str) -> None:
     values = optimise_values(model, tokenizer, architecture, HOOKED[-1], facts, settings)
     block = architecture.blocks(model)[HOOKED[-1]]
     for fact, hidden, loss in zip(facts, values.hidden, values.loss, strict=True):
-        rows = [encode_request(tokenizer, fact, text) for text in ("{}", context)]
+        texts = ("{}", context)
+        rows = [encode_request(tokenizer, fact, text, stop=settings.stop) for text in texts]
         bare = torch.tensor([rows[0].ids])
         _, origin = read_pass(model, {"input_ids": bare}, output_of=block)
         assert origin is not None
