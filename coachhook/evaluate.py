@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from coachhook.errors import ConfigError
-from coachhook.forward import eval_mode, final_hidden, logits_of
+from coachhook.forward import eval_mode
 from coachhook.gate_scores import GateScores, gate_scores
 from coachhook.generation import complete, is_exactly, natural_stop, starts_with
 from coachhook.hookset import HookSet
@@ -25,9 +25,9 @@ from coachhook.ordinary import compare_text, ordinary_text
 from coachhook.preferences import Preferences, mean_preferences, preferences
 from coachhook.progress import track
 from coachhook.requests import EditRequest
-from coachhook.tokens import Row, check_length, context_length, encode, encode_request, pad
+from coachhook.teacher_forcing import read_targets
+from coachhook.tokens import Row, check_length, context_length, encode, encode_request
 
-_AT_ONCE = 32
 _NEW_TOKENS = 20
 
 
@@ -232,16 +232,7 @@ def evaluate(
 
 def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
     """First choice of the model for each target token of each row, int64 `(n_target,)`."""
-    found: list[Tensor] = []
-    for first in range(0, len(rows), _AT_ONCE):
-        some = rows[first : first + _AT_ONCE]
-        padded = pad(some, tokenizer.pad_token_id, model.device)
-        with torch.no_grad():
-            final = final_hidden(model, **padded.inputs(), use_cache=False).last_hidden_state
-        for states, row in zip(final, some, strict=True):
-            end = len(row.ids) - 1
-            found.append(logits_of(model, states[end - row.n_target : end]).argmax(-1).cpu())
-    return found
+    return read_targets(model, tokenizer, rows, lambda logits, _: logits.argmax(-1).cpu())
 
 
 def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.forward import final_hidden, logits_of
 from coachhook.requests import EditRequest
-from coachhook.tokens import Row, check_length, context_length, encode, encode_request, pad
-
-_AT_ONCE = 32
+from coachhook.teacher_forcing import read_targets
+from coachhook.tokens import Row, check_length, context_length, encode, encode_request
 
 
 @dataclass(frozen=True)
@@ -80,17 +78,11 @@ def mean_preferences(found: Sequence[Preferences]) -> Preferences:
     return Preferences(*means)
 
 
-@torch.no_grad()
 def mean_log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
     """Mean over each row's target tokens of their log-likelihood, nats."""
-    found: list[float] = []
-    for first in range(0, len(rows), _AT_ONCE):
-        some = rows[first : first + _AT_ONCE]
-        padded = pad(some, tokenizer.pad_token_id, model.device)
-        final: Tensor = final_hidden(model, **padded.inputs(), use_cache=False).last_hidden_state
-        for states, row in zip(final, some, strict=True):
-            end = len(row.ids) - 1
-            log_p = logits_of(model, states[end - row.n_target : end]).float().log_softmax(-1)
-            target = torch.tensor(row.target, device=log_p.device)
-            found.append(float(log_p.gather(-1, target[:, None]).mean()))
-    return found
+
+    def mean(logits: Tensor, row: Row) -> float:
+        target = torch.tensor(row.target, device=logits.device)
+        return float(logits.float().log_softmax(-1).gather(-1, target[:, None]).mean())
+
+    return read_targets(model, tokenizer, rows, mean)
