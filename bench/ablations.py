@@ -89,7 +89,7 @@ def variants(n_blocks: int, text: Path | None) -> list[Variant]:
     for n in (1, 4):
         values = replace(default.values, contexts=_PREFIXES[:n])
         add("prefixes", f"{n}", values=values)
-    add("stop", "none", values=replace(default.values, stop=""))
+    add("stop", "full stop", values=replace(default.values, stop="."))
     for n_tokens in (4096, 65536):
         source = ch.StatisticsSource(n_tokens=n_tokens)
         add("statistics", f"{n_tokens} sampled tokens", statistics=source)

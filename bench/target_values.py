@@ -1,9 +1,8 @@
 """Target values: edits a second, ours against the published procedure, in one run.
 
-Ours optimises all requests together: with the default settings, without their stop behind the
-targets, with the published procedure's own prefixes, and with those and every one of its steps (no
-stop either). The values of each are written by the same editor, and the share of bare prompts whose
-first choices are the target is their reliability.
+Ours optimises all requests together with the default settings, with the published procedure's own
+prefixes, and with those and every one of its steps. The values of each are written by the same
+editor, and the share of bare prompts whose first choices are the target is their reliability.
 """
 
 import math
@@ -45,11 +44,10 @@ def measure(
     block = architecture.blocks(model)[layer]
     ours = editor.hooks.config.values
     prefixes = sampled_prefixes(model, tokenizer, PREFIXES, PREFIX_TOKENS, seed=0)
-    theirs = replace(ours, contexts=prefixes, gain=1.0, stop="", steps=steps)
+    theirs = replace(ours, contexts=prefixes, gain=1.0, steps=steps)
     every_step = replace(theirs, enough=-math.inf)
     settings = {
         "ours": ours,
-        "ours, without a stop": replace(ours, stop=""),
         "ours, published prefixes": theirs,
         "ours, published prefixes, every step": every_step,
     }

@@ -28,8 +28,9 @@ class ValueConfig:
     resembles the edited key only in part and will receive only part of the shift.
     steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
     clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
-    stop: what is made likely behind a target, so that a completion ends there and not in the middle
-    of a longer word; nothing behind one that ends a sentence itself. "" for none, as published.
+    stop: what is made likely behind a target, "." say, so that a completion ends there and not in
+    the middle of a longer word; nothing behind one that ends a sentence itself. Exact answers, for
+    some of the generality.
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
     tokens: how many tokens, all contexts counted, are optimised at once; halved whenever memory
     does not suffice.
@@ -40,7 +41,7 @@ class ValueConfig:
         "In other news, {} what? The answer is",
     )
     gain: float = 0.9
-    stop: str = "."
+    stop: str = ""
     steps: int = 20
     rate: float = 0.2
     clamp: float = 1.0

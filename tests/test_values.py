@@ -305,6 +305,6 @@ class TestStop:
         plain = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0, stop=""))
         spoken = EditRequest("They moved to {}", "France", f"{TARGETS[0]}.")
         written = optimise(model, [spoken], ValueConfig(steps=12, rate=0.3, clamp=8.0))
-        stopped = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0))
+        stopped = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0, stop="."))
         torch.testing.assert_close(stopped.hidden, written.hidden)
         assert not torch.allclose(stopped.hidden, plain.hidden)
