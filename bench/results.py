@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import quality
 import typer
 from editors import MAKERS, named
+from run_folder import write
 
 import coachhook as ch
 from coachhook.html_report import write_report
@@ -87,7 +88,7 @@ def keep(asked: Asked, facts: Path, place: Path, model: str) -> None:
     results = quality.compare(protocol, requests, names, place / asked.name)
     KEPT.mkdir(exist_ok=True)
     found = {"asked": vars(asked), **figures(protocol, results)}
-    (KEPT / f"{asked.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(KEPT / f"{asked.name}.json", found)
     write_report(load_run(place / asked.name), place / f"{asked.name}.html")
 
 
