@@ -92,9 +92,15 @@ def main(
 
 
 def protocol_of(
-    facts: Path, requests: Sequence[EditRequest], batch_size: int, every: int, model: str
+    facts: Path,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    every: int,
+    model: str,
+    stop: str = "",
 ) -> dict[str, Any]:
-    """What tells one comparison from another."""
+    """What tells one comparison from another. stop: `ValueConfig.stop` of the common values."""
+    config = ch.EditConfig(values=ch.ValueConfig(stop=stop))
     return {
         "version": VERSION,
         "facts": facts.name,
@@ -103,7 +109,7 @@ def protocol_of(
         "batch_size": batch_size,
         "every": every,
         "model": model,
-        "config": ch.EditConfig().to_dict(),
+        "config": config.to_dict(),
         "editors": EDITORS_VERSION,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
@@ -122,11 +128,12 @@ def compare(
     protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
 ) -> dict[str, Any]:
     """Each editor's result; those that `place` has are read."""
+    config = ch.EditConfig.from_dict(protocol["config"])
     with run_folder(place, protocol):
         model, tokenizer = load_model(protocol["model"])
-        values = target_values(model, tokenizer, requests, place)
+        values = target_values(model, tokenizer, requests, config, place)
         known = before_edits(model, tokenizer, requests)
-        with ch.Editor.from_pretrained(model, tokenizer) as engine:
+        with ch.Editor.from_pretrained(model, tokenizer, config=config) as engine:
             sinks = frozenset(engine.sinks(requests))
         del model, engine
         measured = partial(measure, protocol, requests, values, known, sinks)
@@ -149,7 +156,8 @@ def measure(
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
     model, tokenizer = load_model(protocol["model"])
-    subject = make_editor(name, Setting.of(model, tokenizer, ch.EditConfig(), sinks))
+    config = ch.EditConfig.from_dict(protocol["config"])
+    subject = make_editor(name, Setting.of(model, tokenizer, config, sinks))
     ahead = values.seconds / len(requests) if takes_values(name) else 0.0
     row_of = {request: i for i, request in enumerate(requests)}
     batches = consecutive(requests, protocol["batch_size"])
@@ -243,12 +251,16 @@ def consecutive(
 
 
 def target_values(
-    model: Any, tokenizer: Any, requests: Sequence[EditRequest], place: Path
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    config: ch.EditConfig,
+    place: Path,
 ) -> Values:
     """Kept in `place`."""
     kept = place / "values.safetensors"
     if not kept.exists():
-        setting = Setting.of(model, tokenizer, ch.EditConfig())
+        setting = Setting.of(model, tokenizer, config)
         began = time.perf_counter()
         with track("target values", len(requests)) as advance:
             found = optimise_values(
@@ -257,7 +269,7 @@ def target_values(
                 setting.architecture,
                 setting.layers[-1],
                 requests,
-                setting.config.values,
+                config.values,
                 advance,
             )
         took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)

@@ -38,7 +38,8 @@ MEANS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """One comparison: records `first` to `first + edits` of `data`, `batch_size` at a time."""
+    """One comparison: records `first` to `first + edits` of `data`, `batch_size` at a time; stop:
+    `ValueConfig.stop` of the common values, and then of those editors alone that take them."""
 
     name: str
     title: str
@@ -47,10 +48,12 @@ class Asked:
     edits: int
     batch_size: int
     every: int
+    stop: str = ""
 
 
 RUNS = (
     Asked("qaedit", "Consecutive: QAEdit, 10 a batch", "qaedit", 0, 100, 10, 5),
+    Asked("qaedit-stop", "QAEdit, a full stop behind the target", "qaedit", 0, 100, 10, 5, "."),
     Asked("counterfact", "Consecutive: CounterFact, 10 a batch", "counterfact", 0, 200, 10, 5),
     Asked("single", "Single round: CounterFact, all in one batch", "counterfact", 0, 50, 50, 1),
 )
@@ -83,8 +86,10 @@ def keep(asked: Asked, facts: Path, place: Path, model: str) -> None:
     requests = ch.load_requests(facts).requests[asked.first : asked.first + asked.edits]
     if not requests:
         raise typer.BadParameter(f"{facts} has no facts from number {asked.first} on")
-    protocol = quality.protocol_of(facts, requests, asked.batch_size, asked.every, model)
-    names = [named(name) for name in MAKERS]
+    protocol = quality.protocol_of(
+        facts, requests, asked.batch_size, asked.every, model, asked.stop
+    )
+    names = [named(name) for name, maker in MAKERS.items() if maker.takes_values or not asked.stop]
     results = quality.compare(protocol, requests, names, place / asked.name)
     KEPT.mkdir(exist_ok=True)
     found = {"asked": vars(asked), **figures(protocol, results)}

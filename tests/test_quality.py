@@ -423,3 +423,25 @@ def test_one_command_measures_and_writes(
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == text
     with pytest.raises(typer.BadParameter, match="give COUNTERFACT"):
         results.main(**nothing, write=False)
+
+
+def test_a_stop_is_for_those_that_take_the_common_values(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, facts = bench("results"), tmp_path / "facts.jsonl"
+    facts.write_text("".join(json.dumps(fact.to_dict()) + "\n" for fact in FACTS))
+    asked: list[Any] = []
+
+    def compare(protocol: Any, requests: Any, names: Any, place: Any) -> Any:
+        asked.append((protocol["config"]["values"]["stop"], names))
+        raise typer.Exit
+
+    monkeypatch.setattr(results.quality, "compare", compare)
+    for stop in ("", "."):
+        run = results.Asked("short", "A short one", "qaedit", 0, 4, 2, 1, stop)
+        with pytest.raises(typer.Exit):
+            results.keep(run, facts, tmp_path / "run", "smollm2")
+    (plain, everyone), (stopped, some) = asked
+    assert (plain, stopped) == ("", ".")
+    tuned = {"lora@0.005", "constrained@0.03", "onegradient@1"}
+    assert set(everyone) - set(some) == tuned
