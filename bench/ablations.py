@@ -25,9 +25,11 @@ from consecutive import demo_facts
 from rich.console import Console
 from rich.table import Table
 from run_folder import checksum, kept, run_folder
+from script import run_script
 
 import coachhook as ch
 from coachhook.backlog import latest
+from coachhook.errors import NotEnoughMemoryError
 from coachhook.evaluate import evaluate
 from coachhook.intervals import METRICS, harmonic, interval, mean_of
 from coachhook.models import Architecture, default_layers, load_model
@@ -35,7 +37,7 @@ from coachhook.progress import track
 from coachhook.requests import EditRequest
 from coachhook.values import optimise_values
 
-VERSION = 1
+VERSION = 2
 _PREFIXES = (
     "As I was told yesterday, {}",
     "In other news, {} what? The answer is",
@@ -133,6 +135,19 @@ class Values:
 def measure(
     variant: Variant, model_name: str, requests: Sequence[EditRequest], values: Values
 ) -> dict[str, Any]:
+    """A variant that fails is one that failed, with its reason; the others go on."""
+    found: dict[str, Any] = {"group": variant.group, "name": variant.name}
+    try:
+        return found | edited(variant, model_name, requests, values)
+    except NotEnoughMemoryError:
+        raise
+    except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
+        return found | {"failure": str(error)}
+
+
+def edited(
+    variant: Variant, model_name: str, requests: Sequence[EditRequest], values: Values
+) -> dict[str, Any]:
     model, tokenizer = load_model(model_name, dtype=variant.dtype)
     wanted = values.of(model, tokenizer, variant)
     size = variant.batch_size
@@ -149,8 +164,7 @@ def measure(
         seconds = time.perf_counter() - began
         found = evaluate(model, tokenizer, editor.hooks, latest(requests))
     return {
-        "group": variant.group,
-        "name": variant.name,
+        "failure": None,
         "verdicts": verdicts,
         "writing_seconds_per_edit": seconds / len(requests),
         **found.to_dict(),
@@ -209,6 +223,9 @@ def show(document: dict[str, Any]) -> None:
     for column in ("what changes", "to", *names):
         table.add_column(column, justify="right" if column in names else "left")
     for row in document["variants"]:
+        if row["failure"]:
+            table.add_row(row["group"], row["name"], f"failed: {row['failure']}")
+            continue
         records = row["records"]
         middle, spread = harmonic(records, "greedy"), interval(records, _harmonic)
         between = "" if spread is None else f", {spread[0]:.3f} to {spread[1]:.3f}"
@@ -233,4 +250,4 @@ def shown(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -21,6 +21,7 @@ import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
+from script import run_script
 
 import coachhook as ch
 from coachhook import folder
@@ -179,4 +180,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

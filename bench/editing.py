@@ -19,6 +19,7 @@ from key_statistics import measure as measure_statistics
 from layers import WrongResultError
 from rich.console import Console
 from rich.table import Table
+from script import run_script
 from target_values import PUBLISHED_STEPS
 from target_values import measure as measure_values
 from update import measure as measure_update
@@ -123,4 +124,4 @@ def show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from script import run_script
 from torch import Tensor, nn
 
 from coachhook.config import EditConfig
@@ -204,4 +205,4 @@ def middle(found: list[dict[str, Any]], number: int, name: str) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -21,6 +21,7 @@ from output import put
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from script import run_script
 from sessions import Session, check, check_steps, prefill, random_prompt
 from shapes import LOADED, SHAPES, Shape, SyntheticHooks, build, bytes_read
 from timing import Timings, copy_bandwidth, take_turns
@@ -178,4 +179,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

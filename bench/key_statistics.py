@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from script import run_script
 from timing import take_turns
 
 from coachhook.corpus import SEQUENCE_LENGTH, Batch, Shard
@@ -98,4 +99,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -34,12 +34,15 @@ from memory import peak_memory
 from rich.console import Console
 from rich.table import Table
 from run_folder import checksum, kept, run_folder
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from script import run_script
 from timing import Timings, take_turns
 from torch import Tensor
 
 import coachhook as ch
 from coachhook.backlog import latest
+from coachhook.errors import NotEnoughMemoryError
 from coachhook.evaluate import Edits, before_edits, evaluate
 from coachhook.generation import greedy
 from coachhook.intervals import METRICS, harmonic, interval, lead, mean_of
@@ -92,15 +95,9 @@ def main(
 
 
 def protocol_of(
-    facts: Path,
-    requests: Sequence[EditRequest],
-    batch_size: int,
-    every: int,
-    model: str,
-    stop: str = "",
+    facts: Path, requests: Sequence[EditRequest], batch_size: int, every: int, model: str
 ) -> dict[str, Any]:
-    """What tells one comparison from another. stop: `ValueConfig.stop` of the common values."""
-    config = ch.EditConfig(values=ch.ValueConfig(stop=stop))
+    """What tells one comparison from another."""
     return {
         "version": VERSION,
         "facts": facts.name,
@@ -109,7 +106,7 @@ def protocol_of(
         "batch_size": batch_size,
         "every": every,
         "model": model,
-        "config": config.to_dict(),
+        "config": ch.EditConfig().to_dict(),
         "editors": EDITORS_VERSION,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
@@ -130,9 +127,10 @@ def compare(
     """Each editor's result; those that `place` has are read."""
     config = ch.EditConfig.from_dict(protocol["config"])
     with run_folder(place, protocol):
-        model, tokenizer = load_model(protocol["model"])
-        values = target_values(model, tokenizer, requests, config, place)
+        model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
+        # What does not fit the model is told before the work of hours.
         known = before_edits(model, tokenizer, requests)
+        values = target_values(model, tokenizer, requests, config, place)
         with ch.Editor.from_pretrained(model, tokenizer, config=config) as engine:
             sinks = frozenset(engine.sinks(requests))
         del model, engine
@@ -150,12 +148,12 @@ def measure(
 ) -> dict[str, Any]:
     """One editor on a fresh model: seconds of its batches, the most memory that it edited in, the
     model with it, and scores along the way. One that fails at a batch is one that failed, with its
-    reason and what was measured before."""
+    reason and what was measured before; but what memory is free now says nothing of an editor."""
     # The editor before this one, which may refer to itself, is not part of this one's memory.
     gc.collect()
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
-    model, tokenizer = load_model(protocol["model"])
+    model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
     config = ch.EditConfig.from_dict(protocol["config"])
     subject = make_editor(name, Setting.of(model, tokenizer, config, sinks))
     ahead = values.seconds / len(requests) if takes_values(name) else 0.0
@@ -170,6 +168,8 @@ def measure(
             began = time.perf_counter()
             try:
                 subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
+            except NotEnoughMemoryError:
+                raise
             except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
                 failure = f"batch {number}: {error}"
                 break
@@ -276,8 +276,13 @@ def target_values(
         staging = kept.with_suffix(".writing")
         save_file({"hidden": found.hidden.contiguous(), "seconds": took}, staging)
         staging.replace(kept)
-    tensors = load_file(kept)
-    return Values(tensors["hidden"], float(tensors["seconds"]))
+    try:
+        tensors = load_file(kept)
+        return Values(tensors["hidden"], float(tensors["seconds"]))
+    except (SafetensorError, KeyError):
+        raise typer.BadParameter(
+            f"{kept} is damaged; delete it, and the same command goes on"
+        ) from None
 
 
 def show(document: dict[str, Any]) -> None:
@@ -323,4 +328,4 @@ def spread(found: tuple[float, float] | None) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

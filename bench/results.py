@@ -1,6 +1,6 @@
 """Every table of RESULTS.md: runs the comparisons, keeps their figures as JSON, writes the page.
 
-    python bench/results.py COUNTERFACT QAEDIT --run DIR [--only NAME]... [--model smollm2]
+    python bench/results.py COUNTERFACT QAEDIT --run DIR [--only NAME]...
     python bench/results.py --write
 
 The first takes hours on two cores, and goes on where it was stopped; the second writes the page
@@ -9,22 +9,25 @@ are not shipped here. The figures of each run go to bench/results/NAME.json, and
 to DIR/NAME.html.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import quality
 import typer
 from editors import MAKERS, named
-from run_folder import write
+from run_folder import read, write
+from script import run_script
 
 import coachhook as ch
 from coachhook.html_report import write_report
 from coachhook.intervals import METRICS, harmonic, interval, lead
+from coachhook.requests import EditRequest
 from coachhook.runs import load_run
+from coachhook.tensorfile import write as write_file
 
+MODEL = "smollm2"
 KEPT = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[1] / "RESULTS.md"
 FORMS = ("greedy", "teacher_forced", "exact")
@@ -38,8 +41,7 @@ MEANS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """One comparison: records `first` to `first + edits` of `data`, `batch_size` at a time; stop:
-    `ValueConfig.stop` of the common values, and then of those editors alone that take them."""
+    """One comparison: records `first` to `first + edits` of `data`, `batch_size` at a time."""
 
     name: str
     title: str
@@ -48,12 +50,10 @@ class Asked:
     edits: int
     batch_size: int
     every: int
-    stop: str = ""
 
 
 RUNS = (
     Asked("qaedit", "Consecutive: QAEdit, 10 a batch", "qaedit", 0, 100, 10, 5),
-    Asked("qaedit-stop", "QAEdit, a full stop behind the target", "qaedit", 0, 100, 10, 5, "."),
     Asked("counterfact", "Consecutive: CounterFact, 10 a batch", "counterfact", 0, 200, 10, 5),
     Asked("single", "Single round: CounterFact, all in one batch", "counterfact", 0, 50, 50, 1),
 )
@@ -64,9 +64,10 @@ def main(
     qaedit: Annotated[Path | None, typer.Argument()] = None,
     run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
     only: Annotated[list[str] | None, typer.Option()] = None,
-    model: str = "smollm2",
     write: Annotated[bool, typer.Option("--write")] = False,
 ) -> None:
+    if write and (counterfact or qaedit or run or only):
+        raise typer.BadParameter("--write measures nothing: give it alone")
     if not write:
         if counterfact is None or qaedit is None or run is None:
             raise typer.BadParameter("give COUNTERFACT, QAEDIT and --run DIR; or --write alone")
@@ -75,26 +76,31 @@ def main(
         if unknown:
             names = ", ".join(asked.name for asked in RUNS)
             raise typer.BadParameter(f"there is no run {unknown.pop()!r}; there are {names}")
+        # All of them are read before the first of these runs, each of which takes an hour.
+        facts = {name: ch.load_requests(file).requests for name, file in files.items()}
         for asked in RUNS:
             if not only or asked.name in only:
-                keep(asked, files[asked.data], run, model)
-    PAGE.write_text(page(kept()), encoding="utf-8")
+                keep(asked, files[asked.data], facts[asked.data], run)
+    found = kept()
+    if not found:
+        raise typer.BadParameter(f"there is nothing in {KEPT} to write a page of")
+    write_file(PAGE, page(found).encode())
 
 
-def keep(asked: Asked, facts: Path, place: Path, model: str) -> None:
+def keep(asked: Asked, file: Path, facts: Sequence[EditRequest], place: Path) -> None:
     """Run one comparison and keep its figures."""
-    requests = ch.load_requests(facts).requests[asked.first : asked.first + asked.edits]
+    requests = facts[asked.first : asked.first + asked.edits]
     if not requests:
-        raise typer.BadParameter(f"{facts} has no facts from number {asked.first} on")
-    protocol = quality.protocol_of(
-        facts, requests, asked.batch_size, asked.every, model, asked.stop
-    )
-    names = [named(name) for name, maker in MAKERS.items() if maker.takes_values or not asked.stop]
+        raise typer.BadParameter(f"{file} has no facts from number {asked.first} on")
+    protocol = quality.protocol_of(file, requests, asked.batch_size, asked.every, MODEL)
+    names = [named(name) for name in MAKERS]
     results = quality.compare(protocol, requests, names, place / asked.name)
     KEPT.mkdir(exist_ok=True)
     found = {"asked": vars(asked), **figures(protocol, results)}
     write(KEPT / f"{asked.name}.json", found)
-    write_report(load_run(place / asked.name), place / f"{asked.name}.html")
+    # A folder may hold editors of other numbers beside these.
+    whole = load_run(place / asked.name)
+    write_report(replace(whole, editors=dict(results)), place / f"{asked.name}.html")
 
 
 def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def before(point: Mapping[str, Any]) -> dict[str, Any]:
 def kept() -> dict[str, dict[str, Any]]:
     """The figures of every run that was kept, in the order of `RUNS`."""
     files = {asked.name: KEPT / f"{asked.name}.json" for asked in RUNS}
-    return {n: json.loads(file.read_text()) for n, file in files.items() if file.exists()}
+    return {name: read(file) for name, file in files.items() if file.exists()}
 
 
 def page(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -173,15 +179,15 @@ def section(found: Mapping[str, Any]) -> str:
         finished, key=lambda n: finished[n]["means"]["greedy"]["mean"] or 0, reverse=True
     )
     editors = {name: finished[name] for name in order}
-    machine = editors[order[0]]["machine"]
+    # A run may have gone on elsewhere.
+    machines = dict.fromkeys(described(found["machine"]) for found in editors.values())
     lines = [
         f"## {asked['title']}",
         "",
         f"{before['facts']} facts of {found['protocol']['edits']} records from number "
-        f"{asked['first']} on. The unedited model gives {share(before['reliability'])} of the "
-        f"targets' tokens; {before['already_true']} facts were true before. "
-        f"{found['protocol']['model']} on {found['protocol']['device']} ({machine['cores']} cores, "
-        f"{machine['threads']} threads), torch {machine['torch']}.",
+        f"{asked['first']} on. The unedited model gives {share(before['reliability'])} of a "
+        f"target's tokens on average; {before['already_true']} facts were true before. "
+        f"{found['protocol']['model']} on {found['protocol']['device']}: {'; '.join(machines)}.",
         "",
         *table(
             ("harmonic mean (95 %)", *MEANS),
@@ -219,6 +225,11 @@ def section(found: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join([*lines, *told])
+
+
+def described(machine: Mapping[str, Any]) -> str:
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{machine['processor']}, {machine['cores']} cores, {threads}, torch {machine['torch']}"
 
 
 COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -260,4 +271,4 @@ def span(found: Sequence[float] | None) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -25,7 +25,7 @@ def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
             description = place / "protocol.json"
             # As JSON has it: there are no tuples.
             wanted = json.loads(json.dumps(protocol))
-            if description.exists() and json.loads(description.read_text()) != wanted:
+            if description.exists() and read(description) != wanted:
                 raise typer.BadParameter(
                     f"{place} holds a run of another version, of other facts or settings; take "
                     "another folder"
@@ -40,14 +40,24 @@ def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `path` holds; measured and written now where there is no such file."""
     if not path.exists():
         write(path, measure())
-    found: dict[str, Any] = json.loads(path.read_text())
+    return read(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What `write` has written. Raises `typer.BadParameter` for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise typer.BadParameter(f"{path} is damaged; delete it, and the same command goes on")
     return found
 
 
 def write(path: Path, document: Any) -> None:
     """Whole or not at all."""
     staging = path.with_suffix(".writing")
-    staging.write_text(json.dumps(document, indent=1) + "\n")
+    staging.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     staging.replace(path)
 
 

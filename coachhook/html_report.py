@@ -13,6 +13,8 @@ from coachhook.tensorfile import write
 
 Point = Mapping[str, Any]
 _MOST_POINTS = 6
+# Control characters and halves of surrogate pairs.
+_NO_TEXT = dict.fromkeys({*range(32), *range(0xD800, 0xE000)} - set(b"\t\n\r"), "\ufffd")
 
 
 def render(run: Run) -> str:
@@ -27,7 +29,11 @@ def render(run: Run) -> str:
             f"a report needs matplotlib and jinja2 ({error}); pip install 'coachhook[report]'"
         ) from None
     environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
     )
     text = files("coachhook").joinpath("data", "report.html").read_text(encoding="utf-8")
     try:
@@ -36,12 +42,20 @@ def render(run: Run) -> str:
         raise ConfigError(
             f"the run is of another version, it lacks {error}; run it again"
         ) from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, IndexError) as error:
         raise ConfigError(f"this is no run, or a damaged one ({error}); run it again") from error
+
+
+def _printable(value: Any) -> Any:
+    """Texts of a model or a file, without what no page can hold."""
+    return value.translate(_NO_TEXT) if isinstance(value, str) else value
 
 
 def _contents(run: Run, figures: Any) -> dict[str, Any]:
     """What the page shows, by the names that it uses."""
+    for name, result in run.editors.items():
+        if not result["points"] and not result["failure"]:
+            raise ValueError(f"{name} has no points, and no reason for it")
     points = {name: result["points"] for name, result in run.editors.items() if result["points"]}
     if not points:
         raise ConfigError("no editor of this run got as far as its first evaluation")

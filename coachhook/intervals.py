@@ -31,7 +31,10 @@ def interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """The middle 95 % of `figure` over resampled records; None where it is absent."""
+    """The middle 95 % of `figure` over resampled records; None where it is absent, and of a single
+    record, which is the same however it is drawn."""
+    if len(records) < 2:
+        return None
     random = np.random.default_rng(seed)
     found = []
     for _ in range(resamples):

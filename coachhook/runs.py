@@ -54,6 +54,11 @@ def load_run(path: Path) -> Run:
 
 
 def _comparison(path: Path, protocol: Any, editors: Any) -> Run:
+    if isinstance(protocol, Mapping) and "batch_size" not in protocol and "version" in protocol:
+        raise ConfigError(
+            f"{path} compares no editors; a page is made of what bench/quality.py --run has "
+            "written, and bench/ablations.py prints its own table"
+        )
     version = _of(protocol, "version", path)
     if version != VERSION:
         raise ConfigError(
@@ -75,7 +80,7 @@ def _comparison(path: Path, protocol: Any, editors: Any) -> Run:
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} holds a {type(document).__name__}, and no run is one")

@@ -189,6 +189,7 @@ def test_a_single_evaluation(tmp_path: Path, kind: str) -> None:
         ({"protocol.json": "[]"}, "holds a list"),
         ({"protocol.json": json.dumps(protocol(version=1))}, "version 1, and this is version"),
         ({"protocol.json": "{}"}, "has no 'version'"),
+        ({"protocol.json": '{"version": 2, "edits": 3}'}, "compares no editors"),
         ({"protocol.json": json.dumps(protocol())}, "no finished editor"),
         ({"protocol.json": json.dumps(protocol()), "a@1.json": "{}"}, "has no 'editor'"),
     ],
@@ -227,7 +228,27 @@ def test_the_command_names_the_page(folder: Path) -> None:
     assert "z-scores: keyed@15" in (folder / "report.html").read_text(encoding="utf-8")
     refused = CliRunner().invoke(app, ["report", str(folder / "report.html")])
     assert refused.exit_code == 2
-    assert "cannot read" in refused.output
+    assert "is what the page is made of" in refused.output
+    # Nothing that was measured is written over.
+    before = (folder / "keyed@15.json").read_bytes()
+    for run, output in ((folder / "keyed@15.json",) * 2, (folder, folder / "keyed@15.json")):
+        refused = CliRunner().invoke(app, ["report", str(run), "--output", str(output)])
+        assert refused.exit_code == 2
+        assert "name another file" in refused.output
+    assert (folder / "keyed@15.json").read_bytes() == before
+    nowhere = folder / "keyed@15.json" / "page.html"
+    refused = CliRunner().invoke(app, ["report", str(folder), "--output", str(nowhere)])
+    assert refused.exit_code == 2
+    assert "cannot write" in refused.output
+
+
+def test_texts_that_no_page_can_hold(tmp_path: Path) -> None:
+    odd = record(0, answer="\ud800 and \x00\x1b[0m", prompt="a\tb")
+    (tmp_path / "found.json").write_text(json.dumps(point(1, records=[odd])))
+    write_report(load_run(tmp_path / "found.json"), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "\ufffd and \ufffd\ufffd[0m" in text
+    assert "a\tb" in text
 
 
 def test_without_the_libraries_of_the_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +266,8 @@ def test_without_the_libraries_of_the_report(folder: Path, monkeypatch: pytest.M
         {"protocol": protocol(edits="many"), "editors": {"a@1": result("a@1", point(2))}},
         {"protocol": protocol(), "editors": {"a@1": result("a@1", point(2, records=[3]))}},
         {"protocol": protocol(), "editors": {"a@1": result("a@1", point(2, reliability=0.5))}},
+        {"protocol": protocol(), "editors": {"a@1": result("a@1", point(2, perplexity_before=0))}},
+        {"protocol": protocol(), "editors": {"a@1": result("a@1")}},
     ],
 )
 def test_documents_that_are_no_runs(tmp_path: Path, document: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 import coachhook as ch
+from coachhook.errors import ConfigError
 from coachhook.update import RecursiveInverse
 from editors.setting import InForce, Setting
 
@@ -63,6 +64,11 @@ def alphaedit(moment: Tensor, threshold: float, _: float) -> Rule:
     """
     values, vectors = torch.linalg.eigh(moment.double())
     free = values <= threshold * values.median()
+    if not free.any():
+        raise ConfigError(
+            f"alphaedit@{threshold:g} leaves no direction: no eigenvalue of ordinary keys' second "
+            "moment is below so many median ones; give it a larger number"
+        )
     basis = vectors[:, free].float()
     ridge = torch.eye(basis.shape[1], dtype=torch.float64) * values[free].sum() / 10
     return Rule(RecursiveInverse(ridge, 1.0), basis)
@@ -90,6 +96,8 @@ class Direct:
         setting = self._setting
         requests, values = setting.accepted(requests, values)
         if not requests:
+            # A batch all the same: later ones keep their numbers.
+            self._force.add([])
             return
         contexts = setting.contexts(requests)
         for done, layer in enumerate(setting.layers):

@@ -86,6 +86,8 @@ class Grace:
         setting, book = self._setting, self._codebook
         requests, values = setting.accepted(requests, values)
         if not requests:
+            # A batch all the same: later ones keep their numbers.
+            self._force.add([])
             return
         contexts = setting.contexts(requests)
         keys, reached = setting.read(contexts, setting.layers[-1])
