@@ -181,6 +181,7 @@ def section(found: Mapping[str, Any]) -> str:
     editors = {name: finished[name] for name in order}
     # A run may have gone on elsewhere.
     machines = dict.fromkeys(described(found["machine"]) for found in editors.values())
+    preferred = [kind for kind, value in before["preferences"].items() if value is not None]
     lines = [
         f"## {asked['title']}",
         "",
@@ -203,15 +204,15 @@ def section(found: Mapping[str, Any]) -> str:
         ),
         "",
         *table(
-            ("editor", *METRICS, "first batch", *before["preferences"]),
+            ("editor", *METRICS, "first batch", *preferred),
             (
-                ("none", *("–",) * 4, *map(share, before["preferences"].values())),
+                ("none", *("–",) * 4, *(share(before["preferences"][kind]) for kind in preferred)),
                 *(
                     (
                         name,
                         *(forms(e[metric]) for metric in METRICS),
                         share(e["first_batch"]),
-                        *map(share, e["preferences"].values()),
+                        *(share(e["preferences"][kind]) for kind in preferred),
                     )
                     for name, e in editors.items()
                 ),
