@@ -187,7 +187,7 @@ def section(found: Mapping[str, Any]) -> str:
         "",
         f"{before['facts']} facts of {found['protocol']['edits']} records from number "
         f"{asked['first']} on. The unedited model gives {share(before['reliability'])} of a "
-        f"target's tokens on average; {before['already_true']} facts were true before. "
+        f"target's tokens on average; true before: {before['already_true']}. "
         f"{found['protocol']['model']} on {found['protocol']['device']}: {'; '.join(machines)}.",
         "",
         *table(

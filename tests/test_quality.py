@@ -19,6 +19,7 @@ from coachhook.models import load_model
 from coachhook.ordinary import ordinary_text, perplexity
 from tests.closed_form import D_IN, D_OUT, closed_form, moment, random, relative_error, weighted
 
+RESULTS = Path(__file__).parents[1] / "RESULTS.md"
 FACTS = [
     EditRequest("They moved to {}", "France", TARGETS[0], ("Once {}",), (("It rained", "and"),)),
     EditRequest("I was told of {}", "Rome", TARGETS[1], ("Of {}",), (("Yes", "it"),)),
@@ -477,3 +478,14 @@ def test_one_command_measures_and_writes(
         results.main(**nothing, write=True)
     with pytest.raises(typer.BadParameter, match="give COUNTERFACT"):
         results.main(**nothing, write=False)
+
+
+def test_the_page_says_what_the_figures_say(bench: Any) -> None:
+    results = bench("results")
+    kept = results.kept()
+    assert list(kept) == [asked.name for asked in results.RUNS]
+    assert RESULTS.read_text(encoding="utf-8") == results.page(kept)
+    # A figure that changes changes the page.
+    name = next(iter(kept["counterfact"]["editors"]))
+    kept["counterfact"]["editors"][name]["means"]["exact"]["mean"] = 0.123456
+    assert "| 0.123 (" in results.page(kept)
