@@ -15,7 +15,7 @@ test: $(READY)
 pytest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		tests/test_model.py tests/kernels/test_compile_report.py tests/test_model_alone.py \
-		tests/test_cli.py tests/test_bench.py tests
+		tests/test_quality.py tests/test_cli.py tests/test_bench.py tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
