@@ -80,8 +80,9 @@ class TestClosedForms:
 
 
 @pytest.fixture(autouse=True)
-def page(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Less ordinary text: what is said of it is not what is tested here."""
+def page(bench: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Less ordinary text and fewer turns of timings: neither is what is tested here."""
+    monkeypatch.setattr(bench("quality"), "_ROUNDS", 1)
     page = ordinary_text()[:2000]
     monkeypatch.setattr("coachhook.evaluate.ordinary_text", lambda: page)
     return page
