@@ -427,7 +427,8 @@ def report_page(
     from coachhook.runs import load_run
 
     target = output or (run / "report.html" if run.is_dir() else run.with_suffix(".html"))
-    if target.resolve() == run.resolve() or (target.suffix != ".html" and target.parent == run):
+    place = target.resolve()
+    if place == run.resolve() or (place.suffix != ".html" and place.parent == run.resolve()):
         raise ConfigError(f"{target} is what the page is made of; name another file with --output")
     write_report(load_run(run), target)
     typer.echo(str(target))

@@ -231,7 +231,8 @@ def test_the_command_names_the_page(folder: Path) -> None:
     assert "is what the page is made of" in refused.output
     # Nothing that was measured is written over.
     before = (folder / "keyed@15.json").read_bytes()
-    for run, output in ((folder / "keyed@15.json",) * 2, (folder, folder / "keyed@15.json")):
+    around = folder / ".." / folder.name / "keyed@15.json"
+    for run, output in ((folder / "keyed@15.json",) * 2, (folder, around)):
         refused = CliRunner().invoke(app, ["report", str(run), "--output", str(output)])
         assert refused.exit_code == 2
         assert "name another file" in refused.output
