@@ -14,8 +14,7 @@ test: $(READY)
 # Side by side, on a core each; the tests that take longest first.
 pytest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		tests/test_model.py tests/kernels/test_compile_report.py tests/test_model_alone.py \
-		tests/test_quality.py tests/test_cli.py tests/test_bench.py tests
+		tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -25,14 +24,14 @@ lint: $(READY)
 # What the machine can: operations and whole models; those against CUDA graphs where there is a GPU.
 bench: $(READY)
 	$(BIN)/python -m pytest bench --benchmark-only
-	$(BIN)/python bench/inference.py
-	$(BIN)/python bench/consecutive.py
+	$(BIN)/python -m bench.inference
+	$(BIN)/python -m bench.editing.consecutive
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-		$(BIN)/python bench/ops.py && $(BIN)/python bench/inference.py --shape llama-3-8b; fi
+		$(BIN)/python -m bench.ops.table && $(BIN)/python -m bench.inference --shape llama-3-8b; fi
 
 # RESULTS.md, measured again: make results COUNTERFACT=FILE QAEDIT=FILE RUN=FOLDER. It takes hours.
 results: $(READY)
-	$(BIN)/python bench/results.py $(COUNTERFACT) $(QAEDIT) --run $(RUN)
+	$(BIN)/python -m bench.comparison.results $(COUNTERFACT) $(QAEDIT) --run $(RUN)
 
 # torch goes first: left to another package's range, pip may choose a build with gigabytes of CUDA.
 # uv installs the rest in a tenth of the time; where it knows no way to the packages, pip does.

@@ -7,12 +7,12 @@ if TYPE_CHECKING:
     from coachhook.config import EditConfig, ValueConfig
     from coachhook.editor import BatchReport, Editor
     from coachhook.errors import CoachhookError
-    from coachhook.hooks import HookLinear, HookState
+    from coachhook.facts.loaders import load_requests
+    from coachhook.facts.request import EditRequest, LocalityPrompt
+    from coachhook.hooks.layer import HookLinear, HookState
     from coachhook.hookset import HookSet
-    from coachhook.journal import EditRecord, Verdict
-    from coachhook.loaders import load_requests
-    from coachhook.requests import EditRequest, LocalityPrompt
-    from coachhook.statistics import StatisticsSource
+    from coachhook.journal.journal import EditRecord, Verdict
+    from coachhook.statistics.measure import StatisticsSource
 
 __version__ = "0.1.0"
 
@@ -39,17 +39,17 @@ _HOMES = {
     "BatchReport": "editor",
     "CoachhookError": "errors",
     "EditConfig": "config",
-    "EditRecord": "journal",
-    "EditRequest": "requests",
+    "EditRecord": "journal.journal",
+    "EditRequest": "facts.request",
     "Editor": "editor",
-    "HookLinear": "hooks",
+    "HookLinear": "hooks.layer",
     "HookSet": "hookset",
-    "HookState": "hooks",
-    "LocalityPrompt": "requests",
-    "StatisticsSource": "statistics",
+    "HookState": "hooks.layer",
+    "LocalityPrompt": "facts.request",
+    "StatisticsSource": "statistics.measure",
     "ValueConfig": "config",
-    "Verdict": "journal",
-    "load_requests": "loaders",
+    "Verdict": "journal.journal",
+    "load_requests": "facts.loaders",
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would take any misspelt name for an export

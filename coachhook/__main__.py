@@ -1,5 +1,5 @@
 """`python -m coachhook`: the command line."""
 
-from coachhook.cli import main
+from coachhook.cli.app import main
 
 main()

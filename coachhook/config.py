@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from coachhook.errors import ConfigError
-from coachhook.gates import GATES
-from coachhook.statistics import StatisticsSource
+from coachhook.hooks.gates import GATES
+from coachhook.statistics.measure import StatisticsSource
 
 _INVERSE_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 

@@ -12,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.config import EditConfig
+from coachhook.editing.inverse import Earlier, RecursiveInverse
+from coachhook.editing.values import optimise_values
+from coachhook.editing.write_batch import (
+    Contexts,
+    LayerWriter,
+    layer_sketch,
+    refuse_sinks,
+    write_batch,
+)
 from coachhook.errors import ConfigError, ModelError
-from coachhook.forward import eval_mode, plainly
-from coachhook.gates import Threshold
-from coachhook.generation import complete, starts_with
+from coachhook.facts.request import EditRequest, check_batch
+from coachhook.hooks.gates import Threshold
+from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
-from coachhook.journal import Batch, EditRecord, LayerFactors, Verdict
-from coachhook.machine import arithmetic_device
-from coachhook.models import (
+from coachhook.journal.batch_file import batch_from_bytes, batch_to_bytes
+from coachhook.journal.journal import Batch, EditRecord, LayerFactors, Verdict
+from coachhook.models.architecture import (
     Architecture,
     BaseModel,
     check_layers,
@@ -28,17 +37,14 @@ from coachhook.models import (
     prepare_tokenizer,
     weight_checksums,
 )
-from coachhook.offloaded import device_of, whole
-from coachhook.processes import ALONE, Processes
-from coachhook.progress import track
-from coachhook.records import batch_from_bytes, batch_to_bytes
-from coachhook.requests import EditRequest, check_batch
-from coachhook.sharded import is_sharded
-from coachhook.statistics import KeyStatistics, key_statistics
-from coachhook.tokens import check_length, context_length, encode_request
-from coachhook.update import Earlier, RecursiveInverse
-from coachhook.values import optimise_values
-from coachhook.writing import Contexts, LayerWriter, layer_sketch, refuse_sinks, write_batch
+from coachhook.models.decoding import complete, starts_with
+from coachhook.models.passes import eval_mode, plainly
+from coachhook.models.placement import device_of, whole
+from coachhook.models.tokens import check_length, context_length, encode_request
+from coachhook.statistics.measure import KeyStatistics, key_statistics
+from coachhook.system.hardware import arithmetic_device
+from coachhook.system.processes import ALONE, Processes
+from coachhook.system.progress import track
 
 logger = logging.getLogger(__name__)
 

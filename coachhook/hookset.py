@@ -11,8 +11,6 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from coachhook import folder
-from coachhook.compaction import merge
 from coachhook.config import EditConfig
 from coachhook.errors import (
     AttachError,
@@ -20,15 +18,24 @@ from coachhook.errors import (
     CompactedError,
     ConfigError,
 )
-from coachhook.forward import plainly
-from coachhook.gates import CalibratedGate, Gate, KeyedGate, SequenceGate, SequenceMask, Threshold
-from coachhook.hooks import HookLinear, HookState
-from coachhook.journal import EditRecord, Journal
-from coachhook.models import Architecture, BaseModel, weight_checksums
-from coachhook.offloaded import device_of, whole
-from coachhook.requests import EditRequest
-from coachhook.sharded import RowParallel, gathered
-from coachhook.trace import Trace, trace_text
+from coachhook.facts.request import EditRequest
+from coachhook.hooks.gates import (
+    CalibratedGate,
+    Gate,
+    KeyedGate,
+    SequenceGate,
+    SequenceMask,
+    Threshold,
+)
+from coachhook.hooks.layer import HookLinear, HookState
+from coachhook.hooks.tensor_parallel import RowParallel, gathered
+from coachhook.hooks.trace import Trace, trace_text
+from coachhook.journal import folder
+from coachhook.journal.compaction import merge
+from coachhook.journal.journal import EditRecord, Journal
+from coachhook.models.architecture import Architecture, BaseModel, weight_checksums
+from coachhook.models.passes import plainly
+from coachhook.models.placement import device_of, whole
 from coachhook_kernels import Delta
 
 

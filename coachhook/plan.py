@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from coachhook import embedded
 from coachhook.config import EditConfig
-from coachhook.corpus import SEQUENCE_LENGTH
 from coachhook.errors import NotEnoughMemoryError
-from coachhook.forward import input_device
-from coachhook.machine import arithmetic_device, free_bytes, matmul_rate
-from coachhook.models import Architecture
-from coachhook.requests import EditRequest
-from coachhook.statistics import StatisticsSource
-from coachhook.tokens import encode_request
+from coachhook.facts.request import EditRequest
+from coachhook.models import embedded
+from coachhook.models.architecture import Architecture
+from coachhook.models.passes import input_device
+from coachhook.models.tokens import encode_request
+from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.text import SEQUENCE_LENGTH
+from coachhook.system.hardware import arithmetic_device, free_bytes, matmul_rate
 
 _HOST = torch.device("cpu")
 # Bytes of each of a layer's d_in² numbers: the float32 moment; one triangle of the inverse.

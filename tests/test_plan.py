@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
-from coachhook import machine, plan
-from coachhook.cli import app
+from coachhook import plan
+from coachhook.cli.app import app
 from coachhook.config import EditConfig
 from coachhook.errors import NotEnoughMemoryError
-from coachhook.models import Architecture
+from coachhook.facts.request import EditRequest
+from coachhook.models.architecture import Architecture
 from coachhook.plan import Part, Plan, Sizes, edit_plan, statistics_plan
-from coachhook.requests import EditRequest
-from coachhook.statistics import StatisticsSource
+from coachhook.statistics.measure import StatisticsSource
+from coachhook.system import hardware as machine
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 GB = 10**9
 REQUESTS = [
@@ -123,14 +124,13 @@ import json, sys
 from pathlib import Path
 import psutil
 from transformers import AutoConfig, AutoModelForCausalLM
-sys.path.insert(0, sys.argv[1])
-from tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_model, tiny_tokenizer
 from coachhook.config import EditConfig
 from coachhook.editor import Editor
-from coachhook.models import Architecture
+from coachhook.models.architecture import Architecture
 from coachhook.plan import Sizes, edit_plan
-from coachhook.requests import EditRequest
-from coachhook.statistics import StatisticsSource
+from coachhook.facts.request import EditRequest
+from coachhook.statistics.measure import StatisticsSource
 
 tokenizer = tiny_tokenizer()
 settings = EditConfig(layers=(0, 1, 2), statistics=StatisticsSource(n_tokens=1024))
@@ -164,7 +164,7 @@ print(json.dumps([lasting / kept, peak / plan.needed("cpu")]))
 
 def test_a_fresh_process_needs_what_was_planned(place: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(Path(__file__).parent)],
+        [sys.executable, "-c", MEASURED],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -212,7 +212,7 @@ def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch)
     def load(name: str) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("coachhook.models.load_model", load)
+    monkeypatch.setattr("coachhook.models.architecture.load_model", load)
     monkeypatch.setattr(plan, "free_bytes", lambda _: 1000)
     result = invoke("statistics", "tiny")
     assert result.exit_code == 2, result.exception

@@ -4,7 +4,7 @@ Each operation has a reference in plain torch, the specification that its Triton
 The package depends on torch only; Triton, where it is installed, is imported at first use.
 """
 
-from coachhook_kernels.correction import Delta, hook_correction
+from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import hook_correction_, hook_linear

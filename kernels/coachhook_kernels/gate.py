@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.scores import difference_norm, fingerprint_similarity
 
 

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from coachhook_kernels import compile_report
-from coachhook_kernels.compile_target import TARGETS
+from coachhook_kernels.compilation import report as compile_report
+from coachhook_kernels.compilation.target import TARGETS
 
 pytest.importorskip("triton")
-KERNELS = Path(compile_report.__file__).parent
+TOYS = "tests.support.toy_kernels"
+KERNELS = Path(compile_report.__file__).parents[1]
 
 
 def report(capsys, *arguments):
     """Exit code, and the rows by case and target, of the toy kernels' report."""
-    code = compile_report.main(["--module", "toy_kernels", "--json", *arguments])
+    code = compile_report.main(["--module", TOYS, "--json", *arguments])
     rows = json.loads(capsys.readouterr().out)
     return code, {(row["case"], row["target"]): row for row in rows}
 
@@ -65,7 +66,7 @@ def test_a_crash_of_the_compiler_costs_its_own_row_alone(capsys):
 
 
 def test_sound_code_passes_on_every_target(capsys):
-    code = compile_report.main(["--module", "toy_kernels", "--match", "sound"])
+    code = compile_report.main(["--module", TOYS, "--match", "sound"])
     table = capsys.readouterr().out.splitlines()
     assert code == 0
     assert [line.split()[:2] for line in table[1:5]] == [["sound", name] for name in TARGETS]
@@ -78,7 +79,7 @@ def test_sound_code_passes_on_every_target(capsys):
 def test_nothing_to_report_is_neither_sound_nor_faulty(capsys, monkeypatch):
     assert compile_report.main(["--module", "no_such_kernels"]) == 2
     assert "no_such_kernels lists no cases: ModuleNotFoundError" in capsys.readouterr().err
-    assert compile_report.main(["--module", "toy_kernels", "--match", "no such case"]) == 2
+    assert compile_report.main(["--module", TOYS, "--match", "no such case"]) == 2
     assert "No case matches" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "triton", None)
     assert compile_report.main([]) == 2
@@ -96,7 +97,7 @@ def test_every_module_with_cases_is_in_the_report():
 
 def test_shipped_kernels_are_sound_on_every_target():
     done = subprocess.run(
-        [sys.executable, "-m", "coachhook_kernels.compile_report", "--json"],
+        [sys.executable, "-m", "coachhook_kernels.compilation.report", "--json"],
         env={**os.environ, "PYTHONPATH": str(KERNELS.parent), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

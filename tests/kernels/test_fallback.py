@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
+
+from coachhook_kernels.launch import counters as workspace
+from coachhook_kernels.launch import runtime, tuning
+from tests.support.kernels import (
     BRAIN,
     DEVICE,
     FORMS,
@@ -22,12 +25,6 @@ from support import (
     make,
     run_correction,
     run_linear,
-)
-
-from coachhook_kernels import (
-    runtime,
-    tuning,
-    workspace,
 )
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

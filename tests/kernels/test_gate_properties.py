@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from support import (
+from torch import Tensor
+
+from tests.support.kernels import (
     BRAIN,
     DEVICE,
     HALF,
@@ -24,7 +26,6 @@ from support import (
     run_linear,
     run_tiles,
 )
-from torch import Tensor
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 if DEVICE == "cuda":

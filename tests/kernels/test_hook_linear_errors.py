@@ -4,14 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
-    BRAIN,
-    DEVICE,
-    Case,
-    Problem,
-    base_output,
-    make,
-)
 from torch import Tensor
 
 from coachhook_kernels import (
@@ -20,6 +12,14 @@ from coachhook_kernels import (
     TokenGate,
     hook_correction_,
     hook_linear,
+)
+from tests.support.kernels import (
+    BRAIN,
+    DEVICE,
+    Case,
+    Problem,
+    base_output,
+    make,
 )
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []

@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import (
+from torch import Tensor
+
+from coachhook_kernels import hook_linear
+from coachhook_kernels.hook_linear import op
+from tests.support.kernels import (
     BRAIN,
     DEVICE,
     ENTRIES,
@@ -21,10 +25,6 @@ from support import (
     run_correction,
     run_linear,
 )
-from torch import Tensor
-
-from coachhook_kernels import hook_linear
-from coachhook_kernels.hook_linear import op
 
 pytest.importorskip("triton")
 

@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hook_linear_cases import (
+from torch import Tensor
+
+from coachhook_kernels import TokenGate, hook_correction_
+from coachhook_kernels.hook_linear import op, reference
+from coachhook_kernels.launch import runtime
+from tests.support.hook_linear_cases import (
     table_of_fingerprints,
     table_of_gates,
     table_of_layouts,
@@ -14,7 +19,7 @@ from hook_linear_cases import (
     table_of_rows,
     table_of_shapes,
 )
-from support import (
+from tests.support.kernels import (
     BRAIN,
     DEVICE,
     FORMS,
@@ -35,10 +40,6 @@ from support import (
     scalar,
     spaced,
 )
-from torch import Tensor
-
-from coachhook_kernels import TokenGate, hook_correction_, runtime
-from coachhook_kernels.hook_linear import op, reference
 
 pytest.importorskip("triton")
 

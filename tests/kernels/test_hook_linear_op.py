@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from coachhook_kernels import Delta, KernelInputError, hook_correction_, hook_linear
+from coachhook_kernels.hook_linear import op, reference
+from coachhook_kernels.launch import runtime
+from tests.support.kernels import (
     BRAIN,
     DEVICE,
     FORMS,
@@ -24,17 +30,6 @@ from support import (
     run_linear,
     scalar,
 )
-from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-
-from coachhook_kernels import (
-    Delta,
-    KernelInputError,
-    hook_correction_,
-    hook_linear,
-    runtime,
-)
-from coachhook_kernels.hook_linear import op, reference
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import DEVICE
 from torch import Tensor
 
 from coachhook_kernels import Delta, KernelInputError, hook_linear_sequence
 from coachhook_kernels.hook_linear_sequence import op, reference
+from tests.support.kernels import DEVICE
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 forms = pytest.mark.parametrize("rank", [None, 0, 1, 4], ids=lambda rank: f"rank{rank}")

@@ -2,8 +2,8 @@
 
 import torch
 
-from coachhook_kernels.runtime import multiprocessors
-from coachhook_kernels.tuning import Config, lookup
+from coachhook_kernels.launch.runtime import multiprocessors
+from coachhook_kernels.launch.tuning import Config, lookup
 
 FEW = 16
 """Rows of keys that take the narrow side of a dot: the least that a tensor core multiplies."""

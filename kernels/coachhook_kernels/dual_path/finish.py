@@ -10,7 +10,7 @@ where its gate is open.
 import triton
 import triton.language as tl
 
-from coachhook_kernels.triton_dot import dot
+from coachhook_kernels.launch.triton_dot import dot
 
 
 @triton.jit

@@ -11,16 +11,16 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.dual_path import configs
-from coachhook_kernels.dual_path.cases import compile_cases
+from coachhook_kernels.dual_path.compile_cases import compile_cases
 from coachhook_kernels.dual_path.finish import finish_sequences_kernel, finish_tokens_kernel
 from coachhook_kernels.dual_path.products import (
     dense_kernel,
     factored_kernel,
     row_squares_kernel,
 )
-from coachhook_kernels.tuning import launchable, lookup
+from coachhook_kernels.launch.tuning import launchable, lookup
 
 __all__ = [
     "Products",

@@ -13,7 +13,7 @@ of the dot and the keys its N side.
 import triton
 import triton.language as tl
 
-from coachhook_kernels.triton_dot import dot
+from coachhook_kernels.launch.triton_dot import dot
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coachhook_kernels import runtime
-from coachhook_kernels.correction import Delta, hook_correction
+from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.validation import check_correction, check_linear, check_overlap
+from coachhook_kernels.launch import runtime
 
 DUAL_PATH_ROWS = 512
 """Rows up to which the norm of a dense `Δ k` is found on the way, by reading `W` and `Δ` in one

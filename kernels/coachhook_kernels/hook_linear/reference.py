@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coachhook_kernels.correction import Delta, hook_correction
+from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
 
 

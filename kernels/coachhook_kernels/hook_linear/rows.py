@@ -4,11 +4,11 @@ import torch
 import triton
 from torch import Tensor
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
-from coachhook_kernels.tuning import Config, launchable, lookup
-from coachhook_kernels.workspace import counters
+from coachhook_kernels.launch.counters import counters
+from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
 TOKEN_TILES = (16, 32, 64)
 """Widths of a tile of tokens; the widest is the most rows that one launch takes. Beyond it the

@@ -16,7 +16,7 @@ has streamed its weights the gate has long been decided. csrc_notes/hook-linear.
 import triton
 import triton.language as tl
 
-from coachhook_kernels.triton_dot import dot, dot_wide
+from coachhook_kernels.launch.triton_dot import dot, dot_wide
 
 PROJECTED, MATCHED, LOWERED, FINISHED = (tl.constexpr(i) for i in range(4))
 

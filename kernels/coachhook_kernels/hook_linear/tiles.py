@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
-from coachhook_kernels.runtime import multiprocessors
-from coachhook_kernels.triton_dot import dot, dot_wide
-from coachhook_kernels.tuning import Config, launchable, lookup
-from coachhook_kernels.workspace import counters, discard
+from coachhook_kernels.launch.counters import counters, discard
+from coachhook_kernels.launch.runtime import multiprocessors
+from coachhook_kernels.launch.triton_dot import dot, dot_wide
+from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
 STORE, ADD, SQUARES = (tl.constexpr(i) for i in range(3))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.gate import TokenGate
 

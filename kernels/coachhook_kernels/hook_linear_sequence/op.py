@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coachhook_kernels.correction import Delta
+from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.hook_linear_sequence import reference
-from coachhook_kernels.runtime import triton_runs, with_fallback
+from coachhook_kernels.launch.runtime import triton_runs, with_fallback
 from coachhook_kernels.scores import difference_norm, sequence_zscore
 
 NAME = "hook_linear_sequence"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from coachhook_kernels.correction import Delta, hook_correction
+from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.scores import difference_norm, sequence_zscore
 
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from coachhook_kernels import runtime, tuning
-from coachhook_kernels.tuning import Config
+from coachhook_kernels.launch import runtime, tuning
+from coachhook_kernels.launch.tuning import Config
 
 LIBRARY: Config = {"triangle": 0}
 """cuBLAS computes both triangles."""

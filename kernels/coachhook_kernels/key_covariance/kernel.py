@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from coachhook_kernels.compile_case import CompileCase
+from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.key_covariance.configs import POINTER, SINGLE, SQUARE, WIDE
-from coachhook_kernels.triton_dot import dot
-from coachhook_kernels.tuning import Config, launchable
+from coachhook_kernels.launch.triton_dot import dot
+from coachhook_kernels.launch.tuning import Config, launchable
 
 MIRROR_BLOCK = 64
 MIRROR_GROUP = 8

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from coachhook_kernels import runtime
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.key_covariance import reference
 from coachhook_kernels.key_covariance.configs import choose
+from coachhook_kernels.launch import runtime
 
 _MOMENTS = (torch.float32, torch.float64)
 _ASYMMETRY = 1e-5

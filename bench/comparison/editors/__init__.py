@@ -1,0 +1,88 @@
+"""Editors to compare, by name; each small, and what they share is in csrc_notes/quality.md."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bench.comparison.editors.direct import Direct, Rule, accumulated, alphaedit, memit
+from bench.comparison.editors.grace import Grace
+from bench.comparison.editors.hooked import Hooked
+from bench.comparison.editors.one_gradient import OneGradient
+from bench.comparison.editors.setting import Editor, Setting
+from bench.comparison.editors.tuned import Constrained, LowRank
+
+
+def _direct(
+    rule: Callable[[Tensor, float, float], Rule], averaged: bool
+) -> Callable[[Setting, float], Editor]:
+    def make(setting: Setting, strength: float) -> Editor:
+        moments = {k: setting.statistics[k].moment for k in setting.layers}
+        rules = {k: rule(moments[k], strength, setting.config.fit) for k in moments}
+        return Direct(setting, rules, averaged)
+
+    return make
+
+
+# Of what the editors do: results of another version are not theirs.
+EDITORS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Maker:
+    """make: an editor from a setting and the one number that it is most sensitive to. number: the
+    one chosen on other records than the results are of (csrc_notes/quality.md). takes_values:
+    whether it uses the common target values, whose time is then part of its own."""
+
+    make: Callable[[Setting, float], Editor]
+    number: float
+    takes_values: bool = True
+
+
+def _hooked(gate: str) -> Callable[[Setting, float], Editor]:
+    return lambda setting, preservation: Hooked(setting, gate, preservation)
+
+
+MAKERS = {
+    "keyed": Maker(_hooked("keyed"), 15.0),
+    "calibrated": Maker(_hooked("calibrated"), 15.0),
+    "sequence": Maker(_hooked("sequence"), 15.0),
+    "onegradient": Maker(OneGradient, 1.0, takes_values=False),
+    "accumulated": Maker(_direct(accumulated, averaged=False), 15.0),
+    "memit": Maker(_direct(memit, averaged=True), 50.0),
+    "alphaedit": Maker(_direct(alphaedit, averaged=True), 1.0),
+    "grace": Maker(Grace, 0.5),
+    "lora": Maker(LowRank, 5e-3, takes_values=False),
+    "constrained": Maker(Constrained, 0.03, takes_values=False),
+}
+
+
+def named(name: str) -> str:
+    """`kind@number` of the editor that `name` means: that number, or its own where `name` has none.
+
+    Raises ValueError for an editor that is not known or a number that is none.
+    """
+    kind, _, number = name.partition("@")
+    if kind not in MAKERS:
+        raise ValueError(f"there is no editor {kind!r}; there are {', '.join(MAKERS)}")
+    try:
+        strength = float(number) if number else MAKERS[kind].number
+    except ValueError:
+        strength = math.nan
+    if not 0 < strength < math.inf:
+        raise ValueError(f"{number!r} behind {kind}@ is no positive number")
+    return f"{kind}@{strength:g}"
+
+
+def make_editor(name: str, setting: Setting) -> Editor:
+    """The editor `name`, as `named` gives it, on a model of its own."""
+    kind, _, number = name.partition("@")
+    return MAKERS[kind].make(setting, float(number))
+
+
+def takes_values(name: str) -> bool:
+    return MAKERS[name.partition("@")[0]].takes_values
+
+
+__all__ = ["EDITORS_VERSION", "MAKERS", "Editor", "Setting", "make_editor", "named", "takes_values"]

@@ -1,0 +1,54 @@
+"""The engine with values from one gradient, in place of those that are optimised.
+
+UltraEdit takes what a module's output shall become from a single backward pass, its features scaled
+by how large they were in all edits so far. Its step belongs to the scale of its models; here the
+shift has a length in units of the hidden state's, which is how the common values are bounded.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import coachhook as ch
+from bench.comparison.editors.hooked import Hooked
+from bench.comparison.editors.setting import Setting
+from coachhook.editing.value_rows import contexts_of, prepare, score
+from coachhook.models.passes import eval_mode, starting_after
+
+
+class OneGradient(Hooked):
+    """length: of the shift against the gradient, in units of `‖h‖`; all else is the engine's."""
+
+    def __init__(self, setting: Setting, length: float) -> None:
+        super().__init__(setting, setting.config.gate, setting.config.preservation)
+        self._setting, self._length = setting, length
+        self._seen = 0
+        self._square = torch.zeros(())
+
+    def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
+        hidden, gradient = self._gradients(requests)
+        self._seen += len(gradient)
+        square = gradient.square().mean(0)
+        self._square = self._square + len(gradient) / self._seen * (square - self._square)
+        step = gradient / (self._square.sqrt() + 1e-12)
+        step *= self._length * hidden.norm(dim=-1, keepdim=True) / step.norm(dim=-1, keepdim=True)
+        super().edit(requests, hidden - step)
+
+    def _gradients(self, requests: Sequence[ch.EditRequest]) -> tuple[Tensor, Tensor]:
+        """Of the last hooked block at each subject: its output and the gradient of the targets'
+        negative log-likelihood in it, both float32 `(n, d)`."""
+        setting, config = self._setting, self._setting.config.values
+        model, layer = setting.model, setting.layers[-1]
+        groups = contexts_of(setting.tokenizer, requests, config)
+        blocks = setting.architecture.blocks(model)
+        with eval_mode(model), torch.no_grad():
+            pad_id = setting.tokenizer.pad_token_id
+            rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
+            hidden = rows.hidden[: len(requests), 0].float()
+            reference = hidden.new_full(
+                (len(hidden), len(model.get_output_embeddings().weight)), torch.nan
+            )
+            with starting_after(blocks, layer, template) as injected:
+                _, gradient = score(model, rows, torch.zeros_like(hidden), injected, 0.0, reference)
+        return hidden, gradient

@@ -1,0 +1,111 @@
+"""What all editors of a comparison share: model, layers, statistics, and how keys are read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import coachhook as ch
+from coachhook.editing.write_batch import Contexts
+from coachhook.evaluation.evaluate import Edits
+from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.statistics.measure import KeyStatistics, key_statistics
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A loaded model, which an editor may change, and what is common to all editors.
+
+    config: contexts, weights of keys and layers; an editor's own settings are its own. sinks: the
+    requests whose subject is an attention sink, which the engine refuses. No editor that solves at
+    keys is given them: what they do to all other texts would drown what the editors do.
+    """
+
+    model: Any
+    tokenizer: Any
+    architecture: Architecture
+    layers: tuple[int, ...]
+    statistics: KeyStatistics
+    config: ch.EditConfig
+    sinks: frozenset[ch.EditRequest]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        config: ch.EditConfig,
+        sinks: frozenset[ch.EditRequest] = frozenset(),
+    ) -> "Setting":
+        architecture = Architecture.of(model, config.template)
+        n_blocks = len(architecture.blocks(model))
+        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+        statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
+        return cls(model, tokenizer, architecture, layers, statistics, config, sinks)
+
+    def accepted(
+        self, requests: Sequence[ch.EditRequest], values: Tensor
+    ) -> tuple[list[ch.EditRequest], Tensor]:
+        """The requests that are no sinks, and their values."""
+        chosen = [i for i, request in enumerate(requests) if request not in self.sinks]
+        return [requests[i] for i in chosen], values[chosen]
+
+    @property
+    def last_block(self) -> nn.Module:
+        return self.architecture.blocks(self.model)[self.layers[-1]]
+
+    def down_projection(self, layer: int) -> nn.Module:
+        return self.architecture.down_projection(self.model, layer)
+
+    def contexts(self, requests: Sequence[ch.EditRequest]) -> Contexts:
+        return Contexts.of(self.model, self.tokenizer, requests, self.config.values.contexts)
+
+    def read(self, contexts: Contexts, layer: int) -> tuple[Tensor, Tensor]:
+        """At the subjects, with the model as it is now: the layer's keys `(c · n, d_in)`, bare
+        prompts first, and the last hooked block's output behind bare prompts `(n, d)`."""
+        (keys,), reached = contexts.read(
+            self.model,
+            [self.down_projection(layer)],
+            self.config.values.tokens,
+            block=self.last_block,
+        )
+        assert reached is not None
+        return keys.float(), reached[: contexts.n_requests]
+
+    def weighted(self, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the solve and what each shall add: keys under contexts count less."""
+        n = len(residuals)
+        lengths = torch.full((len(keys), 1), self.config.context_weight**0.5)
+        lengths[:n] = 1
+        return keys * lengths, residuals.repeat(len(keys) // n, 1) * lengths
+
+
+class Editor(Protocol):
+    """An editor under comparison, after any number of batches."""
+
+    edits: Edits
+
+    def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
+        """One more batch. values float32 `(n, d)`: wanted outputs of the last hooked block."""
+        ...
+
+    def held(self) -> int:
+        """Bytes that inference needs beside the model's own."""
+        ...
+
+
+class InForce:
+    """Which requests count after batches in which later ones replace earlier ones of a fact."""
+
+    def __init__(self) -> None:
+        self._batches: list[list[ch.EditRequest]] = []
+
+    def add(self, requests: Sequence[ch.EditRequest]) -> None:
+        facts = {request.fact for request in requests}
+        self._batches = [[r for r in batch if r.fact not in facts] for batch in self._batches]
+        self._batches.append(list(requests))
+
+    def in_force(self) -> list[list[ch.EditRequest]]:
+        return self._batches

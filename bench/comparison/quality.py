@@ -1,0 +1,338 @@
+"""The protocol: consecutive batch editing, every editor on the same facts, scored as it goes.
+
+    python -m bench.comparison.quality [FACTS] [--first 0] [--edits 200] [--batch-size 10]
+        [--every 10] [--editor NAME]... [--run DIR] [--json]
+
+FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. A batch as wide
+as the edits is single-round editing. After every `every` batches, and at the end, the last request
+of every fact so far is evaluated by the code of `coachhook eval`, also where an editor refused it.
+Target values are optimised once, on the unedited model, and given to every editor that takes them.
+NAME is one of bench/editors, with @ and a number behind it where its own number is not wanted. With
+--run the values and each editor's result are kept in DIR, and the same command goes on with the
+editors that are missing.
+"""
+
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import coachhook as ch
+from bench.comparison.editors import (
+    EDITORS_VERSION,
+    MAKERS,
+    Setting,
+    make_editor,
+    named,
+    takes_values,
+)
+from bench.editing.consecutive import demo_facts
+from bench.harness.memory import peak_memory
+from bench.harness.run_folder import checksum, kept, run_folder
+from bench.harness.script import run_script
+from bench.harness.timing import Timings, take_turns
+from coachhook.editing.values import optimise_values
+from coachhook.errors import NotEnoughMemoryError
+from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, lead, mean_of
+from coachhook.evaluation.evaluate import Edits, before_edits, evaluate
+from coachhook.evaluation.ordinary_text import ordinary_text
+from coachhook.facts.remaining import latest
+from coachhook.facts.request import EditRequest
+from coachhook.models.architecture import load_model
+from coachhook.models.decoding import greedy
+from coachhook.report.runs import VERSION
+from coachhook.system.progress import track
+
+# Of the speeds: tokens that are read, tokens that are decoded, turns.
+_PROMPT, _DECODED, _ROUNDS = 64, 16, 5
+
+
+@dataclass(frozen=True)
+class Values:
+    """hidden: wanted outputs of the last hooked block, float32 `(n, d)`; seconds: of them all."""
+
+    hidden: Tensor
+    seconds: float
+
+
+def main(
+    facts: Annotated[Path | None, typer.Argument()] = None,
+    first: Annotated[int, typer.Option(min=0)] = 0,
+    edits: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 10,
+    every: Annotated[int, typer.Option(min=1)] = 10,
+    editor: Annotated[list[str] | None, typer.Option()] = None,
+    model: str = "smollm2",
+    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    try:
+        names = list(dict.fromkeys(named(name) for name in editor or MAKERS))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    path = facts or demo_facts()
+    requests = ch.load_requests(path).requests[first : first + edits]
+    if not requests:
+        raise typer.BadParameter(f"{path} has no facts from number {first} on")
+    protocol = protocol_of(path, requests, batch_size, every, model)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = compare(protocol, requests, names, run or Path(temporary))
+    document = {"protocol": protocol, "editors": results}
+    if as_json:
+        print(json.dumps(document))
+    else:
+        show(document)
+
+
+def protocol_of(
+    facts: Path, requests: Sequence[EditRequest], batch_size: int, every: int, model: str
+) -> dict[str, Any]:
+    """What tells one comparison from another."""
+    return {
+        "version": VERSION,
+        "facts": facts.name,
+        "sha256": checksum(requests),
+        "edits": len(requests),
+        "batch_size": batch_size,
+        "every": every,
+        "model": model,
+        "config": ch.EditConfig().to_dict(),
+        "editors": EDITORS_VERSION,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def compare(
+    protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
+) -> dict[str, Any]:
+    """Each editor's result; those that `place` has are read."""
+    config = ch.EditConfig.from_dict(protocol["config"])
+    with run_folder(place, protocol):
+        model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
+        # What does not fit the model is told before the work of hours.
+        known = before_edits(model, tokenizer, requests)
+        values = target_values(model, tokenizer, requests, config, place)
+        with ch.Editor.from_pretrained(model, tokenizer, config=config) as engine:
+            sinks = frozenset(engine.sinks(requests))
+        del model, engine
+        measured = partial(measure, protocol, requests, values, known, sinks)
+        return {name: kept(place / f"{name}.json", partial(measured, name)) for name in names}
+
+
+def measure(
+    protocol: dict[str, Any],
+    requests: Sequence[EditRequest],
+    values: Values,
+    known: dict[EditRequest, Any],
+    sinks: frozenset[EditRequest],
+    name: str,
+) -> dict[str, Any]:
+    """One editor on a fresh model: seconds of its batches, the most memory that it edited in, the
+    model with it, and scores along the way. One that fails at a batch is one that failed, with its
+    reason and what was measured before; but what memory is free now says nothing of an editor."""
+    # The editor before this one, which may refer to itself, is not part of this one's memory.
+    gc.collect()
+    # Adapters and fine-tuning draw and train; nothing else depends on it.
+    torch.manual_seed(0)
+    model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
+    config = ch.EditConfig.from_dict(protocol["config"])
+    subject = make_editor(name, Setting.of(model, tokenizer, config, sinks))
+    ahead = values.seconds / len(requests) if takes_values(name) else 0.0
+    row_of = {request: i for i, request in enumerate(requests)}
+    batches = consecutive(requests, protocol["batch_size"])
+    seconds: list[float] = []
+    points: list[dict[str, Any]] = []
+    failure, asked, peak = None, 0, 0
+    with track(name, len(requests)) as advance:
+        for number, (batch, wanted) in enumerate(batches, 1):
+            peak_memory(model.device)
+            began = time.perf_counter()
+            try:
+                subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
+            except NotEnoughMemoryError:
+                raise
+            except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
+                failure = f"batch {number}: {error}"
+                break
+            asked += len(batch)
+            seconds.append(time.perf_counter() - began + ahead * len(batch))
+            peak = max(peak, peak_memory(model.device))
+            if number % protocol["every"] == 0 or number == len(batches):
+                so_far = latest(requests[:asked])
+                found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
+                first = [
+                    record.reliability.teacher_forced
+                    for request, record in zip(so_far, found.records, strict=True)
+                    if request in batches[0][0]
+                ]
+                kept_on = fmean(first) if first else None
+                points.append({"edits": asked, "first_batch": kept_on, **found.to_dict()})
+            advance(len(batch))
+    return {
+        "editor": name,
+        "failure": failure,
+        "machine": machine(),
+        "seconds_per_edit": sum(seconds) / asked if asked else None,
+        "batch_seconds": seconds,
+        "bytes_held": subject.held(),
+        "peak_bytes": peak,
+        "overhead": overhead(model, tokenizer, subject.edits),
+        "points": points,
+    }
+
+
+def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
+    """Seconds to the first token after `_PROMPT` tokens, and tokens a second of greedy decoding,
+    with the edits and without: medians of `_ROUNDS` turns; ratio: of the speeds, within turns."""
+    ids = tokenizer(ordinary_text(), return_tensors="pt")["input_ids"].to(model.device)
+    prompt = ids[:, :_PROMPT]
+    mask = torch.ones_like(prompt)
+
+    def first_token() -> None:
+        with torch.no_grad():
+            model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
+
+    # By turn; a model may come to an end before it is cut off.
+    decoded = {"unedited": 0, "edited": 0}
+    turn = ""
+
+    def decode() -> None:
+        decoded[turn] = greedy(model, tokenizer, prompt[:, :8], mask[:, :8], _DECODED).shape[1]
+
+    with ExitStack() as state:
+
+        def before(name: str) -> None:
+            nonlocal turn
+            turn = name
+            state.close()
+            if name == "unedited":
+                state.enter_context(edits.off(model))
+
+        def turns(step: Callable[[], None]) -> dict[str, Timings]:
+            steps = {"unedited": step, "edited": step}
+            take_turns(steps, 1, model.device, before)
+            return take_turns(steps, _ROUNDS, model.device, before)
+
+        first, decoding = turns(first_token), turns(decode)
+    return {
+        "first_token_seconds": {name: timings.median for name, timings in first.items()},
+        "first_token_ratio": first["unedited"].over(first["edited"])[0],
+        "tokens_per_second": {name: decoded[name] / t.median for name, t in decoding.items()},
+        "tokens_per_second_ratio": decoding["unedited"].over(decoding["edited"])[0]
+        * (decoded["edited"] / decoded["unedited"]),
+    }
+
+
+def consecutive(
+    requests: Sequence[EditRequest], size: int
+) -> list[tuple[Sequence[EditRequest], list[EditRequest]]]:
+    """Batches in order, each with what an editor is given of it: one request a fact."""
+    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
+    return [(batch, latest(batch)) for batch in batches]
+
+
+def target_values(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    config: ch.EditConfig,
+    place: Path,
+) -> Values:
+    """Kept in `place`."""
+    kept = place / "values.safetensors"
+    if not kept.exists():
+        setting = Setting.of(model, tokenizer, config)
+        began = time.perf_counter()
+        with track("target values", len(requests)) as advance:
+            found = optimise_values(
+                model,
+                tokenizer,
+                setting.architecture,
+                setting.layers[-1],
+                requests,
+                config.values,
+                advance,
+            )
+        took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
+        staging = kept.with_suffix(".writing")
+        save_file({"hidden": found.hidden.contiguous(), "seconds": took}, staging)
+        staging.replace(kept)
+    try:
+        tensors = load_file(kept)
+        return Values(tensors["hidden"], float(tensors["seconds"]))
+    except (SafetensorError, KeyError):
+        raise typer.BadParameter(
+            f"{kept} is damaged; delete it, and the same command goes on"
+        ) from None
+
+
+def show(document: dict[str, Any]) -> None:
+    protocol = document["protocol"]
+    title = f"{protocol['edits']} edits of {protocol['facts']}, {protocol['batch_size']} a batch"
+    table = Table(title=f"{title}: greedy, in brackets teacher-forced")
+    columns = ("editor", *METRICS, "harmonic mean, 95 %", "first leads by, 95 %")
+    for column in (*columns, "perplexity", "KL", "s an edit"):
+        table.add_column(column, justify="left" if column == "editor" else "right")
+    best: list[Any] = []
+    for name, result in document["editors"].items():
+        if result["failure"]:
+            table.add_row(name, f"failed: {result['failure']}")
+            continue
+        last = result["points"][-1]
+        records = last["records"]
+        best = best or records
+        cells = [
+            f"{shown(mean_of(records, metric, 'greedy'))} "
+            f"({shown(mean_of(records, metric, 'teacher_forced'))})"
+            for metric in METRICS
+        ]
+        middle = interval(records, lambda some: harmonic(some, "greedy"))
+        table.add_row(
+            name,
+            *cells,
+            f"{shown(harmonic(records, 'greedy'))}, {spread(middle)}",
+            "" if records is best else spread(lead(best, records, "greedy")),
+            f"{last['perplexity_after'] / last['perplexity_before'] - 1:+.2%}",
+            f"{last['divergence']:.4f}",
+            f"{result['seconds_per_edit']:.2f}",
+        )
+    # As wide as it needs to be, also into a file.
+    Console(width=max(Console().width, 160)).print(table)
+
+
+def shown(value: float | None) -> str:
+    return "absent" if value is None else f"{value:.3f}"
+
+
+def spread(found: tuple[float, float] | None) -> str:
+    return "absent" if found is None else f"{found[0]:.3f} to {found[1]:.3f}"
+
+
+if __name__ == "__main__":
+    run_script(main)

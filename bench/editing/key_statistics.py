@@ -1,0 +1,102 @@
+"""What key statistics cost beside the forward pass that they ride on.
+
+    python -m bench.editing.key_statistics [--model smollm2] [--rounds 5] [--threads 2] [--json]
+
+Both read the same tokens, taking turns: the bare pass ends at the last hooked layer and leaves the
+keys alone; the other is what `coachhook statistics` does with text that is there already (sampling
+it takes longer than both), saving apart. Beside the ratio of times stands that of CPU seconds,
+which other work on the machine disturbs less.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.harness.script import run_script
+from bench.harness.timing import take_turns
+from coachhook.models.architecture import Architecture, default_layers, load_model
+from coachhook.models.passes import input_device, read_pass
+from coachhook.statistics.sums import KeyReader, KeySums
+from coachhook.statistics.text import SEQUENCE_LENGTH, Batch, Shard
+
+# Fewer than a shard has, so that a round is short beside what else the machine does.
+SEQUENCES = 32
+
+
+def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
+    """Tokens a second of both, medians over the rounds; `statistics_overhead` is the median over
+    the rounds of the statistics' speed over the bare pass's, so that 1 would be free."""
+    loaded, tokenizer = load_model(model)
+    architecture = Architecture.of(loaded)
+    layers = default_layers(len(architecture.blocks(loaded)))
+    modules = {layer: architecture.down_projection(loaded, layer) for layer in layers}
+    reader = KeyReader(loaded, tokenizer, modules)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(len(tokenizer), (SEQUENCES, SEQUENCE_LENGTH), generator=generator)
+    shard = Shard(0, ids.numel(), lambda _: [Batch(ids)])
+    device = input_device(loaded)
+    sums = KeySums.like(reader.read(Batch(ids)))
+    cpu_seconds: dict[str, list[float]] = {"bare": [], "statistics": []}
+
+    def bare() -> None:
+        read_pass(loaded, {"input_ids": ids.to(device)}, inputs_of=[modules[layers[-1]]])
+
+    def with_statistics() -> None:
+        sums.add(reader, shard, shard.read(lambda _: None), shard.n_tokens)
+
+    def counted(name: str, step: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            started = time.process_time()
+            step()
+            cpu_seconds[name].append(time.process_time() - started)
+
+        return run
+
+    bare()
+    steps = {"bare": counted("bare", bare), "statistics": counted("statistics", with_statistics)}
+    timings = take_turns(steps, rounds, device)
+    ratio, spread = timings["bare"].over(timings["statistics"])
+    cpu = [a / b for a, b in zip(*cpu_seconds.values(), strict=True)]
+    return {
+        "model": model,
+        "layers": list(layers),
+        "tokens_a_batch": ids.numel(),
+        "bare_tokens_per_second": ids.numel() / timings["bare"].median,
+        "statistics_tokens_per_second": ids.numel() / timings["statistics"].median,
+        "statistics_overhead": ratio,
+        "statistics_overhead_spread": spread,
+        "statistics_overhead_cpu_seconds": statistics.median(cpu),
+    }
+
+
+def main(
+    model: str = "smollm2",
+    rounds: int = 5,
+    threads: int = 2,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    torch.set_num_threads(threads)
+    found = measure(model, rounds)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table(title=f"key statistics of layers {found['layers']} of {model}, {threads} threads")
+    table.add_column("pass")
+    table.add_column("tokens/s", justify="right")
+    table.add_row("bare, to the last hooked layer", f"{found['bare_tokens_per_second']:.0f}")
+    table.add_row("with statistics", f"{found['statistics_tokens_per_second']:.0f}")
+    ratio, spread = found["statistics_overhead"], found["statistics_overhead_spread"]
+    table.add_row("with statistics ÷ bare", f"{ratio:.3f} ± {spread / 2:.3f}")
+    table.add_row("the same in CPU seconds", f"{found['statistics_overhead_cpu_seconds']:.3f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,91 @@
+"""Target values: edits a second, ours against the published procedure, in one run.
+
+Ours optimises all requests together with the default settings, with the published procedure's own
+prefixes, and with those and every one of its steps. The values of each are written by the same
+editor, and the share of bare prompts whose first choices are the target is their reliability.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coachhook as ch
+from bench.editing.published_values import published_value, sampled_prefixes
+from coachhook.editing.values import optimise_values
+from coachhook.evaluation.evaluate import target_hits
+from coachhook.models.architecture import Architecture
+from coachhook.models.tokens import encode_request
+
+PREFIXES = 6
+PREFIX_TOKENS = 10
+PUBLISHED_STEPS = 25
+
+
+def measure(
+    editor: ch.Editor,
+    requests: Sequence[ch.EditRequest],
+    steps: int = PUBLISHED_STEPS,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """`values_speedup` and what it comes from: seconds an edit, final losses (nats), reliability.
+
+    editor: without edits. steps: of the published procedure. `values_speedup_if_it_stopped` is
+    against the published procedure up to the step at which ours would have stopped it.
+    """
+    model, tokenizer = editor.model, editor.tokenizer
+    architecture = Architecture(editor.hooks.base.template)
+    layer = editor.hooks.layers[-1]
+    block = architecture.blocks(model)[layer]
+    ours = editor.hooks.config.values
+    prefixes = sampled_prefixes(model, tokenizer, PREFIXES, PREFIX_TOKENS, seed=0)
+    theirs = replace(ours, contexts=prefixes, gain=1.0, steps=steps)
+    every_step = replace(theirs, enough=-math.inf)
+    settings = {
+        "ours": ours,
+        "ours, published prefixes": theirs,
+        "ours, published prefixes, every step": every_step,
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    values: dict[str, Tensor] = {}
+    with torch.inference_mode(False), editor.hooks.off(model):
+        for name, config in settings.items():
+            started = time.perf_counter()
+            found = optimise_values(model, tokenizer, architecture, layer, requests, config)
+            seconds = time.perf_counter() - started
+            rows[name] = {"seconds_per_edit": seconds / len(requests)}
+            rows[name]["loss"] = found.loss.mean().item()
+            values[name] = found.hidden
+        started = time.perf_counter()
+        published = []
+        for request in requests:
+            published.append(published_value(model, tokenizer, block, request, theirs))
+            progress(1)
+        seconds = time.perf_counter() - started
+    rows["published"] = {"seconds_per_edit": seconds / len(requests)}
+    rows["published"]["loss"] = fmean(value.loss for value in published)
+    values["published"] = torch.stack([value.hidden for value in published])
+    for name, row in rows.items():
+        row["speedup"] = rows["published"]["seconds_per_edit"] / row["seconds_per_edit"]
+        row["reliability"] = reliability(editor, requests, values[name])
+    until_enough = fmean(value.seconds_to_enough for value in published)
+    return {
+        "values_speedup": rows["ours"]["speedup"],
+        "values_speedup_if_it_stopped": until_enough / rows["ours"]["seconds_per_edit"],
+        "edits": len(requests),
+        "rows": rows,
+    }
+
+
+def reliability(editor: ch.Editor, requests: Sequence[ch.EditRequest], values: Tensor) -> float:
+    """Share of target tokens that are first choices once `values` are written, and only then."""
+    editor.edit(requests, values)
+    rows = [encode_request(editor.tokenizer, request) for request in requests]
+    hits = target_hits(editor.model, editor.tokenizer, rows)
+    editor.rollback(0)
+    return fmean(hits)

@@ -1,0 +1,221 @@
+"""What is timed on a GPU, against what it must reach: cases, their baselines, their work.
+
+A case stands for one operation at one shape. `contenders` gives, for one set of random tensors,
+every contender as a function without arguments, after checking the operation's result.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from bench.ops.layers import (
+    SKETCH,
+    Layer,
+    WrongResultError,
+    check_layer,
+    random_layer,
+    require_close,
+    require_open,
+)
+from bench.ops.published import published, published_select
+from coachhook_kernels import (
+    Delta,
+    hook_correction_,
+    hook_linear,
+    hook_linear_sequence,
+    key_covariance_,
+)
+from coachhook_kernels.hook_linear_sequence import reference as sequence_reference
+from coachhook_kernels.key_covariance import reference as covariance_reference
+
+EDITS, RANK, ALPHA = 1000, 128, 2.2
+LARGE = [(16384, 4096), (14336, 4096), (28672, 8192)]
+SMALL = [(1536, 576), (6400, 1600)]
+UNCAPTURED = ("published", "published, compiled")
+"""Contenders in which the host waits for the device, so that no CUDA graph can hold them."""
+
+Contenders = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """must, aim: times the baseline's time, at most; share: least share of the copy bandwidth;
+    faster: how many times as fast as the published sequence of operations, at least."""
+
+    name: str
+    op: str
+    d_in: int
+    d_out: int
+    rows: int
+    gate: str = "keyed"
+    rank: int | None = None
+    n_open: int = 0
+    must: float | None = None
+    aim: float | None = None
+    share: float | None = None
+    faster: float | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def baseline(self) -> str:
+        return "cuBLAS KᵀK" if self.op == "key_covariance_" else "F.linear"
+
+    @property
+    def bytes_moved(self) -> int:
+        """What the operation itself must read and write, each once."""
+        size = self.dtype.itemsize
+        if self.op == "key_covariance_":
+            return self.rows * self.d_in * size + 2 * 4 * self.d_in**2
+        score = (SKETCH + (self.d_out if self.n_open else 0)) * self.d_in + EDITS * SKETCH
+        if self.gate != "keyed":
+            score = self.d_in * (self.rank or self.d_out)
+        return size * (self.d_in * self.d_out + score + self.rows * (self.d_in + self.d_out))
+
+    @property
+    def operations(self) -> int:
+        if self.op == "key_covariance_":
+            return self.rows * self.d_in * (self.d_in + 1)
+        score = self.d_in * SKETCH + SKETCH * EDITS
+        if self.gate != "keyed":
+            score = self.d_in * (self.rank or self.d_out)
+        corrected = self.n_open * self.d_in * self.d_out if self.gate == "keyed" else 0
+        return 2 * (self.rows * (self.d_in * self.d_out + score) + corrected)
+
+    @property
+    def baseline_work(self) -> tuple[int, int]:
+        """Bytes and operations of the baseline."""
+        size = self.dtype.itemsize
+        if self.op == "key_covariance_":
+            return self.bytes_moved, 2 * self.rows * self.d_in**2
+        elements = self.d_in * self.d_out + self.rows * (self.d_in + self.d_out)
+        return size * elements, 2 * self.rows * self.d_in * self.d_out
+
+
+def all_cases() -> Iterator[Case]:
+    """Every case whose speed is promised, and the same operations beside it."""
+    for shape in LARGE:
+        for rows in (1, 4, 16):
+            yield Case("keyed, dense, closed", "hook_linear", *shape, rows, must=1.12, aim=1.04,
+                       share=0.8)  # fmt: skip
+            yield Case("keyed, dense, closed", "hook_correction_", *shape, rows)
+        yield Case("keyed, dense, 1 % open", "hook_linear", *shape, 4096, n_open=41, must=1.12,
+                   aim=1.05)  # fmt: skip
+        yield Case("keyed, rank 128, 1 % open", "hook_linear", *shape, 4096, rank=RANK, n_open=41)
+        for rows in (1, 16, 4096):
+            yield Case("calibrated, rank 128", "hook_linear", *shape, rows, "calibrated", RANK,
+                       must=1.15, aim=1.06)  # fmt: skip
+        for rows in (1, 16, 128, 512, 1024, 4096):
+            yield Case("calibrated, dense", "hook_linear", *shape, rows, "calibrated", must=2.1,
+                       aim=1.25)  # fmt: skip
+            yield Case("sequence, dense", "hook_linear_sequence", *shape, rows, "sequence",
+                       must=2.1, faster=2.0 if rows <= 512 else None)  # fmt: skip
+    for shape in SMALL:
+        for rows in (1, 4, 16):
+            yield Case("keyed, dense, closed", "hook_linear", *shape, rows, must=1.35, aim=1.2)
+    for d_in in (1536, 4096, 6400, 14336, 16384):
+        for rows in (1024, 4096, 16384):
+            pays = d_in >= 4096 and rows >= 4096
+            yield Case("second moment", "key_covariance_", d_in, d_in, rows,
+                       must=1 / 1.5 if pays else 1.03, aim=1 / 1.8 if pays else None)  # fmt: skip
+
+
+def compiled() -> Callable[..., Tensor]:
+    return torch.compile(published, dynamic=False)
+
+
+def contenders(case: Case, device: torch.device, check: bool) -> Contenders:
+    """Fresh tensors, and every contender on them; raises WrongResultError if told to check."""
+    if case.op == "key_covariance_":
+        return _covariance(case, device, check)
+    if case.op == "hook_linear_sequence":
+        return _sequence(case, device, check)
+    layer = random_layer(
+        case.d_in,
+        case.d_out,
+        case.rows,
+        gate=case.gate,
+        rank=case.rank,
+        edits=EDITS,
+        n_open=case.n_open,
+        dtype=case.dtype,
+        device=device,
+    )
+    if check:
+        check_layer(layer)
+    keys, weight, delta, gate, _ = layer
+    found: Contenders = {"F.linear": lambda: linear(keys, weight)}
+    if case.op == "hook_linear":
+        found[case.op] = lambda: hook_linear(keys, weight, None, delta, gate)
+        return found
+
+    def corrected() -> Any:
+        output = linear(keys, weight)
+        return output, hook_correction_(output, keys, delta, gate)
+
+    if check:
+        output, (score, _) = corrected()
+        require_open(case.op, layer, score)
+        plain = linear(keys, weight)
+        require_close(case.op, output, plain, linear(keys.double(), weight.double()))
+    found[f"F.linear, {case.op}"] = corrected
+    return found
+
+
+def _sequence(case: Case, device: torch.device, check: bool) -> Contenders:
+    layer = random_layer(case.d_in, case.d_out, case.rows, gate="calibrated", dtype=case.dtype,
+                         device=device)  # fmt: skip
+    keys, weight, delta = layer.keys[None], layer.weight, layer.delta
+    # Some rows stand out, and all others stay far from the threshold.
+    keys[:, ::100] *= 4
+    alpha = torch.tensor(ALPHA, device=device)
+    if check:
+        _check_sequence(keys, layer, alpha)
+        # Past a number of shapes torch gives up compiling, and would be timed in eager mode.
+        torch.compiler.reset()
+    hook_weight = weight + delta.down
+    compiled_form = compiled()
+    return {
+        "F.linear": lambda: linear(keys, weight),
+        case.op: lambda: hook_linear_sequence(keys, weight, None, delta, None, alpha),
+        "published": lambda: published(keys, weight, hook_weight, None, ALPHA),
+        "published, compiled": lambda: compiled_form(keys, weight, hook_weight, None, ALPHA),
+        "published, selecting": lambda: published_select(keys, weight, hook_weight, None, ALPHA),
+    }
+
+
+def _check_sequence(keys: Tensor, layer: Layer, alpha: Tensor) -> None:
+    weight, delta = layer.weight, layer.delta
+    output, _, z = hook_linear_sequence(keys, weight, None, delta, None, alpha)
+    plain, _, plain_z = sequence_reference.hook_linear_sequence(
+        keys, weight, None, delta, None, alpha
+    )
+    wide = Delta(delta.down.double())
+    exact, _, exact_z = sequence_reference.hook_linear_sequence(
+        keys.double(), weight.double(), None, wide, None, alpha
+    )
+    for name, found in (("hook_linear_sequence", z), ("plain torch", plain_z)):
+        if not torch.equal(found >= alpha, exact_z >= alpha):
+            raise WrongResultError(f"{name} opened other tokens than the float64 reference")
+    require_close("hook_linear_sequence", output, plain, exact)
+
+
+def _covariance(case: Case, device: torch.device, check: bool) -> Contenders:
+    keys = torch.randn(case.rows, case.d_in, device=device).to(case.dtype)
+    moment = torch.zeros(case.d_in, case.d_in, device=device)
+    if check:
+        # float64 of a block of columns and its mirror image: of all it would take minutes.
+        some = slice(0, min(case.d_in, 2048))
+        key_covariance_(moment, keys)
+        exact = keys.double().mT[some] @ keys.double()
+        plain = covariance_reference.key_covariance_(torch.zeros_like(moment), keys)
+        require_close(case.op, moment[some], plain[some], exact)
+        require_close(case.op, moment[:, some].mT, plain[:, some].mT, exact)
+        moment.zero_()
+    return {
+        case.baseline: lambda: torch.mm(keys.mT, keys),
+        case.op: lambda: key_covariance_(moment, keys, mirror=False),
+    }

@@ -1,0 +1,116 @@
+"""The paper's gate, over whole sequences: `pytest bench/ops/test_hook_linear_sequence.py`.
+
+Baselines in the same run: `F.linear` alone (the unedited layer), and the published hook's sequence
+of operations written plainly (two projections, norm, mean and deviation, boolean-mask swap), on a
+GPU compiled as well. Correctness is checked before anything is timed. One sequence of `rows`
+tokens; float32 on a CPU, bfloat16 on a GPU, where each round is ten calls and one wait, and where
+layers below some 50 MB stay in L2 between calls.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from coachhook_kernels import Delta, hook_linear_sequence
+from coachhook_kernels.hook_linear_sequence import reference
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+CALLS = 10 if GPU else 1
+SHAPES = [(1536, 576), (6400, 1600)]
+ROWS = [1, 16, 128]
+KINDS = ["F.linear", "published", "op, dense", "op, rank 128"]
+if GPU:
+    SHAPES += [(16384, 4096), (14336, 4096), (28672, 8192)]
+    ROWS += [512, 1024, 4096]
+    KINDS += ["published, compiled"]
+ALPHA = 2.2
+
+Given = tuple[Tensor, Tensor, Delta, Delta, Tensor]
+
+
+def published(keys: Tensor, weight: Tensor, hooked: Tensor, alpha: Tensor) -> Tensor:
+    original, edited = linear(keys, weight), linear(keys, hooked)
+    norm = (edited - original).norm(dim=-1)
+    z = (norm - norm.mean(-1, keepdim=True)) / norm.std(-1, keepdim=True)
+    is_open = z >= alpha
+    original[is_open] = edited[is_open]
+    return original
+
+
+def given(d_in: int, d_out: int, rows: int) -> Given:
+    torch.manual_seed(0)
+    keys = torch.randn(1, rows, d_in, device=DEVICE, dtype=DTYPE)
+    # A few tokens whose norms stand out, as those of edited subjects do.
+    keys[:, ::100] *= 4
+    weight = torch.randn(d_out, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5
+    dense = Delta(torch.randn(d_out, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5)
+    up, _ = torch.linalg.qr(torch.randn(d_out, 128, device=DEVICE))
+    down = torch.randn(128, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5
+    factored = Delta(down, up.to(DTYPE))
+    return keys, weight, dense, factored, torch.tensor(ALPHA, device=DEVICE)
+
+
+def check(keys: Tensor, weight: Tensor, delta: Delta, alpha: Tensor) -> None:
+    output, _, z = hook_linear_sequence(keys, weight, None, delta, None, alpha)
+    down, up = delta
+    wide = Delta(down.double(), None if up is None else up.double())
+    exact, _, expected = reference.hook_linear_sequence(
+        keys.double(), weight.double(), None, wide, None, alpha
+    )
+    is_open = z >= alpha
+    assert torch.equal(is_open, expected >= alpha)
+    corrected = delta.expand(delta.project(keys))
+    plain = torch.where(
+        is_open.unsqueeze(-1), linear(keys, weight) + corrected, linear(keys, weight)
+    )
+    # Torch may be exact by luck: one rounding of the largest output.
+    slack = torch.finfo(DTYPE).eps * exact.abs().max()
+    assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack
+
+
+def prepare(kind: str, inputs: Given) -> Callable[[], Any]:
+    keys, weight, dense, factored, alpha = inputs
+    if kind == "F.linear":
+        return lambda: linear(keys, weight)
+    if kind.startswith("published"):
+        hooked = weight + dense.down
+        call = torch.compile(published, dynamic=False) if "compiled" in kind else published
+        return lambda: call(keys, weight, hooked, alpha)
+    delta = dense if "dense" in kind else factored
+    check(keys, weight, delta, alpha)
+    return lambda: hook_linear_sequence(keys, weight, None, delta, None, alpha)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("d_in", "d_out"), SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward(benchmark: Any, kind: str, d_in: int, d_out: int, rows: int) -> None:
+    benchmark.group = f"{d_in}→{d_out}, {rows} rows"
+    call = prepare(kind, given(d_in, d_out, rows))
+
+    def timed() -> None:
+        for _ in range(CALLS):
+            call()
+        if GPU:
+            torch.cuda.synchronize()
+
+    with torch.no_grad():
+        timed()
+        benchmark(timed)
+    if benchmark.stats is None:
+        return
+    outputs = {"F.linear": d_out, "op, rank 128": d_out + 128}.get(kind, 2 * d_out)
+    seconds = benchmark.stats.stats.median / CALLS
+    # What must move: the weights of every path once, the keys, and one output.
+    moved = (outputs * d_in + rows * (d_in + d_out)) * DTYPE.itemsize
+    benchmark.extra_info |= {
+        "dtype": str(DTYPE),
+        "device": torch.cuda.get_device_name() if GPU else "cpu",
+        "GB/s": moved / seconds / 1e9,
+        "TFLOP/s": 2 * rows * d_in * outputs / seconds / 1e12,
+    }

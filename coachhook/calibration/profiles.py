@@ -1,0 +1,167 @@
+"""Profiles: the settings that `coachhook calibrate` found for a model, kept beside its statistics.
+
+A profile is a small JSON file named by the model's identity. It holds settings to start from, not
+weights or edits: a hooks folder records the settings that it was made with, and keeps them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from coachhook.config import EditConfig
+from coachhook.errors import ProfileError
+from coachhook.models.architecture import Architecture, weight_checksums
+from coachhook.models.embedded import cache_dir
+from coachhook.models.placement import whole
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of an `EditConfig` that depend on the model; clamp is its values'."""
+
+    layers: tuple[int, ...]
+    preservation: float
+    clamp: float
+    fingerprint_size: int
+    resemblance: float
+    false_alarms: float
+
+    def applied(self, config: EditConfig) -> EditConfig:
+        """`config` with these settings; layers that it names itself stay."""
+        return replace(
+            config,
+            layers=config.layers or self.layers,
+            preservation=self.preservation,
+            fingerprint_size=self.fingerprint_size,
+            resemblance=self.resemblance,
+            false_alarms=self.false_alarms,
+            values=replace(config.values, clamp=self.clamp),
+        )
+
+
+@dataclass(frozen=True)
+class Profile:
+    """identity: of the model, see `identity`; model: its name, for people; figures: what was
+    measured with these settings, JSON-ready."""
+
+    identity: str
+    model: str
+    settings: Settings
+    figures: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "identity": self.identity,
+            "model": self.model,
+            "settings": {**vars(self.settings), "layers": list(self.settings.layers)},
+            "figures": dict(self.figures),
+        }
+
+
+def identity(model: Any, architecture: Architecture) -> str:
+    """SHA-256 of a model's kind, sizes and all its down-projections, as they round to bfloat16: a
+    float32 model and its bfloat16 copy are one."""
+    n_blocks = len(architecture.blocks(model))
+    weights = (whole(architecture.down_projection(model, layer)) for layer in range(n_blocks))
+    config = model.config.get_text_config()
+    recipe = {
+        "model": config.model_type,
+        "template": architecture.template,
+        "hidden": config.hidden_size,
+        "vocabulary": config.vocab_size,
+        "weights": weight_checksums(weights)["bfloat16"],
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def default_path(model_identity: str) -> Path:
+    """Where the profile of a model is looked for."""
+    return cache_dir() / "profiles" / f"{model_identity[:32]}.json"
+
+
+def find(model_identity: str) -> Profile | None:
+    """The profile of a model, if it was calibrated on this machine.
+
+    One that is broken or of a newer version is left alone with a warning: it is advice, and editing
+    goes on without.
+    """
+    path = default_path(model_identity)
+    if not path.exists():
+        return None
+    try:
+        found = load(path)
+    except ProfileError as error:
+        logger.warning("%s; going on with the default settings", error)
+        return None
+    return found if found.identity == model_identity else None
+
+
+def load(path: Path) -> Profile:
+    """Read a profile. Raises `ProfileError` if it is missing, broken or of a newer version."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != VERSION:
+            raise ProfileError(
+                f"{path} has version {data['version']!r}, this coachhook reads {VERSION}; "
+                "install a newer coachhook, or run 'coachhook calibrate' again"
+            )
+        return Profile(
+            identity=_of_type(str, data["identity"]),
+            model=_of_type(str, data["model"]),
+            settings=_settings(data["settings"]),
+            figures=_of_type(dict, data["figures"]),
+        )
+    except OSError as error:
+        raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ProfileError(
+            f"{path} is not a whole profile ({error}); run 'coachhook calibrate' again"
+        ) from error
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Write a profile, whole or not at all. Raises `ProfileError` when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, staging = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(profile.to_dict(), file, indent=1, allow_nan=False)
+                file.write("\n")
+            os.replace(staging, path)
+        except BaseException:
+            Path(staging).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ProfileError(f"cannot write the profile {path}: {error.strerror}") from error
+
+
+def _settings(data: Any) -> Settings:
+    names = {f.name for f in fields(Settings)}
+    if set(data) != names:
+        raise KeyError(f"settings {sorted(names ^ set(data))}")
+    numbers = [data[name] for name in names - {"layers"}]
+    whole_numbers = all(type(layer) is int for layer in data["layers"])
+    if not whole_numbers or not all(type(value) in (int, float) for value in numbers):
+        raise TypeError("a setting that is no number")
+    settings = Settings(**{**data, "layers": tuple(data["layers"])})
+    # An EditConfig refuses what is out of range.
+    settings.applied(EditConfig())
+    return settings
+
+
+def _of_type(kind: type[Any], value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} in place of a {kind.__name__}")
+    return value

@@ -1,0 +1,351 @@
+"""Settings for a model that nobody has tuned, found by background keys and by probe edits.
+
+First the keys alone (`separability`): where subjects differ from ordinary text and from each other,
+and with fingerprints of which size. Then probe edits, from coarse to fine: where the
+hooks end, how many there are, how much they preserve, the layers beside, how far a value may go.
+Each trial changes one setting of the best so far; trials that end at the same layer with the same
+clamp share their target values.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from coachhook.calibration.probe_edits import Probes, ProbeScores
+from coachhook.calibration.profiles import Profile, Settings, identity
+from coachhook.calibration.separability import (
+    SIZES,
+    Cosines,
+    ProbeSketches,
+    Separation,
+    probe_sketches,
+    separation,
+    sink_share,
+)
+from coachhook.config import EditConfig
+from coachhook.editing.values import optimise_values
+from coachhook.editor import Editor
+from coachhook.errors import ConfigError
+from coachhook.models.architecture import Architecture, check_layers
+from coachhook.models.passes import eval_mode
+from coachhook.plan import Sizes, statistics_plan
+from coachhook.statistics.measure import KeyStatistics, StatisticsSource, key_statistics
+from coachhook.system.progress import track
+
+MINUTES = 6.0
+# Above the middle of the depth a value has too little left to act on (csrc_notes/editing.md).
+_SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
+# A larger fingerprint must separate better by this much; a layer may separate worse by that much,
+# because later layers make values that generalise better.
+_WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
+_COUNTS = (3, 1, 5)
+# λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
+# far below 1, ordinary text holds a key fast.
+_FREEDOM, _COARSE, _FINE = 100.0, 10.0, 3.0
+_CLAMPS = (0.5, 2.0)
+# Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
+_RATES = (EditConfig.false_alarms, 3e-3)
+MOST_TRIALS = 13
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Probe edits with some settings, and what became of the probes; seconds include those of the
+    target values where they were not known from an earlier trial."""
+
+    settings: Settings
+    scores: ProbeScores
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """What the keys of one layer say, before any edit: see `Separation` and `sink_share`. sizes:
+    the best value of recall - firing at each size of fingerprints."""
+
+    layer: int
+    separation: Separation
+    sizes: dict[int, float]
+    sinks: float
+    leverage: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The profile that was found, and all that was looked at; `cut_short`: the time ran out."""
+
+    profile: Profile
+    layers: list[LayerFigures]
+    trials: list[Trial]
+    seconds: float
+    cut_short: bool
+
+    @property
+    def took(self) -> bool:
+        """Whether under the chosen settings at least half of the probe edits took."""
+        return max(self.trials, key=lambda trial: trial.scores.rank).scores.reliability >= 0.5
+
+
+def candidate_layers(n_blocks: int, most: int = _MOST_CANDIDATES) -> tuple[int, ...]:
+    """The blocks whose keys are worth reading: at most `most`, evenly spread over the lower half
+    and a little above."""
+    first, last = int(_SHALLOWEST * n_blocks), max(1, int(_DEEPEST * n_blocks))
+    window = range(first, min(last, n_blocks - 1) + 1)
+    stride = -(-len(window) // max(1, most))
+    return tuple(window[stride - 1 :: stride])
+
+
+def layers_to_read(
+    model: Any, architecture: Architecture, layers: Sequence[int] | None, source: StatisticsSource
+) -> tuple[int, ...]:
+    """`layers`, or as many candidates as half of the free memory holds the statistics of."""
+    n_blocks = len(architecture.blocks(model))
+    if layers is not None:
+        return check_layers(layers, n_blocks)
+    one = statistics_plan(Sizes.of(model, architecture), [0], source)
+    staying = sum(part.n_bytes for part in one.parts if not part.passing)
+    return candidate_layers(
+        n_blocks, min(_MOST_CANDIDATES, one.free["cpu"] // 2 // max(1, staying))
+    )
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    *,
+    layers: Sequence[int] | None = None,
+    template: str | None = None,
+    source: StatisticsSource | None = None,
+    minutes: float = MINUTES,
+) -> Calibration:
+    """Find settings for `model`; those that `layers` fixes are not searched.
+
+    minutes: about how long the search may take; it always makes one trial. Raises `ConfigError`
+    for a budget below 0, and what `key_statistics` and `Probes.of` raise.
+    """
+    if not minutes >= 0:
+        raise ConfigError(f"the budget is a number of minutes from 0 on, not {minutes}")
+    started = time.monotonic()
+    config = EditConfig(template=template, statistics=source or StatisticsSource())
+    architecture = Architecture.of(model, template)
+    candidates = layers_to_read(model, architecture, layers, config.statistics)
+    fixed = None if layers is None else candidates
+    with eval_mode(model):
+        probes = Probes.of(model, tokenizer, config.values.contexts)
+        bench = _Bench(model, tokenizer, architecture, config, probes)
+        bench.read(candidates)
+        figures = bench.figures()
+        trials: list[Trial] = []
+        with track("probe edits", MOST_TRIALS) as advance:
+            for choice in _search(bench, fixed, trials):
+                if trials and time.monotonic() - started > 60 * minutes:
+                    cut_short = True
+                    break
+                trials.append(bench.trial(choice))
+                advance(1)
+            else:
+                cut_short = False
+    best = max(trials, key=lambda trial: trial.scores.rank)
+    seconds = time.monotonic() - started
+    profile = Profile(
+        identity=identity(model, architecture),
+        model=str(model.config._name_or_path or type(model).__name__),
+        settings=best.settings,
+        figures={
+            **asdict(best.scores),
+            "probes": len(probes.requests),
+            "trials": len(trials),
+            "seconds": seconds,
+        },
+    )
+    return Calibration(profile, figures, trials, seconds, cut_short)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the search varies; the rest of a trial's settings follows from the keys."""
+
+    layers: tuple[int, ...]
+    freedom: float = _FREEDOM
+    clamp: float = 1.0
+
+
+def _search(
+    bench: "_Bench", fixed: tuple[int, ...] | None, trials: list[Trial]
+) -> Iterator[_Choice]:
+    """Choices worth a trial, from coarse to fine. Each that was yielded is in `trials` when the
+    next is asked for; the search ends when nothing can be better."""
+    tried: list[_Choice] = []
+
+    def best() -> _Choice:
+        return tried[max(range(len(trials)), key=lambda i: trials[i].scores.rank)]
+
+    def rounds() -> Iterator[list[_Choice]]:
+        if fixed is None:
+            lasts = bench.last_layers()
+            bench.keep(range(max(0, lasts[-1] - max(_COUNTS) + 1), lasts[0] + 2))
+            yield [_Choice(_ending_at(last, _COUNTS[0])) for last in lasts]
+            yield [replace(best(), layers=_ending_at(best().layers[-1], n)) for n in _COUNTS[1:]]
+        else:
+            yield [_Choice(fixed)]
+        for factor in (_COARSE, _FINE):
+            freedom = best().freedom
+            yield [replace(best(), freedom=f) for f in (freedom / factor, freedom * factor)]
+        # What needs target values of its own comes last: the time may run out.
+        if fixed is None:
+            last, count = best().layers[-1], len(best().layers)
+            near = [i for i in (last - 1, last + 1) if bench.acceptable(i)]
+            yield [replace(best(), layers=_ending_at(i, count)) for i in near]
+        yield [replace(best(), clamp=clamp) for clamp in _CLAMPS]
+
+    for choices in rounds():
+        for choice in choices:
+            if any(trial.scores.perfect for trial in trials):
+                return
+            if choice not in tried:
+                tried.append(choice)
+                yield choice
+
+
+def _ending_at(last: int, count: int) -> tuple[int, ...]:
+    return tuple(range(max(0, last - count + 1), last + 1))
+
+
+class _Bench:
+    """The model and the probes, and what was measured of them so far."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        architecture: Architecture,
+        config: EditConfig,
+        probes: Probes,
+    ) -> None:
+        self.model, self.tokenizer, self.architecture = model, tokenizer, architecture
+        self.config, self.probes = config, probes
+        self.statistics: KeyStatistics = {}
+        self.sketches: dict[int, ProbeSketches] = {}
+        self._cosines: dict[tuple[int, int], Cosines] = {}
+        self._values: dict[tuple[int, float], Tensor] = {}
+
+    def read(self, layers: Sequence[int]) -> None:
+        """Measure the statistics and sketches of `layers`, as far as they are not known."""
+        missing = [layer for layer in layers if layer not in self.statistics]
+        if missing:
+            found = key_statistics(
+                self.model, self.tokenizer, self.architecture, missing, self.config.statistics
+            )
+            self.statistics |= found
+            self.sketches |= probe_sketches(
+                self.model,
+                self.tokenizer,
+                self.architecture,
+                found,
+                self.probes.requests,
+                self.config.values.contexts,
+            )
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Measure `layers`, as far as the model has them, and forget what was read of others."""
+        n_blocks = len(self.architecture.blocks(self.model))
+        wanted = [layer for layer in layers if layer < n_blocks]
+        self.statistics = {k: v for k, v in self.statistics.items() if k in wanted}
+        self.read(wanted)
+
+    def figures(self) -> list[LayerFigures]:
+        """What the keys of the layers read so far say; chooses the size of the fingerprints."""
+        values = {
+            layer: {size: self._separation(layer, size).value for size in SIZES}
+            for layer in self.sketches
+        }
+        # Layers that no size makes usable say nothing of the size.
+        best = max(max(value.values()) for value in values.values())
+        usable = [v for v in values.values() if max(v.values()) >= best - _ACCEPTABLE]
+        mean = {size: fmean(value[size] for value in usable) for size in SIZES}
+        self.size = next(size for size in SIZES if mean[size] >= max(mean.values()) - _WORTHWHILE)
+        return [
+            LayerFigures(
+                layer=layer,
+                separation=self._separation(layer, self.size),
+                sizes=values[layer],
+                sinks=sink_share(sketches, self.size),
+                leverage=sketches.leverage,
+            )
+            for layer, sketches in self.sketches.items()
+        ]
+
+    def last_layers(self) -> list[int]:
+        """Where hooks may end, latest first: there keys still tell subjects apart, and later ones
+        know more. At most three, further apart in deeper models."""
+        usable = [layer for layer in self.sketches if self.acceptable(layer)]
+        apart = max(1, round(len(self.architecture.blocks(self.model)) / 15))
+        lasts = [usable[-1]]
+        for layer in reversed(usable):
+            if len(lasts) < 3 and layer <= lasts[-1] - apart:
+                lasts.append(layer)
+        return lasts
+
+    def acceptable(self, last: int) -> bool:
+        """Whether keys at `last` tell subjects apart nearly as well as anywhere."""
+        if last not in self.sketches:
+            return False
+        values = {layer: self._separation(layer, self.size).value for layer in self.sketches}
+        return values[last] >= max(values.values()) - _ACCEPTABLE
+
+    def _separation(self, layer: int, size: int) -> Separation:
+        return separation([self._at(layer, size)], self.config.false_alarms / _COUNTS[0])
+
+    def _at(self, layer: int, size: int) -> Cosines:
+        if (layer, size) not in self._cosines:
+            self._cosines[layer, size] = Cosines.of(self.sketches[layer], size)
+        return self._cosines[layer, size]
+
+    def trial(self, choice: _Choice) -> Trial:
+        """Edit all probes in one batch with a choice's settings, and see what became of them."""
+        started = time.monotonic()
+        self.read(choice.layers)
+        settings = self._settings(choice)
+        config = settings.applied(self.config)
+        values = self._target_values(choice, config)
+        statistics = {layer: self.statistics[layer] for layer in choice.layers}
+        with Editor.from_pretrained(
+            self.model, self.tokenizer, config=config, statistics=statistics
+        ) as editor:
+            editor.edit(self.probes.requests, values)
+            scores = self.probes.scores(self.model, self.tokenizer)
+        return Trial(settings, scores, time.monotonic() - started)
+
+    def _target_values(self, choice: _Choice, config: EditConfig) -> Tensor:
+        key = (choice.layers[-1], choice.clamp)
+        if key not in self._values:
+            self._values[key] = optimise_values(
+                self.model,
+                self.tokenizer,
+                self.architecture,
+                choice.layers[-1],
+                self.probes.requests,
+                config.values,
+            ).hidden
+        return self._values[key]
+
+    def _settings(self, choice: _Choice) -> Settings:
+        """λ from the leverage of the probes, the gate's floor from their cosines."""
+        cosines = [self._at(layer, self.size) for layer in choice.layers]
+        leverage = fmean(self.sketches[layer].leverage for layer in choice.layers)
+        found = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
+        most = max(separated.value for separated in found.values())
+        rate = next(rate for rate in _RATES if found[rate].value >= most - _WORTHWHILE)
+        return Settings(
+            layers=choice.layers,
+            # Two figures are as many as the probes can tell.
+            preservation=float(f"{leverage / choice.freedom:.2g}"),
+            clamp=choice.clamp,
+            fingerprint_size=self.size,
+            resemblance=found[rate].floor,
+            false_alarms=rate,
+        )

@@ -1,0 +1,194 @@
+"""How well a layer's keys tell subjects apart: the fingerprints of probes, without any edit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from coachhook.config import EditConfig
+from coachhook.editing.write_batch import layer_sketch
+from coachhook.facts.request import EditRequest
+from coachhook.models.architecture import Architecture
+from coachhook.models.passes import read_pass
+from coachhook.models.tokens import Row, encode, encode_request, pad
+from coachhook.statistics.measure import KeyStatistics
+
+SIZES = (32, 64, 128)
+_AT_ONCE = 16
+_FLOORS = tuple(step / 100 for step in range(30, 96))
+_ALIKE = 0.62
+
+
+@dataclass(frozen=True)
+class ProbeSketches:
+    """Centred sketches of one layer's keys, float32 `(…, 128)`; the first s numbers of one are a
+    sketch of size s.
+
+    marks `(e, 128)` and owner `(e,)`: fingerprints of the probes, two each; reworded `(m, 128)` and
+    reworded_owner: paraphrased subjects; others `(t, 128)` and others_prompt `(t,)`: all tokens of
+    the locality prompts; background, first: see `LayerStatistics`. leverage: mean over the probes
+    of `kᵀ C₀⁻¹ k`, estimated from the sketches.
+    """
+
+    marks: Tensor
+    owner: Tensor
+    reworded: Tensor
+    reworded_owner: Tensor
+    others: Tensor
+    others_prompt: Tensor
+    background: Tensor
+    first: Tensor
+    leverage: float
+
+
+def probe_sketches(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    statistics: KeyStatistics,
+    probes: Sequence[EditRequest],
+    contexts: Sequence[str],
+) -> dict[int, ProbeSketches]:
+    """What every layer of `statistics` makes of the probes, in one pass over their texts."""
+    n = len(probes)
+    prompts = [
+        encode_request(tokenizer, probe, context, with_target=False)
+        for context in ("{}", *contexts)
+        for probe in probes
+    ]
+    reworded, reworded_owner = [], []
+    for i, probe in enumerate(probes):
+        for text in probe.paraphrases:
+            end = text.rfind(probe.subject) + len(probe.subject)
+            reworded.append(encode(tokenizer, text, subject_end=end))
+            reworded_owner.append(i)
+    local = [encode(tokenizer, p.prompt) for probe in probes for p in probe.locality]
+    modules = [architecture.down_projection(model, layer) for layer in statistics]
+    subjects = _read(model, tokenizer, modules, [*prompts, *reworded], every=False)
+    tokens = _read(model, tokenizer, modules, local, every=True)
+    others_prompt = torch.tensor([i for i, row in enumerate(local) for _ in row.ids])
+    largest = EditConfig(fingerprint_size=max(SIZES))
+    found = {}
+    for i, (layer, measured) in enumerate(statistics.items()):
+        projection, offset = layer_sketch(measured, largest, measured.moment.device)
+
+        def sketch(
+            keys: Tensor, projection: Tensor = projection, offset: Tensor = offset
+        ) -> Tensor:
+            return keys.float() @ projection.T - offset
+
+        keys = subjects[i][: len(prompts)].reshape(-1, n, subjects[i].shape[1])
+        marks = torch.cat([keys[0], *([keys[1:].mean(0)] if len(keys) > 1 else [])])
+        # ‖F k‖² is kᵀ (λ C₀)⁻¹ k on average over the random projection.
+        spread = (keys[0] @ projection.T).square().sum(-1).mean()
+        found[layer] = ProbeSketches(
+            marks=sketch(marks),
+            owner=torch.arange(len(marks)) % n,
+            reworded=sketch(subjects[i][len(prompts) :]),
+            reworded_owner=torch.tensor(reworded_owner),
+            others=sketch(tokens[i]),
+            others_prompt=others_prompt,
+            background=sketch(measured.background),
+            first=sketch(measured.first),
+            leverage=largest.preservation * float(spread),
+        )
+    return found
+
+
+def _read(
+    model: Any, tokenizer: Any, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
+) -> list[Tensor]:
+    """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
+    found: list[list[Tensor]] = [[] for _ in modules]
+    for first in range(0, len(rows), _AT_ONCE):
+        padded = pad(rows[first : first + _AT_ONCE], tokenizer.pad_token_id, model.device)
+        keys, _ = read_pass(model, padded.inputs(), list(modules))
+        columns = torch.arange(padded.ids.shape[1], device=model.device)
+        chosen = padded.mask.bool() if every else columns == padded.subject[:, None]
+        for i, key in enumerate(keys):
+            found[i].append(key[chosen.to(key.device)].float().cpu())
+    return [torch.cat(pieces) for pieces in found]
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Highest cosines with fingerprints, float32. reworded `(m,)`: a paraphrased subject with its
+    own edit's; others `(p, n)`: any token of a locality prompt with each edit's; background `(b,)`:
+    an ordinary token with any."""
+
+    reworded: Tensor
+    others: Tensor
+    background: Tensor
+
+    @classmethod
+    def of(cls, sketches: ProbeSketches, size: int) -> "Cosines":
+        """Those of fingerprints of `size` numbers."""
+        marks, n = _unit(sketches.marks, size), int(sketches.owner.max()) + 1
+        by_edit = sketches.owner[:, None] == torch.arange(n)
+
+        def nearest(keys: Tensor) -> Tensor:
+            cosines = (_unit(keys, size) @ marks.T)[:, :, None]
+            return cosines.where(by_edit, -1.0).amax(1)
+
+        reworded, tokens = nearest(sketches.reworded), nearest(sketches.others)
+        prompts = range(int(sketches.others_prompt.max()) + 1)
+        blocks = sketches.background.split(4096)
+        return cls(
+            reworded=reworded.gather(1, sketches.reworded_owner[:, None]).squeeze(1),
+            others=torch.stack([tokens[sketches.others_prompt == i].amax(0) for i in prompts]),
+            background=torch.cat([(_unit(block, size) @ marks.T).amax(1) for block in blocks]),
+        )
+
+
+@dataclass(frozen=True)
+class Separation:
+    """What a floor under the cosine achieves at some layers together.
+
+    floor: the cosine that a keyed gate should ask for; ceiling: what the allowed share of ordinary
+    tokens clears at the worst of the layers; recall: share of paraphrased subjects above the floor;
+    firing: share of prompts about other subjects with any token above it.
+    """
+
+    floor: float
+    ceiling: float
+    recall: float
+    firing: float
+
+    @property
+    def value(self) -> float:
+        return self.recall - self.firing
+
+
+def separation(layers: Sequence[Cosines], rate: float) -> Separation:
+    """The floor that best separates paraphrased subjects from other prompts at `layers`; in the
+    middle, where several are equally good. rate: share of background tokens that may clear it."""
+    reworded = torch.cat([layer.reworded for layer in layers])
+    others = torch.cat([layer.others for layer in layers])
+    ceiling = max(_ceiling(layer.background, rate) for layer in layers)
+    found = []
+    for floor in _FLOORS:
+        if floor >= ceiling or floor == _FLOORS[-1]:
+            recall = float((reworded >= floor).float().mean())
+            firing = float((others.amax(1) >= floor).float().mean())
+            found.append(Separation(floor, ceiling, recall, firing))
+    best = max(found, key=lambda s: s.value).value
+    equal = [s for s in found if s.value > best - 1e-9]
+    return equal[len(equal) // 2]
+
+
+def sink_share(sketches: ProbeSketches, size: int) -> float:
+    """Share of pairs of first words with nearly the same key: near 1 where a layer has an attention
+    sink."""
+    first = _unit(sketches.first, size)
+    return float(((first @ first.T) >= _ALIKE).float().mean())
+
+
+def _ceiling(scores: Tensor, rate: float) -> float:
+    return float(scores.sort(descending=True).values[int(rate * len(scores))])
+
+
+def _unit(sketches: Tensor, size: int) -> Tensor:
+    return normalize(sketches[:, :size], dim=-1)

@@ -1,0 +1,108 @@
+"""The demo: three batches of ten facts in the embedded model, then a fresh process with them."""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from coachhook.cli import views
+from coachhook.editor import Editor
+from coachhook.errors import CoachhookError, FolderError
+from coachhook.evaluation.evaluate import evaluate
+from coachhook.facts.loaders import load_requests
+from coachhook.facts.request import EditRequest
+from coachhook.journal import folder
+from coachhook.journal.journal import Verdict
+from coachhook.models.decoding import complete, starts_with
+from coachhook.models.embedded import NAME
+
+_BATCH = 10
+_NEW_TOKENS = 12
+
+
+def run(directory: Path | None, *, as_json: bool) -> bool:
+    """Run the demo with `directory` (a new temporary one if None) for its edits.
+
+    Returns whether the fresh process generates what was edited. Raises `FolderError` if
+    `directory` holds edits already.
+    """
+
+    def tell(view: Callable[[Any], None], what: Any) -> None:
+        if not as_json:
+            view(what)
+
+    started = time.monotonic()
+    directory = directory or Path(tempfile.mkdtemp(prefix="coachhook-demo-"))
+    if folder.exists(directory):
+        raise FolderError(f"{directory} already holds edits; name a folder that is empty or new")
+    requests = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
+    tell(views.say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
+    batches = []
+    with folder.locked(directory):
+        editor = Editor.from_pretrained(NAME)
+        for first in range(0, len(requests), _BATCH):
+            outcome = editor.edit(requests[first : first + _BATCH])
+            editor.hooks.save_pretrained(directory)
+            batches.append(views.batch_document(outcome.number, outcome.edits))
+            tell(views.batch_view, batches[-1])
+    live = editor.hooks.journal.live()
+    completions = _side_by_side(editor, [edit.request for edit in live])
+    tell(views.side_by_side_view, completions)
+    metrics = evaluate(
+        editor.model, editor.tokenizer, editor.hooks, [edit.request for edit in live]
+    ).to_dict()
+    tell(views.evaluation_view, metrics)
+    asked = next((edit for edit in live if edit.verdict is Verdict.APPLIED), live[0]).request
+    tell(views.say, "\na fresh process loads the folder and generates with a KV cache:")
+    fresh = _fresh_process(directory, asked)
+    tell(views.completion_view, fresh)
+    document = {
+        "folder": str(directory),
+        "batches": batches,
+        "completions": completions,
+        "evaluation": metrics,
+        "fresh_process": fresh,
+        "seconds": time.monotonic() - started,
+    }
+    views.show(document, views.demo_view, as_json=as_json)
+    return bool(fresh["met"])
+
+
+def _side_by_side(editor: Editor, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+    """Greedy completions of the requests' prompts without and with the edits."""
+    prompts = [request.prompt for request in requests]
+    with editor.hooks.off(editor.model):
+        before = complete(editor.model, editor.tokenizer, prompts, _NEW_TOKENS)
+    after = complete(editor.model, editor.tokenizer, prompts, _NEW_TOKENS)
+    return [
+        {
+            "prompt": request.prompt,
+            "target": request.target,
+            "before": old,
+            "after": new,
+            "met": starts_with(new, request.target),
+        }
+        for request, old, new in zip(requests, before, after, strict=True)
+    ]
+
+
+def _fresh_process(directory: Path, request: EditRequest) -> dict[str, Any]:
+    """What `coachhook generate` prints for the request's prompt, and whether it meets the target.
+
+    Raises `CoachhookError` if the process fails; it has told why on standard error.
+    """
+    command = [sys.executable, "-m", "coachhook", "generate", NAME, request.prompt]
+    command += ["--hooks", str(directory), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise CoachhookError(
+            f"the fresh process ended with status {done.returncode}; see its message above"
+        )
+    result: dict[str, Any] = json.loads(done.stdout)
+    met = starts_with(result["edited"], request.target)
+    return {**result, "target": request.target, "met": met}

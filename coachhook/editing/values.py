@@ -1,0 +1,163 @@
+"""Target values: the hidden state at the subject's last token that makes the target likely.
+
+Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe), all requests of
+a batch together; `value_rows` keeps what does not depend on the shift.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.config import ValueConfig
+from coachhook.editing.value_rows import contexts_of, prepare, score
+from coachhook.errors import ModelError, NotEnoughMemoryError
+from coachhook.facts.request import EditRequest
+from coachhook.models.architecture import Architecture
+from coachhook.models.passes import eval_mode, is_out_of_memory, starting_after
+from coachhook.models.tokens import Row
+from coachhook.system.processes import ALONE, Processes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TargetValues:
+    """hidden float32 `(n, d)`: wanted output of the last hooked block at each subject's last token;
+    loss float32 `(n,)`: mean negative log-likelihood (nats) of the targets that it reaches."""
+
+    hidden: Tensor
+    loss: Tensor
+
+
+def optimise_values(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    layer: int,
+    requests: Sequence[EditRequest],
+    config: ValueConfig,
+    progress: Callable[[int], None] = lambda _: None,
+    processes: Processes = ALONE,
+) -> TargetValues:
+    """Optimise the value of every request at the output of block `layer`.
+
+    As many requests at once as `config.tokens` admits; where memory does not suffice, half as many.
+    `progress` is told how many are done. With several `processes`, a collective: each takes its
+    share of the requests, and all return the values of all. Raises `NotEnoughMemoryError` if one
+    request alone is too many.
+    """
+    groups = contexts_of(tokenizer, requests, config)
+    # The tokens of a request's rows, padded to the longest.
+    sizes = [len(groups) * max(len(group[i].ids) for group in groups) for i in range(len(requests))]
+    # Alike in length, so that little of a pass is padding.
+    order = sorted(range(len(requests)), key=lambda i: sizes[i])
+    waiting = [order[place] for place in processes.share(len(requests))]
+    tokens = config.tokens
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    found: dict[str, Tensor] = {}
+    with eval_mode(model), torch.no_grad():
+        while waiting:
+            chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
+            # Padding between tokens would use up a sliding window; one request alone has none.
+            if window is not None and 2 * sizes[chosen[-1]] // len(groups) > window:
+                chosen = waiting[:1]
+            rows = [[group[i] for i in chosen] for group in groups]
+            done = 0
+
+            def tell(more: int) -> None:
+                nonlocal done
+                done += more
+                progress(more)
+
+            try:
+                values = _together(
+                    model, tokenizer.pad_token_id, architecture, layer, rows, config, tell
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                progress(-done)
+                if len(chosen) == 1:
+                    raise NotEnoughMemoryError(
+                        f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
+                        f"{len(groups)} contexts beside the model; give fewer contexts "
+                        "(ValueConfig.contexts) or a shorter prompt"
+                    ) from error
+                tokens = len(chosen) * sizes[chosen[-1]] // 2
+                logger.warning(
+                    "out of memory with %d edits at once; going on with %d tokens a pass",
+                    len(chosen),
+                    tokens,
+                )
+                continue
+            for i, hidden, loss in zip(chosen, values.hidden, values.loss, strict=True):
+                if not hidden.isfinite().all():
+                    raise ModelError(
+                        f"the target value of {requests[i].prompt[:80]!r} is not finite; the model "
+                        "gives numbers that its dtype does not hold: load it in a wider one"
+                    )
+                found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
+            waiting = waiting[len(chosen) :]
+    found = processes.gather(found)
+    everyone = range(len(requests))
+    return TargetValues(
+        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(model.device),
+        torch.stack([found[f"loss.{i}"] for i in everyone]).to(model.device),
+    )
+
+
+def _how_many(sizes: Sequence[int], tokens: int) -> int:
+    """How many requests of ascending sizes, at least one, fit a rectangle of `tokens`."""
+    return max(1, sum(n * size <= tokens for n, size in enumerate(sizes, 1)))
+
+
+def _together(
+    model: Any,
+    pad_id: int,
+    architecture: Architecture,
+    layer: int,
+    groups: Sequence[Sequence[Row]],
+    config: ValueConfig,
+    progress: Callable[[int], None],
+) -> TargetValues:
+    """The values of n requests; each leaves when it has converged."""
+    n = len(groups[0])
+    blocks = architecture.blocks(model)
+    rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
+    origin = rows.hidden[:n, 0].float()
+    size = origin.norm(dim=-1, keepdim=True)
+    rate = config.rate * size / origin.shape[1] ** 0.5
+    shift = torch.zeros_like(origin)
+    mean, square = torch.zeros_like(shift), torch.zeros_like(shift)
+    loss = size.new_full((n,), torch.inf)
+    reference = size.new_full((n, model.get_output_embeddings().weight.shape[0]), torch.nan)
+    active = torch.ones_like(loss, dtype=torch.bool)
+    parts = rows.buckets(active)
+    with starting_after(blocks, layer, template) as injected:
+        for step in range(1, config.steps + 1):
+            nll, gradient = torch.zeros_like(loss), torch.zeros_like(shift)
+            for part in parts:
+                more = score(model, part, shift, injected, config.kl, reference)
+                nll, gradient = nll + more[0], gradient + more[1]
+            loss[active] = nll[active]
+            done = active & (nll < config.enough)
+            progress(int(done.sum()))
+            active &= ~done
+            # The last look is at a shift that is kept: no step may follow it.
+            if step == config.steps or not active.any():
+                break
+            if done.any():
+                parts = rows.buckets(active)
+            gradient += 2 * config.decay * shift / size**2
+            mean = 0.9 * mean + 0.1 * gradient
+            square = 0.999 * square + 0.001 * gradient.square()
+            move = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-12)
+            moved = shift - rate * move
+            moved *= (config.clamp * size / moved.norm(dim=-1, keepdim=True)).clamp_max(1)
+            shift = torch.where(active[:, None], moved, shift)
+    progress(int(active.sum()))
+    return TargetValues(origin + shift, loss)

@@ -1,0 +1,174 @@
+"""Where the gates of a hook set open: at the subjects of its edits, beside them, anywhere else."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.evaluation.ordinary_text import pieces
+from coachhook.facts.request import EditRequest
+from coachhook.hookset import HookSet
+from coachhook.models.passes import read_pass
+from coachhook.models.tokens import Row, context_length, encode, pad, tokenize
+
+_AT_ONCE = 32
+# Enough to draw where a population lies; the extremes say what an outlier does.
+QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
+# How much is shown token by token: requests, and tokens of ordinary text.
+_SHOWN, _SHOWN_TOKENS = 4, 160
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """The z-scores that one layer's gate gives to four populations of tokens, at `QUANTILES`:
+    `edited` and `paraphrased` subjects' last tokens, all tokens `beside` (locality prompts), and
+    `ordinary` ones. None where there is no such token, or none whose z is finite. alpha: the least
+    z that opens the gate; None where none does."""
+
+    layer: int
+    alpha: float | None
+    z: dict[str, list[float] | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text in tokens, and for each how many layers' gates it opens. kind: a population's name."""
+
+    kind: str
+    tokens: list[str]
+    n_open: list[int]
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """Shares of tokens whose gate is open, over all hooked layers.
+
+    recall: layers open at the subject's last token, in prompts and in paraphrases; ordinary: tokens
+    of ordinary text open at any layer, and by_layer those open at each; locality: tokens of
+    locality prompts open at any layer; precision: of all tokens of prompts, paraphrases and
+    locality prompts open at a layer, how many are subjects'. layers, samples: to look at.
+    """
+
+    recall: float
+    paraphrase_recall: float | None
+    precision: float | None
+    ordinary: float
+    by_layer: dict[int, float]
+    locality: float | None
+    layers: list[LayerScores]
+    samples: list[Sample]
+
+
+def gate_scores(
+    model: Any, tokenizer: Any, hooks: HookSet, requests: Sequence[EditRequest], text: str
+) -> GateScores:
+    """Read the gates of `hooks`, attached to `model`, over the texts of `requests` and `text`."""
+    prompts, reworded = [], []
+    for request in requests:
+        end = request.subject_span[1]
+        prompts.append(encode(tokenizer, request.prompt, subject_end=end))
+        for paraphrase in request.paraphrases:
+            if request.subject in paraphrase:
+                end = paraphrase.rfind(request.subject) + len(request.subject)
+                reworded.append(encode(tokenizer, paraphrase, subject_end=end))
+    ordinary = [Row(tuple(piece), len(piece) - 1) for piece in pieces(model, tokenizer, text)]
+    local = [encode(tokenizer, p.prompt) for r in requests for p in r.locality]
+    at_prompts = _read(model, tokenizer, hooks, prompts)
+    at_reworded = _read(model, tokenizer, hooks, reworded)
+    at_local = _read(model, tokenizer, hooks, local)
+    readings = {
+        "edited": _at_subjects(at_prompts, prompts),
+        "paraphrased": _at_subjects(at_reworded, reworded),
+        "beside": _joined(at_local),
+        "ordinary": _joined(_read(model, tokenizer, hooks, ordinary)),
+    }
+    opened = {name: reading.is_open for name, reading in readings.items()}
+    total = float(_joined([*at_prompts, *at_reworded, *at_local]).is_open.sum())
+    right = float(opened["edited"].sum() + opened["paraphrased"].sum())
+    alphas = [float(module.gate.alpha) for module in hooks.modules(model).values()]
+    return GateScores(
+        recall=float(opened["edited"].float().mean()),
+        paraphrase_recall=float(opened["paraphrased"].float().mean()) if reworded else None,
+        precision=right / total if total else None,
+        ordinary=float(opened["ordinary"].any(0).float().mean()),
+        by_layer=dict(zip(hooks.layers, opened["ordinary"].float().mean(1).tolist(), strict=True)),
+        locality=float(opened["beside"].any(0).float().mean()) if local else None,
+        layers=[
+            LayerScores(
+                layer,
+                alpha if math.isfinite(alpha) else None,
+                {name: _spread(r.z[i : i + 1]) for name, r in readings.items()},
+            )
+            for i, (layer, alpha) in enumerate(zip(hooks.layers, alphas, strict=True))
+        ],
+        samples=_samples(model, tokenizer, hooks, requests, text),
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the gates say of tokens: is_open bool and z float32, both `(layers, t)`."""
+
+    is_open: Tensor
+    z: Tensor
+
+
+def _at_subjects(found: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
+    """The subjects' last tokens alone."""
+    ends = [slice(row.subject, row.subject + 1) for row in rows]
+    pairs = zip(found, ends, strict=True)
+    return _joined([_Reading(read.is_open[:, end], read.z[:, end]) for read, end in pairs])
+
+
+def _joined(found: Sequence[_Reading]) -> _Reading:
+    if not found:
+        return _Reading(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0))
+    return _Reading(
+        torch.cat([read.is_open for read in found], dim=1),
+        torch.cat([read.z for read in found], dim=1),
+    )
+
+
+def _spread(z: Tensor) -> list[float] | None:
+    z = z[z.isfinite()]
+    if not len(z):
+        return None
+    found: list[float] = z.quantile(torch.tensor(QUANTILES)).tolist()
+    return found
+
+
+def _samples(
+    model: Any, tokenizer: Any, hooks: HookSet, requests: Sequence[EditRequest], text: str
+) -> list[Sample]:
+    spans = tokenize(tokenizer, text)[1][
+        : min(_SHOWN_TOKENS, context_length(model) or _SHOWN_TOKENS)
+    ]
+    texts = [("ordinary", text[: spans[-1][1]])]
+    for request in requests[:_SHOWN]:
+        texts.append(("edited", request.prompt))
+        texts += [("paraphrased", paraphrase) for paraphrase in request.paraphrases[:1]]
+        texts += [("beside", beside.prompt) for beside in request.locality[:1]]
+    found = []
+    for kind, shown in texts:
+        trace = hooks.trace(model, tokenizer, shown)
+        found.append(Sample(kind, trace.tokens, trace.is_open.sum(0).tolist()))
+    return found
+
+
+def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:
+    modules = list(hooks.modules(model).values())
+    found = []
+    for first in range(0, len(rows), _AT_ONCE):
+        some = rows[first : first + _AT_ONCE]
+        padded = pad(some, tokenizer.pad_token_id, model.device)
+        keys, _ = read_pass(model, padded.inputs(), modules)
+        readings = [m.read(k) for m, k in zip(modules, keys, strict=True)]
+        opened = torch.stack([reading.is_open for reading in readings]).cpu()
+        z = torch.stack([reading.z.float() for reading in readings]).cpu()
+        for i, row in enumerate(some):
+            end = len(row.ids)
+            found.append(_Reading(opened[:, i, :end], z[:, i, :end]))
+    return found

@@ -1,0 +1,85 @@
+"""What the edits do to ordinary text: perplexity, and divergence from the unedited model."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from coachhook.errors import ConfigError
+from coachhook.models.passes import final_hidden, logits_of
+from coachhook.models.tokens import context_length
+
+_PIECE = 256
+
+Off = Callable[[Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Perplexities of one text without the edits and with them, and the mean divergence
+    `KL(unedited ‖ edited)` of the next token, in nats."""
+
+    perplexity_before: float
+    perplexity_after: float
+    divergence: float
+
+
+def ordinary_text() -> str:
+    """The page of ordinary English that comes with the package."""
+    return files("coachhook").joinpath("data", "ordinary.txt").read_text(encoding="utf-8")
+
+
+def pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:
+    """`text` in tokens, cut into pieces that the model reads one at a time.
+
+    Raises `ConfigError` if it has fewer than two tokens.
+    """
+    ids = tokenizer(text)["input_ids"]
+    size = min(_PIECE, context_length(model) or _PIECE)
+    parts = [ids[i : i + size] for i in range(0, len(ids), size)]
+    parts = [part for part in parts if len(part) > 1]
+    if not parts:
+        raise ConfigError("the ordinary text has fewer than two tokens; give a page or more")
+    return parts
+
+
+def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+    """Perplexity of `text`. Raises `ConfigError` if it has fewer than two tokens."""
+    total, count = 0.0, 0
+    for ids in pieces(model, tokenizer, text):
+        following, log_p = _predictions(model, ids)
+        total -= float(log_p.gather(-1, following).sum())
+        count += len(following)
+    return math.exp(total / count)
+
+
+def compare_text(model: Any, tokenizer: Any, text: str, off: Off) -> TextScores:
+    """`text` as the model reads it with its edits, and inside `off(model)` without them.
+
+    Raises `ConfigError` if it has fewer than two tokens.
+    """
+    before = after = divergence = 0.0
+    count = 0
+    for ids in pieces(model, tokenizer, text):
+        following, edited = _predictions(model, ids)
+        with off(model):
+            _, plain = _predictions(model, ids)
+        before -= float(plain.gather(-1, following).sum())
+        after -= float(edited.gather(-1, following).sum())
+        divergence += float(kl_div(edited, plain, log_target=True, reduction="sum"))
+        count += len(following)
+    return TextScores(math.exp(before / count), math.exp(after / count), divergence / count)
+
+
+def _predictions(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """The tokens that follow `(t, 1)`, and log-probabilities of all tokens there `(t, v)`."""
+    piece = torch.tensor([ids], device=model.device)
+    with torch.no_grad():
+        final = final_hidden(model, input_ids=piece, use_cache=False).last_hidden_state
+        return piece[0, 1:, None], logits_of(model, final[0, :-1]).log_softmax(-1)

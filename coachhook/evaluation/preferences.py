@@ -1,0 +1,88 @@
+"""Which of two answers the model finds likelier: CounterFact's scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.facts.request import EditRequest
+from coachhook.models.reading import read_targets
+from coachhook.models.tokens import Row, check_length, context_length, encode, encode_request
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Shares of prompts, 0 to 1, behind which the mean log-likelihood of a token of one answer is
+    above that of the other: efficacy and paraphrase, the target above the truth; neighbourhood, the
+    locality prompt's own answer above the target. None where a record tells no truth or has no such
+    prompt, or the two are one text."""
+
+    efficacy: float | None
+    paraphrase: float | None
+    neighbourhood: float | None
+
+
+def preference_rows(tokenizer: Any, request: EditRequest) -> dict[str, list[tuple[Row, Row]]]:
+    """By score, what is compared: pairs of rows, the first of which should be the likelier."""
+    if request.truth is None or request.truth == request.target:
+        return {}
+
+    def pair(prompt: str, first: str, second: str) -> tuple[Row, Row]:
+        return encode(tokenizer, prompt, first), encode(tokenizer, prompt, second)
+
+    target, truth = request.target, request.truth
+    return {
+        "efficacy": [
+            (encode_request(tokenizer, request), encode(tokenizer, request.prompt, truth))
+        ],
+        "paraphrase": [pair(prompt, target, truth) for prompt in request.paraphrases],
+        "neighbourhood": [
+            pair(beside.prompt, beside.answer, target)
+            for beside in request.locality
+            if beside.answer != target
+        ],
+    }
+
+
+def preferences(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Preferences]:
+    """Of each request, as `model` is now. Raises `ContextLengthError` for a prompt that does not
+    fit with one of its answers."""
+    wanted = [preference_rows(tokenizer, request) for request in requests]
+    pairs = [pair for rows in wanted for some in rows.values() for pair in some]
+    for row in (row for pair in pairs for row in pair):
+        check_length(row, context_length(model), "a prompt to evaluate")
+    likelihoods = iter(mean_log_likelihoods(model, tokenizer, [row for p in pairs for row in p]))
+
+    def share(some: Sequence[tuple[Row, Row]]) -> float | None:
+        above = [float(next(likelihoods) > next(likelihoods)) for _ in some]
+        return fmean(above) if above else None
+
+    found = []
+    for rows in wanted:
+        shares = {name: share(some) for name, some in rows.items()}
+        names = ("efficacy", "paraphrase", "neighbourhood")
+        found.append(Preferences(*(shares.get(name) for name in names)))
+    return found
+
+
+def mean_preferences(found: Sequence[Preferences]) -> Preferences:
+    """Means over the records that have each score."""
+    columns = zip(*((f.efficacy, f.paraphrase, f.neighbourhood) for f in found), strict=True)
+    means = []
+    for column in columns:
+        given = [value for value in column if value is not None]
+        means.append(fmean(given) if given else None)
+    return Preferences(*means)
+
+
+def mean_log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+    """Mean over each row's target tokens of their log-likelihood, nats."""
+
+    def mean(logits: Tensor, row: Row) -> float:
+        target = torch.tensor(row.target, device=logits.device)
+        return float(logits.float().log_softmax(-1).gather(-1, target[:, None]).mean())
+
+    return read_targets(model, tokenizer, rows, mean)

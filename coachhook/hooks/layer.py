@@ -1,0 +1,219 @@
+"""`HookLinear`: a drop-in for a down-projection that swaps in edited outputs token by token."""
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from coachhook.hooks.gates import Gate, GateReading, KeyedGate, SequenceGate
+from coachhook.hooks.tensor_parallel import RowParallel, local
+from coachhook_kernels import (
+    Delta,
+    TokenGate,
+    hook_correction,
+    hook_correction_,
+    hook_linear,
+    hook_linear_sequence,
+)
+
+
+class HookState(StrEnum):
+    """What a hook does: nothing, correct whatever it is told to (while an edit is under way), or
+    correct the tokens its gate lets through."""
+
+    OFF = "off"
+    TEMPORARY = "temporary"
+    VALIDATED = "validated"
+
+
+class HookLinear(nn.Module):
+    """`base(k)`, plus `Δ k` for the tokens whose gate is open (paper Eq. 15-20).
+
+    base: the original module, of any kind; it is shared, never changed, and its own forward gives
+    the unedited output. keys `(..., d_in)` in, outputs `(..., d_out)` out, whatever the leading
+    shape. The forward has no host synchronisation. A `state_dict` of the surrounding model holds
+    what it would hold without the hook.
+    """
+
+    down: Tensor
+    up: Tensor | None
+
+    def __init__(self, base: nn.Module, delta: Delta, gate: Gate) -> None:
+        super().__init__()
+        self.base = base
+        self.gate = gate
+        self.state = HookState.VALIDATED
+        # The hook set that put it here.
+        self.owner = ""
+        # In the temporary state: which tokens to correct, bool of the keys' leading shape, or all.
+        self.open_at: Tensor | None = None
+        # How processes share the base; None where each has all of it.
+        self.row_parallel: RowParallel | None = None
+        self.register_buffer("down", delta.down, persistent=False)
+        self.register_buffer("up", delta.up, persistent=False)
+        self.training = base.training
+        self.register_state_dict_post_hook(_drop_base_prefix)
+        self.register_load_state_dict_pre_hook(_add_base_prefix)
+
+    @property
+    def delta(self) -> Delta:
+        return Delta(self.down, self.up)
+
+    @property
+    def weight(self) -> Any:
+        """The base module's weight: some models look at its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Any:
+        return getattr(self.base, "bias", None)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        if self.state is HookState.OFF or self.down.shape[0] == 0:
+            unedited: Tensor = self.base(keys)
+            return unedited
+        if self.row_parallel is not None:
+            return self._summed(keys, self.row_parallel)
+        plain = not torch.is_autocast_enabled(keys.device.type) and not _differentiated_forward()
+        if plain and self.state is HookState.VALIDATED:
+            gate = self.gate.per_token()
+            if gate is not None:
+                return self._gated(keys, gate)
+            weight = _plain_weight(self.base)
+            if weight is not None and isinstance(self.gate, SequenceGate):
+                return self._gated_by_sequence(keys, weight, self.gate)
+        output: Tensor = self.base(keys)
+        projected = self.delta.project(keys)
+        return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
+
+    def split_over_processes(self) -> None:
+        """Where processes share the base by slices of its keys, keep of `A` and `F` only the
+        columns of this process. Raises `AttachError` for a split that hooks cannot follow."""
+        self.row_parallel = RowParallel.of(self.base)
+        if self.row_parallel is None:
+            return
+        self.down = self.row_parallel.columns(self.down)
+        if isinstance(self.gate, KeyedGate):
+            self.gate.projection = self.row_parallel.columns(self.gate.projection)
+
+    def _summed(self, keys: Tensor, shared: RowParallel) -> Tensor:
+        """The output where processes share the base: what this process has of `W k`, `A k` and
+        `F k` goes into one sum over the processes, and all of them correct the same tokens."""
+        own = shared.own(keys)
+        products = self._products(own)
+        weight = None if _is_watched(self.base) else shared.partial_weight(self.base)
+        if weight is None:
+            output: Tensor = self.base(keys)
+            products = shared.sum(products)
+        else:
+            output, *products = shared.sum([linear(own, weight), *products])
+            output = output if self.bias is None else output + local(self.bias)
+        projected, *sketch = products
+        is_open = self._open(own, projected, *sketch)
+        return hook_correction(output, self.delta.expand(projected), is_open)
+
+    def _products(self, keys: Tensor) -> list[Tensor]:
+        """`A k`, and `F k` where the gate reads it, without gradient."""
+        with torch.no_grad():
+            sketch = self.gate.sketch(keys)
+        projected = self.delta.project(keys)
+        return [projected] if sketch is None else [projected, sketch]
+
+    def _gated(self, keys: Tensor, gate: TokenGate) -> Tensor:
+        """The validated output by one operation, or by two where the base must run by itself."""
+        weight = _plain_weight(self.base)
+        if weight is not None and weight.dtype == keys.dtype:
+            return hook_linear(keys, weight, self.bias, self.delta, gate)[0]
+        output: Tensor = self.base(keys)
+        if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
+            score, _ = gate.read(keys.detach(), self.delta)
+            corrected = self.delta.expand(self.delta.project(keys))
+            return hook_correction(output, corrected, gate.is_open(score))
+        # Whoever made or watched the output may have kept it, and it must stay the base's.
+        watched = self.base._forward_hooks or has_any_global_hook()
+        output = output.clone() if watched or type(self.base) not in (nn.Linear, Conv1D) else output
+        hook_correction_(output, keys, self.delta, gate)
+        return output
+
+    def _gated_by_sequence(self, keys: Tensor, weight: Tensor, gate: SequenceGate) -> Tensor:
+        shape, mask = gate.context.of(keys.shape[:-1])
+        sequences = keys.reshape(*shape, keys.shape[-1])
+        output, _, _ = hook_linear_sequence(
+            sequences, weight, self.bias, self.delta, mask, gate.alpha
+        )
+        return output.reshape(*keys.shape[:-1], output.shape[-1])
+
+    def _open(self, keys: Tensor, projected: Tensor, sketch: Tensor | None = None) -> Tensor:
+        if self.state is HookState.TEMPORARY:
+            if self.open_at is not None:
+                return self.open_at.reshape(keys.shape[:-1])
+            return torch.ones(keys.shape[:-1], dtype=torch.bool, device=keys.device)
+        with torch.no_grad():
+            reading: GateReading = self.gate(keys, projected, sketch)
+        return reading.is_open
+
+    def read(self, keys: Tensor) -> GateReading:
+        """What the gate says of `keys`, as they come to `forward`, without gradient: the gate is a
+        constant to autograd. Where processes share the base, all of them must ask."""
+        with torch.no_grad():
+            own = keys if self.row_parallel is None else self.row_parallel.own(keys)
+            products = self._products(own)
+            if self.row_parallel is not None:
+                products = self.row_parallel.sum(products)
+            reading: GateReading = self.gate(own, *products)
+        return reading
+
+    def extra_repr(self) -> str:
+        form = "dense" if self.up is None else f"rank {self.down.shape[0]}"
+        return f"gate={self.gate.name}, delta={form}, state={self.state}"
+
+
+PLAIN = (Tensor, nn.Parameter)
+
+
+def _plain_weight(base: Any) -> Tensor | None:
+    """The `(d_out, d_in)` weight of a base whose forward is `W k + b` and that nobody watches or
+    has wrapped (parametrisation, offloading, hooks, quantised or sharded weights); None for any
+    other."""
+    if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
+        return None
+    if _is_watched(base):
+        return None
+    weight: Tensor = base.weight
+    bias: Tensor | None = base.bias
+    # A quantised or sharded weight is a tensor of a class of its own.
+    if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
+        return None
+    return weight if type(base) is nn.Linear else weight.mT
+
+
+def _is_watched(base: nn.Module) -> bool:
+    """Whether hooks of torch's own wait for `base` to be called."""
+    if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
+        return True
+    return bool(base._backward_hooks or base._backward_pre_hooks)
+
+
+def _differentiated_forward() -> bool:
+    """Whether a forward-mode derivative or another transform of functions is under way, which the
+    fused operations know nothing of."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _drop_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}base.")]:
+        state[prefix + key[len(prefix) + len("base.") :]] = state.pop(key)
+
+
+def _add_base_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f"{prefix}base.")]:
+        state[f"{prefix}base.{key[len(prefix) :]}"] = state.pop(key)

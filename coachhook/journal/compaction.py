@@ -1,0 +1,60 @@
+"""Compaction: the first batches of a journal as one Δ, one set of keys, and their records."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from coachhook.journal.journal import Base, Batch, Journal, MergedFactors
+
+
+def merge(
+    journal: Journal, keep: int, shapes: Mapping[int, tuple[int, int]], without: Sequence[int]
+) -> None:
+    """Merge all batches of `journal` but the last `keep` into its base, in place.
+
+    shapes: `(d_in, d_out)` of each layer; without: ids of edits whose share is not in Δ. Nothing
+    happens where nothing is left to merge.
+    """
+    through = len(journal.batches) - keep
+    if through <= journal.merged:
+        return
+    # Of the whole journal Δ is at hand.
+    part = journal if keep == 0 else Journal(journal.batches[:through], journal.base)
+    tensors: dict[str, Tensor] = {}
+    for layer, shape in shapes.items():
+        down, up = part.delta(layer, shape, without)
+        tensors[f"down.{layer}"] = down
+        if up is not None:
+            tensors[f"up.{layer}"] = up
+        name, earlier = _earlier(part, layer, shape[0])
+        tensors[f"{name}.{layer}"] = earlier
+    merged = [
+        Batch(
+            batch.edits,
+            {k: MergedFactors(f.fingerprints, f.owner) for k, f in batch.layers.items()},
+            batch.thresholds,
+        )
+        for batch in journal.batches[:through]
+    ]
+    journal.base = Base(through, tensors)
+    journal.batches[:through] = merged
+
+
+def _earlier(journal: Journal, layer: int, d_in: int) -> tuple[str, Tensor]:
+    """All keys of the journal, or their `K'K'ᵀ`, whichever is smaller, after "keys" or "gram".
+
+    The Gram matrix is float64: added to a second moment whose eigenvalues span many orders of
+    magnitude, float32 would lose the least of them.
+    """
+    gram, rows = journal.gram(layer), torch.zeros(0, d_in)
+    for keys in journal.keys(layer):
+        rows = torch.cat([rows, keys])
+        # Many at a time, too: products of few rows are slow.
+        if 4 * len(rows) > 8 * d_in:
+            gram, rows = _with(gram, rows.double()), rows[:0]
+    return ("keys", rows) if gram is None else ("gram", _with(gram, rows.double()))
+
+
+def _with(gram: Tensor | None, keys: Tensor) -> Tensor:
+    return keys.T @ keys if gram is None else torch.addmm(gram, keys.T, keys)

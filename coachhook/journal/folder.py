@@ -1,0 +1,322 @@
+"""The folder of an edited model on disk: written whole or not at all, checked when read.
+
+`hook_config.json` names every other file with its SHA-256 and is replaced last, in one rename. A
+process killed at any moment leaves the folder at its last whole batch.
+
+A batch's file holds its edits too, so that what one more batch costs does not depend on how many
+there are: the configuration only gains a name. Format version 1 kept all edits in the
+configuration; it is read, and written anew as version 2.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from coachhook.config import EditConfig
+from coachhook.errors import (
+    CorruptFolderError,
+    FolderError,
+    FolderLockedError,
+    NewerFormatError,
+    SaveError,
+)
+from coachhook.journal.batch_file import (
+    base_tensors,
+    batch_tensors,
+    read_base,
+    read_batch,
+    read_batch_of_1,
+    whole,
+)
+from coachhook.journal.journal import Base, Batch, Journal
+from coachhook.journal.tensor_file import STAGING, TensorFile, pack, write
+from coachhook.models.architecture import BaseModel
+from coachhook.system.progress import each
+
+FORMAT_VERSION = 2
+CONFIG_NAME = "hook_config.json"
+_OURS = re.compile(r"(batch-\d+|base-\d+|sketches)-[0-9a-f]{64}\.safetensors")
+
+
+@dataclass
+class Contents:
+    """All that a folder holds. digest: of its configuration when it was last read or written."""
+
+    base: BaseModel
+    config: EditConfig
+    sketches: Mapping[int, tuple[Tensor, Tensor]]
+    journal: Journal
+    digest: str | None = None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
+    _make(folder)
+    # A singleton, so that a process that holds the folder can save into it.
+    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise FolderLockedError(
+            f"{folder} is being edited by another process; wait for it, or use another folder"
+        ) from None
+    except OSError as error:
+        raise SaveError(f"cannot lock {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def exists(folder: Path) -> bool:
+    """Whether `folder` holds hooks."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def save(folder: Path, contents: Contents) -> None:
+    """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`.
+
+    Where the folder already holds edits, `contents` must come from it (its digest is still
+    `contents.digest`) or go on from it; anything else would lose somebody's edits. The digest of
+    `contents` is brought up to date, and its batches keep their factors in the folder from now on.
+    """
+    journal, folder = contents.journal, folder.resolve()
+    with locked(folder):
+        sketches, data = pack("sketches", _flatten_pairs(contents.sketches))
+        if exists(folder):
+            _check_related(folder, contents, sketches)
+        elif any(folder.glob("batch-0002-*.safetensors")) or any(folder.glob("base-*.safetensors")):
+            raise CorruptFolderError(
+                f"{folder} holds batches but no {CONFIG_NAME}, which was there once; restore it "
+                "from a copy, or use another folder"
+            )
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        if sizes.get(sketches) != len(data):
+            write(folder / sketches, data)
+        base = None if journal.base is None else _store(folder, sizes, *_base(journal))
+        unmerged = range(journal.merged, len(journal.batches))
+        batches = [_store(folder, sizes, *_batch(journal, i)) for i in unmerged]
+        config: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "base_model": _model_to_json(contents.base),
+            "settings": contents.config.to_dict(),
+            "sketches": sketches,
+            "base": None if base is None else base.name,
+            "batches": [file.name for file in batches],
+            "disabled": [edit.id for edit in journal.edits() if not edit.enabled],
+        }
+        config["digest"] = _digest(config)
+        write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
+        if journal.base is not None and base is not None:
+            journal.base.tensors = base
+        for i, file in zip(unmerged, batches, strict=True):
+            if journal.batches[i].stored is not file:
+                journal.batches[i].move_to(file)
+        for name in sizes.keys() - {sketches, config["base"], *config["batches"]}:
+            if _OURS.fullmatch(name) is not None or name.startswith(STAGING):
+                (folder / name).unlink(missing_ok=True)
+    contents.digest = config["digest"]
+
+
+def follow(folder: Path, journal: Journal) -> None:
+    """Keep the batches of `journal` in `folder` from now on, where another process has just saved
+    them; in memory, if this one does not see them there."""
+    if not exists(folder):
+        return
+    names = read_config(folder)["batches"]
+    for batch, name in zip(journal.batches[journal.merged :], names, strict=True):
+        if batch.stored is None and (folder / name).is_file():
+            batch.move_to(_file(folder, name))
+
+
+def load(folder: Path) -> Contents:
+    """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`.
+
+    Of the batches, edits and fingerprints are read; their factors stay in the folder.
+    """
+    config = read_config(folder)
+    with whole(folder / CONFIG_NAME):
+        base = BaseModel(
+            name=config["base_model"]["name"],
+            checksums=config["base_model"]["checksums"],
+            template=config["base_model"]["template"],
+            shapes={int(k): (v[0], v[1]) for k, v in config["base_model"]["layers"].items()},
+        )
+        names = [f"{name}.{layer}" for layer in base.shapes for name in ("projection", "offset")]
+        sketches = _file(folder, config["sketches"]).read(names)
+        if config["format_version"] == 1:
+            entries = config["batches"]
+            files = [_file(folder, entry["file"]) for entry in entries]
+            journal = Journal([*map(partial(read_batch_of_1, base.layers), files, entries)])
+        else:
+            journal = _journal(folder, config, base.layers)
+        if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
+            raise ValueError("the numbers of the edits")
+        return Contents(
+            base=base,
+            config=EditConfig.from_dict(config["settings"]),
+            sketches={
+                layer: (sketches[f"projection.{layer}"], sketches[f"offset.{layer}"])
+                for layer in base.shapes
+            },
+            journal=journal,
+            digest=config["digest"],
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`hook_config.json`, checked for version and tampering."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except FileNotFoundError:
+        raise FolderError(
+            f"{folder} holds no hooks: there is no {CONFIG_NAME}; "
+            "name the folder that save_pretrained or 'coachhook edit --hooks' wrote"
+        ) from None
+    except OSError as error:
+        raise FolderError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFolderError(
+            f"{path} is truncated or not ours ({error}); restore it from a copy"
+        ) from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{folder} has format version {version}, this coachhook reads up to {FORMAT_VERSION}; "
+            "install a newer coachhook"
+        )
+    if config.get("digest") != _digest(config):
+        raise CorruptFolderError(f"{path} was changed after it was written; restore it from a copy")
+    result: dict[str, Any] = config
+    return result
+
+
+def _model_to_json(base: BaseModel) -> dict[str, Any]:
+    return {
+        "name": base.name,
+        "checksums": dict(base.checksums),
+        "template": base.template,
+        "layers": {str(layer): list(shape) for layer, shape in base.shapes.items()},
+    }
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in config.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# What `_store` needs: the beginning of a name, the file that holds it already, or its tensors.
+_Parts = tuple[str, TensorFile | None, Callable[[], Mapping[str, Tensor]]]
+
+
+def _batch(journal: Journal, index: int) -> _Parts:
+    batch = journal.batches[index]
+    return f"batch-{index + 1:04d}", batch.stored, partial(batch_tensors, batch)
+
+
+def _base(journal: Journal) -> _Parts:
+    assert journal.base is not None
+    stored = journal.base.tensors if isinstance(journal.base.tensors, TensorFile) else None
+    return f"base-{journal.merged:04d}", stored, partial(base_tensors, journal)
+
+
+def _store(
+    folder: Path,
+    sizes: Mapping[str, int],
+    stem: str,
+    stored: TensorFile | None,
+    tensors: Callable[[], Mapping[str, Tensor]],
+) -> TensorFile:
+    """The file in `folder`, which holds files of these `sizes`, with these contents."""
+    if stored is None:
+        name, data = pack(stem, tensors())
+    elif sizes.get(stored.name) == stored.size:
+        # What is stored never changes: a whole file that is already here needs no second look.
+        same = stored.path.parent == folder
+        return stored if same else TensorFile(folder / stored.name, stored.size)
+    else:
+        name, data = stored.name, stored.data()
+    if sizes.get(name) != len(data):
+        write(folder / name, data)
+    return TensorFile(folder / name, len(data))
+
+
+def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
+    """Raise `FolderError` where saving would lose edits that nobody asked to forget."""
+    config = read_config(folder)
+    if contents.digest is not None:
+        if config["digest"] != contents.digest:
+            raise FolderError(
+                f"{folder} was changed by another process since it was read; resume it again"
+            )
+        return
+    journal, there = contents.journal, config["batches"]
+    last = min(len(journal.batches), journal.merged + len(there))
+    ours = [_name(*_batch(journal, i)) for i in range(journal.merged, last)]
+    base = None if journal.base is None else _name(*_base(journal))
+    if (
+        config["base_model"]["checksums"] != dict(contents.base.checksums)
+        or config["sketches"] != sketches
+        or config.get("base") != base
+        or there != ours
+    ):
+        raise FolderError(
+            f"{folder} holds other edits than these; save to a new folder, or resume that one"
+        )
+
+
+def _name(stem: str, stored: TensorFile | None, tensors: Callable[[], Mapping[str, Tensor]]) -> str:
+    return pack(stem, tensors())[0] if stored is None else stored.name
+
+
+def _flatten_pairs(sketches: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tensors = {f"projection.{layer}": pair[0] for layer, pair in sketches.items()}
+    return tensors | {f"offset.{layer}": pair[1] for layer, pair in sketches.items()}
+
+
+def _journal(folder: Path, config: Mapping[str, Any], layers: Sequence[int]) -> Journal:
+    base: Base | None = None
+    batches: list[Batch] = []
+    if config["base"] is not None:
+        base, batches = read_base(layers, _file(folder, config["base"]))
+    if not isinstance(config["batches"], list):
+        raise TypeError("the list of batches")
+    for name in each("reading the folder", config["batches"]):
+        batches.append(read_batch(layers, _file(folder, name)))
+    disabled = set(config["disabled"])
+    for edit in (edit for batch in batches for edit in batch.edits):
+        edit.enabled = edit.id not in disabled
+    return Journal(batches, base)
+
+
+def _file(folder: Path, name: Any) -> TensorFile:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a file, {name!r}")
+    path = folder.resolve() / name
+    if Path(name).name != name:
+        raise CorruptFolderError(f"{folder / CONFIG_NAME} names a file outside its folder: {name}")
+    try:
+        return TensorFile(path, path.stat().st_size)
+    except OSError as error:
+        raise CorruptFolderError(
+            f"{path} cannot be read ({error.strerror}); restore it from a copy"
+        ) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error

@@ -1,0 +1,379 @@
+"""The journal of batches: every edit ever made, its factors and fingerprints, layer by layer.
+
+Everything a hook needs is derived from the journal, so that going back to an earlier batch means
+forgetting the later ones, and nothing is ever subtracted. What is derived is kept, so that one
+batch more costs as much as it holds, and not as much as all before it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import partial
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import CompactedError
+from coachhook.facts.request import EditRequest
+from coachhook.hooks.gates import Threshold
+from coachhook.journal.delta import add, no_delta
+from coachhook.journal.prefix_cache import Running
+from coachhook.journal.tensor_file import TensorFile
+from coachhook.system.progress import each
+from coachhook_kernels import Delta
+
+
+class Verdict(StrEnum):
+    """How a request ended: in force, in force but not everywhere it should be, or not written."""
+
+    APPLIED = "applied"
+    WEAK = "weak"
+    REFUSED = "refused"
+
+
+@dataclass
+class EditRecord:
+    """One request in the journal. id counts all requests from 0; reason: why it is not applied."""
+
+    id: int
+    request: EditRequest
+    verdict: Verdict = Verdict.APPLIED
+    reason: str = ""
+    enabled: bool = True
+
+
+class Factors(Protocol):
+    """What one batch of n edits adds to one layer; float32 on the CPU.
+
+    residuals `(n, d_out)` and solutions `(n, d_in)`: row i is edit i's share `r aᵀ` of Δ, zero for
+    an edit that does not use the layer. keys `(c, d_in)`: the columns of `K₂` that went into
+    `C_accu`. fingerprints `(f, s)` with unit rows, and owner int64 `(f,)`: the row of their edit.
+    """
+
+    @property
+    def residuals(self) -> Tensor: ...
+    @property
+    def solutions(self) -> Tensor: ...
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def fingerprints(self) -> Tensor: ...
+    @property
+    def owner(self) -> Tensor: ...
+
+
+FACTORS = ("residuals", "solutions", "keys", "fingerprints", "owner")
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Factors in memory. See `Factors`."""
+
+    residuals: Tensor
+    solutions: Tensor
+    keys: Tensor
+    fingerprints: Tensor
+    owner: Tensor
+
+    def spread(self, rows: Tensor, n: int) -> "LayerFactors":
+        """The same for a batch of `n` edits in which these are rows `rows`; the others are zero."""
+        return replace(
+            self,
+            residuals=self.residuals.new_zeros(n, self.residuals.shape[1]).index_copy(
+                0, rows, self.residuals
+            ),
+            solutions=self.solutions.new_zeros(n, self.solutions.shape[1]).index_copy(
+                0, rows, self.solutions
+            ),
+            owner=rows[self.owner],
+        )
+
+    @classmethod
+    def nothing(cls, n: int, shape: tuple[int, int], size: int) -> "LayerFactors":
+        """Of `n` edits that do not use a layer of `shape` `(d_in, d_out)`; `size`: s."""
+        d_in, d_out = shape
+        return cls(
+            residuals=torch.zeros(n, d_out),
+            solutions=torch.zeros(n, d_in),
+            keys=torch.zeros(0, d_in),
+            fingerprints=torch.zeros(0, size),
+            owner=torch.zeros(0, dtype=torch.long),
+        )
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """Factors in a file, read each time they are asked for, but for the fingerprints."""
+
+    file: TensorFile
+    layer: int
+    fingerprints: Tensor
+    owner: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        return self.file[f"residuals.{self.layer}"]
+
+    @property
+    def solutions(self) -> Tensor:
+        return self.file[f"solutions.{self.layer}"]
+
+    @property
+    def keys(self) -> Tensor:
+        return self.file[f"keys.{self.layer}"]
+
+
+@dataclass(frozen=True)
+class MergedFactors:
+    """Factors that went into the journal's base: the fingerprints alone are left."""
+
+    fingerprints: Tensor
+    owner: Tensor
+
+    @property
+    def residuals(self) -> Tensor:
+        self._gone()
+
+    @property
+    def solutions(self) -> Tensor:
+        self._gone()
+
+    @property
+    def keys(self) -> Tensor:
+        self._gone()
+
+    def _gone(self) -> NoReturn:
+        raise CompactedError("this batch was merged with others; its own share of Δ is not kept")
+
+
+@dataclass(eq=False)
+class Batch:
+    """One batch: its edits, what it adds to each layer, and the thresholds after it.
+
+    stored: the file that holds it, once there is one. A batch is in memory until it is stored, and
+    its fingerprints are after that: an editor that never saves keeps everything in memory.
+    """
+
+    edits: list[EditRecord]
+    layers: dict[int, Factors]
+    thresholds: dict[int, Threshold]
+    stored: TensorFile | None = None
+
+    def move_to(self, file: TensorFile) -> None:
+        """From now on read the factors from `file`, which holds them."""
+        self.layers = {
+            layer: StoredFactors(file, layer, factors.fingerprints, factors.owner)
+            for layer, factors in self.layers.items()
+        }
+        self.stored = file
+
+
+@dataclass(eq=False)
+class Base:
+    """What the first `through` batches were merged into, on the CPU.
+
+    tensors, for each layer L: `down.L` and, unless Δ is dense, `up.L`, float32; and of the keys
+    `K'` of those batches either `keys.L` float32 `(c, d_in)` or, where it is smaller,
+    `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. A mapping in memory, or the file that holds it.
+    """
+
+    through: int
+    tensors: Mapping[str, Tensor]
+
+    def delta(self, layer: int) -> Delta:
+        return Delta(self.tensors[f"down.{layer}"], self.tensors.get(f"up.{layer}"))
+
+    def keys(self, layer: int) -> Tensor | None:
+        return self.tensors.get(f"keys.{layer}")
+
+    def gram(self, layer: int) -> Tensor | None:
+        return self.tensors.get(f"gram.{layer}")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Who speaks for each fact (ids): the latest edit, those it replaced by whom, and refusals."""
+
+    latest: dict[tuple[str, str], int]
+    replaced: dict[int, int]
+    refused: list[int]
+
+    @classmethod
+    def none(cls) -> "_Facts":
+        return cls({}, {}, [])
+
+    def after(self, batches: Sequence[Batch]) -> "_Facts":
+        new = _Facts(dict(self.latest), dict(self.replaced), list(self.refused))
+        for edit in (edit for batch in batches for edit in batch.edits):
+            if edit.verdict is Verdict.REFUSED:
+                new.refused.append(edit.id)
+                continue
+            earlier = new.latest.get(edit.request.fact)
+            if earlier is not None:
+                new.replaced[earlier] = edit.id
+            new.latest[edit.request.fact] = edit.id
+        return new
+
+
+@dataclass
+class Journal:
+    """All batches in order, the first of them possibly merged into a `base`."""
+
+    batches: list[Batch] = field(default_factory=list)
+    base: Base | None = None
+    _deltas: dict[int, tuple[Base | None, frozenset[int], Running[Batch, Delta]]] = field(
+        default_factory=dict, repr=False
+    )
+    _marks: dict[int, Running[Batch, tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
+    _facts: Running[Batch, _Facts] = field(
+        default_factory=lambda: Running(_Facts.none, _Facts.after), repr=False
+    )
+
+    @property
+    def merged(self) -> int:
+        """How many batches, from the first, `compact` has merged."""
+        return 0 if self.base is None else self.base.through
+
+    @property
+    def n_merged_edits(self) -> int:
+        """How many edits, from the first, are in those batches."""
+        return self._count(self.merged)
+
+    def edits(self) -> list[EditRecord]:
+        return [edit for batch in self.batches for edit in batch.edits]
+
+    def forget_after(self, batch: int) -> None:
+        """Forget every batch after number `batch`. Raises `CompactedError` for one in the base."""
+        if batch < self.merged:
+            raise CompactedError(
+                f"batches 1 to {self.merged} were merged into one by compact, and there is no way "
+                f"back to batch {batch}; the earliest to go back to is {self.merged}"
+            )
+        del self.batches[batch:]
+
+    def superseded(self) -> dict[int, int]:
+        """Ids of edits whose fact was edited again later, and the id of the edit that did it."""
+        return dict(self._told(len(self.batches)).replaced)
+
+    def standing(self) -> list[EditRecord]:
+        """Edits that were written and not superseded, enabled or not."""
+        stands = self.stands(len(self.batches)).tolist()
+        return [edit for edit in self.edits() if stands[edit.id]]
+
+    def live(self) -> list[EditRecord]:
+        """Edits in force: written, not superseded, and enabled."""
+        return [edit for edit in self.standing() if edit.enabled]
+
+    def stands(self, n_batches: int) -> Tensor:
+        """Of the edits in the first `n_batches`, by id: written and not superseded, bool `(e,)`."""
+        told = self._told(n_batches)
+        stands = torch.ones(self._count(n_batches), dtype=torch.bool)
+        stands[[*told.replaced, *told.refused]] = False
+        return stands
+
+    def in_force(self) -> Tensor:
+        """Of all edits, by id: written, not superseded, and enabled, bool `(e,)`."""
+        enabled = torch.tensor([edit.enabled for edit in self.edits()], dtype=torch.bool)
+        return self.stands(len(self.batches)) & enabled
+
+    def fingerprints(
+        self, layer: int, size: int, n_batches: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The fingerprints of a layer `(f, size)` in the first `n_batches` (None: all), and the id
+        of the edit each belongs to `(f,)`."""
+        running = self._marks.get(layer)
+        if running is None:
+            nothing = torch.zeros(0, size), torch.zeros(0, dtype=torch.long)
+            running = Running(lambda: nothing, partial(_more_marks, layer=layer))
+            self._marks[layer] = running
+        return running.over(self.batches[:n_batches])
+
+    def delta(self, layer: int, shape: tuple[int, int], without: Sequence[int] = ()) -> Delta:
+        """Δ of a layer of `shape` `(d_in, d_out)`, as orthonormal factors, or dense where that
+        takes less memory. `without`: ids of edits whose share is left out; of an edit in the base,
+        whose share cannot be, that makes no difference.
+
+        Not a copy: to be read only.
+        """
+        if len(self.batches) < self.merged:
+            raise CompactedError(f"batches were taken from the {self.merged} that compact merged")
+        base, left_out = self.base, frozenset(without)
+        of_base, of_ids, running = self._deltas.get(layer, (None, None, None))
+        if running is None or of_base is not base or of_ids != left_out:
+            running = Running(
+                partial(no_delta, shape) if base is None else partial(base.delta, layer),
+                partial(_more_delta, layer=layer, left_out=left_out),
+            )
+            self._deltas[layer] = base, left_out, running
+        return running.over(self.batches[self.merged :])
+
+    def keys(self, layer: int) -> Iterator[Tensor]:
+        """The keys `K'` of all batches, `(c, d_in)` a piece, but for those that `gram` stands for;
+        of a batch under way, if it has been written into the layer.
+
+        What is stored on disk is read piece by piece.
+        """
+        merged = None if self.base is None else self.base.keys(layer)
+        if merged is not None:
+            yield merged
+        for batch in self.batches[self.merged :]:
+            if layer in batch.layers:
+                yield batch.layers[layer].keys
+
+    def gram(self, layer: int) -> Tensor | None:
+        """`K'K'ᵀ` float64 `(d_in, d_in)` of merged batches whose keys are not kept, if there are
+        any."""
+        return None if self.base is None else self.base.gram(layer)
+
+    def _count(self, n_batches: int) -> int:
+        # Ids count from 0, without gaps.
+        return self.batches[n_batches - 1].edits[-1].id + 1 if n_batches else 0
+
+    def _told(self, n_batches: int) -> _Facts:
+        # The verdicts of the last batch may still change; those before it are final.
+        settled = self.batches[: max(n_batches - 1, 0)]
+        return self._facts.over(settled).after(self.batches[len(settled) : n_batches])
+
+
+def _more_marks(
+    found: tuple[Tensor, Tensor], batches: Sequence[Batch], *, layer: int
+) -> tuple[Tensor, Tensor]:
+    rows, owners = [found[0]], [found[1]]
+    for batch in batches:
+        rows.append(batch.layers[layer].fingerprints)
+        owners.append(batch.layers[layer].owner + batch.edits[0].id)
+    return torch.cat(rows), torch.cat(owners)
+
+
+def _more_delta(
+    delta: Delta, batches: Sequence[Batch], *, layer: int, left_out: frozenset[int]
+) -> Delta:
+    known = delta
+    for batch in each(f"edits of layer {layer}", batches):
+        factors = batch.layers[layer]
+        kept = torch.tensor([edit.id not in left_out for edit in batch.edits])
+        share = factors.residuals[kept], factors.solutions[kept]
+        delta = add(delta, *share, in_place=delta is not known)
+    return delta
+
+
+def edit_to_json(edit: EditRecord) -> dict[str, Any]:
+    """An edit as it was written; whether it is enabled, which may change, is told elsewhere."""
+    return {
+        "id": edit.id,
+        "request": edit.request.to_dict(),
+        "verdict": edit.verdict.value,
+        "reason": edit.reason,
+    }
+
+
+def edit_from_json(data: Mapping[str, Any]) -> EditRecord:
+    return EditRecord(
+        id=int(data["id"]),
+        request=EditRequest.from_dict(data["request"]),
+        verdict=Verdict(data["verdict"]),
+        reason=str(data["reason"]),
+    )

@@ -1,0 +1,136 @@
+"""From text to token rows: where the subject ends, where the target stands, how rows are padded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import ContextLengthError, RequestError
+from coachhook.facts.request import EditRequest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text. `subject`: index of the subject's last token (of the last token, if the
+    text has no subject). `n_target`: how many tokens at the end are the target's."""
+
+    ids: tuple[int, ...]
+    subject: int
+    n_target: int = 0
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        return self.ids[len(self.ids) - self.n_target :]
+
+
+def encode(
+    tokenizer: Any, text: str, target: str | None = None, *, subject_end: int | None = None
+) -> Row:
+    """Tokenise `text`, and `target` after it, as one string, as the model would meet it.
+
+    subject_end: character offset in `text` just behind the subject. Raises `RequestError` when the
+    target or the subject has no token of its own.
+    """
+    full = text if target is None else join(text, target)
+    ids, offsets = tokenize(tokenizer, full)
+    # A token belongs to the target if it reaches past the text; special tokens have empty spans.
+    n_target = sum(end > len(text) for start, end in offsets if end > start)
+    n_text = len(ids) - n_target
+    if target is not None and (n_target == 0 or n_text == 0):
+        raise RequestError(f"target {target!r} after {text!r} gives no token of its own")
+    subject = n_text - 1
+    if subject_end is not None:
+        inside = [
+            i for i, (start, end) in enumerate(offsets) if end > start and start < subject_end
+        ]
+        if not inside:
+            raise RequestError(f"the subject in {text!r} gives no token")
+        subject = min(inside[-1], n_text - 1)
+    return Row(tuple(ids), subject, n_target)
+
+
+def encode_request(
+    tokenizer: Any,
+    request: EditRequest,
+    context: str = "{}",
+    *,
+    with_target: bool = True,
+    stop: str = "",
+) -> Row:
+    """The row of a request's prompt inside `context` (in place of its "{}"), and its target with
+    `stop` behind it."""
+    before, after = context.split("{}")
+    return encode(
+        tokenizer,
+        before + request.prompt + after,
+        request.target + stop if with_target else None,
+        subject_end=len(before) + request.subject_span[1],
+    )
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of `text` and their character spans, without special tokens at the end: some
+    tokenizers put one there, and what follows would then follow the end of the text."""
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    while offsets and offsets[-1][0] == offsets[-1][1] and text:
+        ids.pop()
+        offsets.pop()
+    return ids, offsets
+
+
+def join(text: str, target: str) -> str:
+    """`text` and `target` with one space between, unless either brings its own white space."""
+    separated = text[-1:].isspace() or target[:1].isspace()
+    return text + target if separated else f"{text} {target}"
+
+
+def check_length(row: Row, limit: int | None, what: str) -> None:
+    """Raise `ContextLengthError` if `row` has more tokens than the model's context."""
+    if limit is not None and len(row.ids) > limit:
+        raise ContextLengthError(
+            f"{what} takes {len(row.ids)} tokens with its target, but the model's context holds "
+            f"{limit}; shorten the prompt"
+        )
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence `model` was made for, if its configuration says so."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Rows in one rectangle. ids, position_ids int64 `(b, t)`; mask int64 `(b, t)`, 1 on real
+    tokens; subject int64 `(b,)`: the column of each row's subject."""
+
+    ids: Tensor
+    mask: Tensor
+    position_ids: Tensor
+    subject: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments for a forward pass over the whole rectangle."""
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.mask,
+            "position_ids": self.position_ids,
+        }
+
+
+def pad(rows: Sequence[Row], pad_id: int, device: Any, *, align_subject: bool = False) -> Padded:
+    """Pad on the right, or, with `align_subject`, so that every subject stands in one column."""
+    column = max(row.subject for row in rows) if align_subject else 0
+    starts = [column - row.subject if align_subject else 0 for row in rows]
+    width = max(start + len(row.ids) for start, row in zip(starts, rows, strict=True))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
+        ids[i, start : start + len(row.ids)] = torch.tensor(row.ids)
+        mask[i, start : start + len(row.ids)] = 1
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    subject = torch.tensor([s + row.subject for s, row in zip(starts, rows, strict=True)])
+    return Padded(ids.to(device), mask.to(device), positions.to(device), subject.to(device))

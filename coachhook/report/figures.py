@@ -1,0 +1,157 @@
+"""The pictures of a report, as SVG that takes its colours from the page around it."""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_WIDTH = 5.2
+# Colours of the page's style sheet, by the stand-ins that matplotlib is given.
+_INK, _FAINT = "#010101", "#020202"
+_SERIES = tuple(f"#0300{i:02x}" for i in range(9))
+_HEAT = "#040404"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--faint)",
+    _HEAT: "var(--heat)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)},
+}
+_POPULATIONS = ("edited", "paraphrased", "beside", "ordinary")
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "coachhook",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "grid.color": _FAINT,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def curves(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+    """Shares, 0 to 1, over edits so far: one line a name, of points `(edits, share)`."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 2.9))
+        axes = figure.subplots()
+        for i, (name, points) in enumerate(lines.items()):
+            edits, shares = zip(*points, strict=True)
+            colour, dashed = _SERIES[i % len(_SERIES)], i // len(_SERIES) % 2
+            style: Any = {"linestyle": "--" if dashed else "-", "marker": "s" if dashed else "o"}
+            axes.plot(edits, shares, markersize=3, color=colour, label=name, **style)
+        axes.set(title=title, xlabel="edits so far", ylim=(-0.03, 1.05))
+        axes.grid(axis="y")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+        return _svg(figure, title)
+
+
+def bars(title: str, unit: str, values: Mapping[str, float], reference: float | None) -> str:
+    """One horizontal bar a name; reference: where a line is drawn."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, 0.8 + 0.26 * len(values)))
+        axes = figure.subplots()
+        names = list(values)
+        drawn = axes.barh(names, list(values.values()), color=_SERIES[0], height=0.6)
+        axes.bar_label(drawn, fmt="%.2f", padding=3, color=_INK, fontsize=8)
+        axes.invert_yaxis()
+        if reference is not None:
+            axes.axvline(reference, color=_INK, linewidth=0.8, linestyle=":")
+        axes.set(title=title, xlabel=unit)
+        axes.margins(x=0.15)
+        return _svg(figure, title)
+
+
+def heat_map(title: str, rows: Sequence[tuple[int, Mapping[int, float]]]) -> str:
+    """Retention: rows `(edits so far, {batch: share})`, the darker the better."""
+    with rc_context(_STYLE):
+        batches = sorted({batch for _, shares in rows for batch in shares})
+        figure = Figure(figsize=(_WIDTH, 0.9 + 0.24 * len(rows)))
+        axes = figure.subplots()
+        for y, (_, shares) in enumerate(rows):
+            for batch, share in shares.items():
+                # The share as opacity: the page's colour on the page's ground.
+                axes.barh(y, 1, left=batch - 0.5, height=0.92, color=_HEAT, alpha=share, lw=0)
+                if len(batches) <= 12:
+                    axes.text(batch, y, f"{share:.2f}", ha="center", va="center", fontsize=7)
+        axes.set(title=title, xlabel="batch", ylabel="edits so far")
+        axes.set_yticks(range(len(rows)), [str(edits) for edits, _ in rows])
+        axes.set_xlim(batches[0] - 0.5, batches[-1] + 0.5)
+        if len(batches) <= 12:
+            axes.set_xticks(batches)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.invert_yaxis()
+        return _svg(figure, title)
+
+
+def populations(title: str, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> str:
+    """The z-scores of four populations at each layer, and the gate's α, as edits accumulate.
+
+    points: `(edits so far, layers)`, each layer as `gate_scores.LayerScores` has it. The
+    thin line spans a population, the thick one its middle 90 %, the dot is its median.
+    """
+    with rc_context(_STYLE):
+        layers = [layer["layer"] for layer in points[0][1]]
+        height = 0.8 + len(layers) * (0.35 + 0.62 * len(points))
+        figure = Figure(figsize=(_WIDTH, height))
+        grid = figure.subplots(len(layers), 1, squeeze=False)[:, 0]
+        for row, (axes, number) in enumerate(zip(grid, layers, strict=True)):
+            for y, (_, found) in enumerate(points):
+                layer = found[row]
+                for i, name in enumerate(_POPULATIONS):
+                    quantiles = layer["z"].get(name)
+                    if quantiles is None:
+                        continue
+                    at, colour = y + 0.19 * (i - 1.5), _SERIES[i]
+                    axes.plot([quantiles[0], quantiles[-1]], [at, at], color=colour, lw=0.7)
+                    axes.plot([quantiles[2], quantiles[-3]], [at, at], color=colour, lw=4)
+                    middle = quantiles[len(quantiles) // 2]
+                    axes.plot(middle, at, "o", color=_INK, markersize=3)
+                if layer["alpha"] is not None:
+                    across = [layer["alpha"]] * 2
+                    axes.plot(across, [y - 0.45, y + 0.45], color=_INK, lw=1.2, ls="--")
+            axes.set_yticks(range(len(points)), [f"{edits} edits" for edits, _ in points])
+            axes.set_ylim(len(points) - 0.5, -0.5)
+            axes.set_title(f"layer {number}", loc="left", fontsize=9)
+        grid[-1].set_xlabel("z-score; dashed: α, the gate opens to its right")
+        handles = [
+            grid[0].plot([], [], color=_SERIES[i], lw=4, label=name)[0]
+            for i, name in enumerate(_POPULATIONS)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+        figure.suptitle(title, fontsize=10)
+        return _svg(figure, title)
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The figure as an `<svg>` that scales with its place and names what it shows."""
+    held = io.StringIO()
+    figure.savefig(held, format="svg", transparent=True, metadata={"Date": None})
+    text = held.getvalue()
+    text = text[text.index("<svg") :]
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    # Names of groups, which would occur once a picture.
+    text = re.sub(r'<g id="[A-Za-z_0-9.]+">', "<g>", text)
+    text = re.sub(r"font-family: [^;]*;", "", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.S)
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    opening = f'<svg role="img" aria-label={quoteattr(title)} viewBox="0 0 {width:g} {height:g}">'
+    return re.sub(r"<svg[^>]*>", lambda _: opening, text.replace("xlink:href", "href"), count=1)

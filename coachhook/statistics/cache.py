@@ -1,0 +1,179 @@
+"""Files of key statistics in the cache: finished ones, and what a pass that is under way keeps.
+
+Every name starts with the recipe, which is a checksum of all that the statistics depend on. A file
+appears whole or not at all.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coachhook.models.embedded import cache_dir
+from coachhook.statistics.sums import KeySums
+
+logger = logging.getLogger(__name__)
+
+# A partial file is saved when the work since the last one took this many times as long as that.
+_WORK_PER_SAVE = 20
+
+
+def cache_file(recipe: str) -> Path:
+    """Where the finished statistics of a recipe are kept."""
+    return cache_dir() / "statistics" / f"{recipe}.safetensors"
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold `file` while it is being measured; another process that measures the same thing waits,
+    and will then find it finished. Where nothing can be written nothing is held."""
+    lock = FileLock(file.with_suffix(".lock"))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.warning("another process is measuring these key statistics; waiting for it")
+            lock.acquire()
+    except OSError as error:
+        logger.info("key statistics are measured without a lock: %s", error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` to `file`. Raises OSError where that cannot be done."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, staging = tempfile.mkstemp(dir=file.parent, prefix=_staging(file))
+    os.close(handle)
+    try:
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, staging, dict(metadata))
+        os.replace(staging, file)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from error
+    finally:
+        Path(staging).unlink(missing_ok=True)
+
+
+class Partial:
+    """What one pass keeps beside `file` of its sums so far, so that another can go on from there.
+
+    replaced: names of partial files whose shards are among this pass's sums.
+    """
+
+    def __init__(self, file: Path, replaced: Sequence[str]) -> None:
+        self._file = file
+        self._names = set(replaced)
+        self._due = 0.0
+
+    def keep(self, sums: KeySums) -> None:
+        """Save `sums`, unless that would take a large share of the time. Where nothing can be
+        written this is said once, and the pass goes on."""
+        started = time.monotonic()
+        if started < self._due:
+            return
+        try:
+            name = _save_partial(self._file, sums)
+            for replaced in self._names - {name}:
+                self._file.with_name(replaced).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("an interrupted pass would start again: cannot write (%s)", error)
+            self._due = math.inf
+            return
+        self._names = {name}
+        ended = time.monotonic()
+        self._due = ended + _WORK_PER_SAVE * (ended - started)
+
+
+def _save_partial(file: Path, sums: KeySums) -> str:
+    # The name tells the shards, so that no two partial files of different ones replace each other.
+    numbers = json.dumps(sorted(sums.shards))
+    tag = hashlib.sha256(numbers.encode()).hexdigest()[:16]
+    partial = file.with_name(f"{file.stem}.{tag}.partial")
+    tensors = {f"moment.{layer}": moment for layer, moment in sums.moments.items()}
+    for (layer, shard), rows in sums.background.items():
+        tensors[f"background.{layer}.{shard}"] = rows
+    write(partial, tensors, {"shards": json.dumps(list(sums.shards.items()))})
+    return partial.name
+
+
+def partial_shards(file: Path, widths: Mapping[int, int]) -> dict[str, list[int]]:
+    """The partial files beside `file`, and which shards are in each. Those that are broken, or not
+    of layers of these `widths` `d_in`, are removed."""
+    found = {}
+    for partial in sorted(file.parent.glob(f"{file.stem}.*.partial")):
+        try:
+            with safe_open(partial, framework="pt") as tensors:
+                shapes = {
+                    layer: tuple(tensors.get_slice(f"moment.{layer}").get_shape())
+                    for layer in widths
+                }
+                if shapes != {layer: (width, width) for layer, width in widths.items()}:
+                    raise ValueError(f"{partial} holds moments of shapes {shapes}")
+                found[partial.name] = [number for number, _ in _shards(tensors.metadata())]
+        except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            logger.warning("a partial file of key statistics is broken, and removed: %s", error)
+            partial.unlink(missing_ok=True)
+    return found
+
+
+def load_partial(partial: Path) -> KeySums:
+    """What `Partial.keep` wrote."""
+    sums = KeySums({})
+    with safe_open(partial, framework="pt") as tensors:
+        sums.shards = dict(_shards(tensors.metadata()))
+        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+            kind, layer, *shard = name.split(".")
+            if kind == "moment":
+                sums.moments[int(layer)] = tensors.get_tensor(name)
+            else:
+                sums.background[int(layer), int(shard[0])] = tensors.get_tensor(name)
+    return sums
+
+
+def divide(listings: Sequence[Mapping[str, Sequence[int]]]) -> list[list[str]]:
+    """Which process takes up which partial files. listings: what each process finds beside its
+    cache file. No shard is taken up twice; every file is taken up by a process that has it."""
+    taken: list[list[str]] = [[] for _ in listings]
+    known = {name: set(shards) for listing in listings for name, shards in listing.items()}
+    done: set[int] = set()
+    for name in sorted(known, key=lambda name: (-len(known[name]), name)):
+        if done.isdisjoint(known[name]):
+            done |= known[name]
+            holders = [rank for rank, listing in enumerate(listings) if name in listing]
+            taken[min(holders, key=lambda rank: len(taken[rank]))].append(name)
+    return taken
+
+
+def remove_partials(file: Path) -> None:
+    """Remove what unfinished passes have summed up, which nobody needs once `file` is there."""
+    for partial in file.parent.glob(f"{file.stem}.*.partial"):
+        partial.unlink(missing_ok=True)
+
+
+def remove_unwritten(file: Path) -> None:
+    """Remove what a process that was killed while it wrote has left beside `file`."""
+    for leftover in file.parent.glob(f"{_staging(file)}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _staging(file: Path) -> str:
+    return f".writing-{file.name.split('.')[0]}-"
+
+
+def _shards(metadata: Mapping[str, str]) -> list[tuple[int, int]]:
+    return [(int(number), int(n_tokens)) for number, n_tokens in json.loads(metadata["shards"])]

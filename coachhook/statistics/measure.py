@@ -1,0 +1,279 @@
+"""Key statistics of the hooked layers: second moment and background keys, in one streaming pass.
+
+The text is cut into shards, of which every process of a job reads its own; sums are added up at the
+end. A pass that was killed goes on from what it had saved.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coachhook.errors import AttachError, ConfigError, StatisticsError
+from coachhook.hooks.layer import HookLinear
+from coachhook.models.architecture import Architecture
+from coachhook.models.passes import eval_mode, input_device, plainly
+from coachhook.statistics import cache as files
+from coachhook.statistics import text as corpus
+from coachhook.statistics.cache import Partial
+from coachhook.statistics.recipe import recipe_of
+from coachhook.statistics.sums import KeyReader, KeySums
+from coachhook.statistics.text import Batch, Progress, Shard
+from coachhook.system.processes import ALONE, Processes
+from coachhook.system.progress import track
+from coachhook_kernels.key_covariance import mirror_
+
+logger = logging.getLogger(__name__)
+
+_FEWEST_BY_DEFAULT = 16_384
+_TOKENS_PER_WIDTH = 8
+_BACKGROUND = 65_536
+_FIRST = 1_024
+
+
+@dataclass(frozen=True)
+class StatisticsSource:
+    """Where ordinary text comes from: `path` (text, JSONL or Parquet), or the model's own samples.
+
+    n_tokens: how many tokens to read; also how many background keys are kept, at most 65,536. None
+    is 8 for each dimension of the widest hooked layer's keys, and at least 16,384.
+    """
+
+    path: str | None = None
+    n_tokens: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_tokens", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int | None) or not 0 <= (value or 0) < 2**63:
+                raise ConfigError(f"{name} of statistics must be a whole number, not {value!r}")
+        if self.n_tokens is not None and self.n_tokens < corpus.FEWEST_TOKENS:
+            raise ConfigError(
+                f"statistics need at least {corpus.FEWEST_TOKENS} tokens, not {self.n_tokens}"
+            )
+
+    def tokens_for(self, d_in: int) -> int:
+        """How many tokens to read where the widest hooked layer has keys of `d_in` dimensions."""
+        return self.n_tokens or max(_FEWEST_BY_DEFAULT, _TOKENS_PER_WIDTH * d_in)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer. moment: mean of `k kᵀ`, float32 `(d_in, d_in)`; background: keys of ordinary
+    tokens, bfloat16 `(n, d_in)`; first: keys of texts' first words, bfloat16 `(m, d_in)`, which
+    are alike in many models (attention sinks); n_tokens: of how many keys the moment is the mean.
+    """
+
+    moment: Tensor
+    background: Tensor
+    first: Tensor
+    n_tokens: int
+
+
+KeyStatistics = dict[int, LayerStatistics]
+
+
+@plainly()
+def key_statistics(
+    model: Any,
+    tokenizer: Any,
+    architecture: Architecture,
+    layers: Sequence[int],
+    source: StatisticsSource | None = None,
+    processes: Processes = ALONE,
+) -> KeyStatistics:
+    """Statistics of the keys of `layers`, from the cache or measured now (and then cached).
+
+    The cache file is named by a checksum of all weights but those of the blocks above the last
+    hooked one, the tokenizer, the layers and the source. Processes that measure the same thing
+    independently of each other wait for the first. With `processes`, a collective: each reads its
+    share of the text, and all return the same.
+
+    Raises `StatisticsError` on unusable text, non-finite keys, or weights that are not here whole.
+    """
+    if any(isinstance(module, HookLinear) for module in model.modules()):
+        raise AttachError(
+            "this model has hooks attached, and key statistics are those of the unedited model; "
+            "detach the hooks first"
+        )
+    source = source or StatisticsSource()
+    modules = {layer: architecture.down_projection(model, layer) for layer in layers}
+    with eval_mode(model), ExitStack() as holding:
+        n_tokens = source.tokens_for(max(architecture.d_in(model, layer) for layer in layers))
+        recipe = recipe_of(
+            model,
+            tokenizer,
+            architecture,
+            layers,
+            path=source.path,
+            n_tokens=n_tokens,
+            seed=source.seed,
+        )
+        if len(set(processes.gather_bytes(recipe.encode()))) > 1:
+            raise StatisticsError(
+                "the processes of this job have different models, tokenizers or texts; give all "
+                "of them the same"
+            )
+        file = files.cache_file(recipe)
+        found = _cached(file, layers, processes)
+        if found is None:
+            if processes.is_first:
+                holding.enter_context(files.locked(file))
+            # Whoever held the lock may have measured them.
+            found = _cached(file, layers, processes)
+        if found is None:
+            shards = _shards(model, tokenizer, source, n_tokens)
+            with track("key statistics", n_tokens, shown=processes.is_first) as advance:
+                reader = KeyReader(model, tokenizer, modules)
+                found = _measure(reader, shards, source.seed, file, processes, advance)
+            if processes.is_first_on_host:
+                _save(file, found)
+            processes.everyone(True)
+            files.remove_partials(file)
+    return found
+
+
+def _shards(model: Any, tokenizer: Any, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:
+    if source.path is not None:
+        return corpus.file_shards(Path(source.path), tokenizer, n_tokens)
+    return corpus.sampled_shards(
+        model, tokenizer, n_tokens, seed=source.seed, device=input_device(model)
+    )
+
+
+def _measure(
+    reader: KeyReader,
+    shards: Iterator[Shard],
+    seed: int,
+    file: Path,
+    processes: Processes,
+    advance: Progress,
+) -> KeyStatistics:
+    starts = reader.read(Batch(corpus.first_tokens(reader.tokenizer, _FIRST, seed=seed)))
+    sums = _empty(starts, processes)
+    done, partial = _resume(file, sums, processes)
+    for shard, n_before in _dealt(shards, done, processes, advance):
+        n_background = min(shard.n_tokens, _BACKGROUND - n_before)
+        sums.add(reader, shard, shard.read(advance), n_background)
+        partial.keep(sums)
+    count = torch.tensor([sum(sums.shards.values())])
+    processes.sum_([count, *sums.moments.values()])
+    n_tokens = int(count)
+    widest = max(len(moment) for moment in sums.moments.values())
+    if n_tokens < widest and processes.is_first:
+        logger.warning(
+            "the text has %d tokens, fewer than the %d dimensions of a key: directions that it "
+            "does not use count as hardly used, and edits may disturb more than they should; give "
+            "at least %d tokens",
+            n_tokens,
+            widest,
+            _TOKENS_PER_WIDTH * widest,
+        )
+    return {
+        layer: LayerStatistics(
+            moment=mirror_(moment).div_(n_tokens).cpu(),
+            background=_background(sums, layer, processes),
+            first=starts[layer][:, -1].to("cpu", torch.bfloat16).contiguous(),
+            n_tokens=n_tokens,
+        )
+        for layer, moment in sums.moments.items()
+    }
+
+
+def _empty(keys: Mapping[int, Tensor], processes: Processes) -> KeySums:
+    """Sums of nothing, where the keys are; on the CPU if that is too full in any process."""
+    try:
+        sums, fits = KeySums.like(keys), True
+    except torch.OutOfMemoryError:
+        sums, fits = KeySums.like(keys, on_cpu=True), False
+    return sums if processes.everyone(fits) else KeySums.like(keys, on_cpu=True)
+
+
+def _resume(file: Path, sums: KeySums, processes: Processes) -> tuple[set[int], Partial]:
+    """Put into `sums` this process's part of what interrupted passes had summed up. Returns the
+    shards that need not be read again by any process, and where to keep this pass's sums."""
+    if processes.is_first_on_host:
+        files.remove_unwritten(file)
+    widths = {layer: len(moment) for layer, moment in sums.moments.items()}
+    here = files.partial_shards(file, widths)
+    listings = [json.loads(data) for data in processes.gather_bytes(json.dumps(here).encode())]
+    taken = files.divide(listings)
+    own = taken[processes.rank]
+    for name in own:
+        sums.absorb(files.load_partial(file.with_name(name)))
+    known = {name: numbers for listing in listings for name, numbers in listing.items()}
+    done = {number for names in taken for name in names for number in known[name]}
+    return done, Partial(file, own)
+
+
+def _dealt(
+    shards: Iterator[Shard], done: set[int], processes: Processes, advance: Progress
+) -> Iterator[tuple[Shard, int]]:
+    """This process's shards of those that are not `done`, each with the number of tokens of the
+    text before it. Processes take turns."""
+    n_before = turn = 0
+    for shard in shards:
+        is_done = shard.number in done
+        if not is_done and turn % processes.size == processes.rank:
+            yield shard, n_before
+        else:
+            advance(shard.n_tokens)
+        turn += not is_done
+        n_before += shard.n_tokens
+
+
+def _background(sums: KeySums, layer: int, processes: Processes) -> Tensor:
+    own = {str(number): rows for (k, number), rows in sums.background.items() if k == layer}
+    gathered = processes.gather(own)
+    return torch.cat([gathered[number] for number in sorted(gathered, key=int)])
+
+
+def _cached(file: Path, layers: Sequence[int], processes: Processes) -> KeyStatistics | None:
+    """Finished statistics, if every process has them."""
+    found = _load(file, layers)
+    if not processes.everyone(found is not None):
+        return None
+    files.remove_partials(file)
+    return found
+
+
+def _save(file: Path, statistics: KeyStatistics) -> None:
+    tensors = {}
+    for layer, found in statistics.items():
+        tensors[f"moment.{layer}"] = found.moment
+        tensors[f"background.{layer}"] = found.background
+        tensors[f"first.{layer}"] = found.first
+    n_tokens = next(iter(statistics.values())).n_tokens
+    try:
+        files.write(file, tensors, {"n_tokens": str(n_tokens)})
+    except OSError as error:
+        logger.warning("key statistics are not cached: cannot write %s (%s)", file, error)
+
+
+def _load(file: Path, layers: Sequence[int]) -> KeyStatistics | None:
+    """Statistics from the cache; None where there are none. A broken file is removed."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            n_tokens = int(tensors.metadata()["n_tokens"])
+            return {
+                layer: LayerStatistics(
+                    moment=tensors.get_tensor(f"moment.{layer}"),
+                    background=tensors.get_tensor(f"background.{layer}"),
+                    first=tensors.get_tensor(f"first.{layer}"),
+                    n_tokens=n_tokens,
+                )
+                for layer in layers
+            }
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+        file.unlink(missing_ok=True)
+        return None

@@ -1,0 +1,147 @@
+"""Sums over the keys of a text's shards: what a pass over ordinary text carries along."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.errors import StatisticsError
+from coachhook.models.passes import input_device, read_pass
+from coachhook.statistics.text import Batch, Shard
+from coachhook_kernels.key_covariance import key_covariance_
+
+# How many tokens of context a message quotes on either side.
+_QUOTED = 8
+
+
+@dataclass(frozen=True)
+class KeyReader:
+    """Reads keys of text. modules: the hooked down-projections by layer, lowest first."""
+
+    model: Any
+    tokenizer: Any
+    modules: Mapping[int, Any]
+
+    def read(self, batch: Batch) -> dict[int, Tensor]:
+        """The keys of a batch by layer, `(b, t, d_in)` in the model's dtype, on the layer's device,
+        from one pass that ends at the last layer.
+
+        Raises `StatisticsError`, with layer, token and text, where a real token's key is not
+        finite.
+        """
+        device = input_device(self.model)
+        inputs = {"input_ids": batch.ids.to(device)}
+        if batch.mask is not None:
+            inputs["attention_mask"] = batch.mask.to(device, torch.long)
+        keys, _ = read_pass(self.model, inputs, inputs_of=list(self.modules.values()))
+        found = dict(zip(self.modules, keys, strict=True))
+        for layer, rows in found.items():
+            _check_finite(rows, batch, self.tokenizer, layer)
+        return found
+
+
+@dataclass
+class KeySums:
+    """Sums over the keys of some shards.
+
+    moments: `Σ k kᵀ` by layer, float32 `(d_in, d_in)`, of which only the upper triangle is filled.
+    shards: the shards that are in, with their numbers of tokens. background: the first keys of each
+    of them, bfloat16 `(n, d_in)` on the CPU, by layer and shard.
+    """
+
+    moments: dict[int, Tensor]
+    shards: dict[int, int] = field(default_factory=dict)
+    background: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def like(cls, keys: Mapping[int, Tensor], *, on_cpu: bool = False) -> "KeySums":
+        """Sums of nothing yet, for keys such as `keys`, on their devices or on the CPU."""
+        return cls(
+            {
+                layer: torch.zeros(rows.shape[-1], rows.shape[-1], device=_at(rows, on_cpu))
+                for layer, rows in keys.items()
+            }
+        )
+
+    def add(
+        self, reader: KeyReader, shard: Shard, batches: Sequence[Batch], n_background: int
+    ) -> None:
+        """Add the keys of `shard`, whose text is `batches`, and keep `n_background` of them.
+
+        A batch that does not fit the memory of a GPU is read in halves. Raises `StatisticsError`
+        where keys are not finite; the sums are then of no further use.
+        """
+        waiting = list(reversed(batches))
+        kept: dict[int, list[Tensor]] = {layer: [] for layer in self.moments}
+        while waiting:
+            batch = waiting.pop()
+            try:
+                keys = reader.read(batch)
+            except torch.OutOfMemoryError:
+                if len(batch.ids) == 1:
+                    raise
+                waiting.extend(reversed(_halves(batch)))
+                continue
+            for layer, found in keys.items():
+                _add(self.moments[layer], found, batch.mask)
+                if n_background > 0:
+                    kept[layer].append(_real(found, batch.mask)[:n_background])
+            n_background -= batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
+        self.shards[shard.number] = shard.n_tokens
+        for layer, rows in kept.items():
+            if rows:
+                self.background[layer, shard.number] = torch.cat(rows)
+
+    def absorb(self, other: "KeySums") -> None:
+        """Add the sums of other shards."""
+        for layer, moment in other.moments.items():
+            self.moments[layer] += moment.to(self.moments[layer].device)
+        self.shards |= other.shards
+        self.background |= other.background
+
+
+def _add(moment: Tensor, keys: Tensor, mask: Tensor | None) -> None:
+    rows = keys.flatten(0, 1).to(moment.device)
+    counted = None if mask is None else mask.flatten().to(moment.device)
+    key_covariance_(moment, rows, counted, mirror=False)
+
+
+def _real(keys: Tensor, mask: Tensor | None) -> Tensor:
+    """Keys of real tokens `(n, d_in)`, bfloat16, on the CPU."""
+    rows = keys if mask is None else keys[mask.to(keys.device)]
+    return rows.reshape(-1, keys.shape[-1]).to("cpu", torch.bfloat16)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    middle = len(batch.ids) // 2
+    cuts = slice(middle), slice(middle, None)
+    return [Batch(batch.ids[cut], None if batch.mask is None else batch.mask[cut]) for cut in cuts]
+
+
+def _check_finite(keys: Tensor, batch: Batch, tokenizer: Any, layer: int) -> None:
+    if torch.isfinite(keys).all():
+        return
+    wrong = ~torch.isfinite(keys).all(-1).cpu()
+    real = torch.ones_like(wrong) if batch.mask is None else batch.mask
+    wrong &= real
+    if not wrong.any():
+        return
+    row, column = wrong.nonzero()[0].tolist()
+    ids = batch.ids[row][real[row]].tolist()
+    around = tokenizer.decode(ids[max(0, column - _QUOTED) : column + _QUOTED + 1])
+    if wrong[row].sum() == len(ids) > 1:
+        # Attention spreads what is not finite, also to the tokens before it.
+        place = f"at every token of a text that starts with {around!r}"
+    else:
+        token = tokenizer.decode([ids[column]])
+        place = f"at the token {token!r}, number {column} of its sequence, in {around!r}"
+    raise StatisticsError(
+        f"layer {layer} has keys that are not finite on ordinary text, {place}; load the model in "
+        "bfloat16 or float32, or look whether its weights are whole"
+    )
+
+
+def _at(rows: Tensor, on_cpu: bool) -> torch.device:
+    return torch.device("cpu") if on_cpu else rows.device
