@@ -311,7 +311,7 @@ def test_errors_are_one_line(edited: Path, tmp_path: Path) -> None:
 def test_a_folder_that_another_process_edits(edited: Path) -> None:
     holder = (
         "import sys, pathlib\n"
-        "from coachhook import folder\n"
+        "from coachhook.journal import folder\n"
         "with folder.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"
