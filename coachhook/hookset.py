@@ -33,7 +33,8 @@ from coachhook.hooks.trace import Trace, trace_text
 from coachhook.journal import folder
 from coachhook.journal.compaction import merge
 from coachhook.journal.journal import EditRecord, Journal
-from coachhook.models.architecture import Architecture, BaseModel, weight_checksums
+from coachhook.models.architecture import Architecture
+from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.passes import plainly
 from coachhook.models.placement import device_of, whole
 from coachhook_kernels import Delta
