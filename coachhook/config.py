@@ -7,7 +7,7 @@ from typing import Any
 
 from coachhook.errors import ConfigError
 from coachhook.hooks.gates import GATES
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 
 _INVERSE_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 

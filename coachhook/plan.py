@@ -19,7 +19,7 @@ from coachhook.models import embedded
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import input_device
 from coachhook.models.tokens import encode_request
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.text import SEQUENCE_LENGTH
 from coachhook.system.hardware import arithmetic_device, free_bytes, matmul_rate
 

@@ -25,7 +25,7 @@ from coachhook.hookset import HookSet
 from coachhook.journal import folder
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.plan import Plan, Sizes, edit_plan
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 from coachhook.system.processes import ALONE, Processes
 
 

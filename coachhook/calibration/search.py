@@ -33,7 +33,8 @@ from coachhook.errors import ConfigError
 from coachhook.models.architecture import Architecture, check_layers
 from coachhook.models.passes import eval_mode
 from coachhook.plan import Sizes, statistics_plan
-from coachhook.statistics.measure import KeyStatistics, StatisticsSource, key_statistics
+from coachhook.statistics.measure import KeyStatistics, key_statistics
+from coachhook.statistics.source import StatisticsSource
 from coachhook.system.progress import track
 
 MINUTES = 6.0

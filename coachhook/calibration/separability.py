@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
-from coachhook.editing.write_batch import layer_sketch
+from coachhook.editing.layer_writer import layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import read_pass

@@ -48,7 +48,7 @@ def edit(
 
     Several processes share the work: torchrun --nproc-per-node 2 -m coachhook edit …
     """
-    from coachhook.models.architecture import load_model
+    from coachhook.models.loading import load_model
     from coachhook.plan import check_weights
     from coachhook.session import Options, opened
     from coachhook.system.processes import joined

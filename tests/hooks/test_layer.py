@@ -31,7 +31,7 @@ from coachhook.hooks.gates import (
 from coachhook.hooks.layer import HookLinear, HookState
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, Journal, LayerFactors
-from coachhook.models.architecture import BaseModel, weight_checksums
+from coachhook.models.base import BaseModel, weight_checksums
 from coachhook_kernels import Delta
 from tests.support.tiny import tiny_model
 

@@ -20,7 +20,8 @@ from coachhook.models.architecture import Architecture
 from coachhook.statistics import measure as statistics
 from coachhook.statistics import text as corpus
 from coachhook.statistics.cache import divide
-from coachhook.statistics.measure import KeyStatistics, StatisticsSource, key_statistics
+from coachhook.statistics.measure import KeyStatistics, key_statistics
+from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Batch, Shard
 from tests.support.jobs import torchrun
@@ -192,7 +193,8 @@ from coachhook.errors import StatisticsError
 from coachhook.statistics.sums import KeySums
 from coachhook.models.architecture import Architecture
 from coachhook.system.processes import joined
-from coachhook.statistics.measure import StatisticsSource, key_statistics
+from coachhook.statistics.source import StatisticsSource
+from coachhook.statistics.measure import key_statistics
 
 place = Path(sys.argv[1])
 n_tokens, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES = map(int, os.environ["SIZES"].split())
