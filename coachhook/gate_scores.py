@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coachhook.forward import read_pass
+from coachhook.forward import input_device, read_pass
 from coachhook.hookset import HookSet
 from coachhook.ordinary import pieces
 from coachhook.requests import EditRequest
@@ -163,11 +163,11 @@ def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> li
     found = []
     for first in range(0, len(rows), _AT_ONCE):
         some = rows[first : first + _AT_ONCE]
-        padded = pad(some, tokenizer.pad_token_id, model.device)
+        padded = pad(some, tokenizer.pad_token_id, input_device(model))
         keys, _ = read_pass(model, padded.inputs(), modules)
         readings = [m.read(k) for m, k in zip(modules, keys, strict=True)]
-        opened = torch.stack([reading.is_open for reading in readings]).cpu()
-        z = torch.stack([reading.z.float() for reading in readings]).cpu()
+        opened = torch.stack([reading.is_open.cpu() for reading in readings])
+        z = torch.stack([reading.z.float().cpu() for reading in readings])
         for i, row in enumerate(some):
             end = len(row.ids)
             found.append(_Reading(opened[:, i, :end], z[:, i, :end]))

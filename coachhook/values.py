@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coachhook.config import ValueConfig
 from coachhook.errors import ModelError, NotEnoughMemoryError
-from coachhook.forward import eval_mode, is_out_of_memory, starting_after
+from coachhook.forward import eval_mode, input_device, is_out_of_memory, starting_after
 from coachhook.models import Architecture
 from coachhook.processes import ALONE, Processes
 from coachhook.requests import EditRequest
@@ -105,8 +105,8 @@ def optimise_values(
     found = processes.gather(found)
     everyone = range(len(requests))
     return TargetValues(
-        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(model.device),
-        torch.stack([found[f"loss.{i}"] for i in everyone]).to(model.device),
+        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(input_device(model)),
+        torch.stack([found[f"loss.{i}"] for i in everyone]).to(input_device(model)),
     )
 
 
