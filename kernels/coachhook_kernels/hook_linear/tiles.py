@@ -8,6 +8,9 @@ No intermediate is `rows × d_out` in size. The host never learns how many rows 
 grid of programs walks over the tiles that the list has turned out to fill.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -230,42 +233,48 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
         raise
 
 
-def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
-    n_rows, d_in = keys.shape
-    device = keys.device
-    sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}
-    bits = 8 * keys.element_size()
-    scoring = lookup(f"hook_linear_score_{bits}bit", device, score_config(keys.dtype), **sizes)
-    correcting = lookup(
-        f"hook_linear_correct_{bits}bit", device, correct_config(keys.dtype), **sizes
-    )
+class Parts(NamedTuple):
+    """What the gate adds up: `tensor` is float32 `(parts, t, n_score)` of `F k` or `A k`; or,
+    `summed`, sums of squares `(parts, t)` of a dense `Δ k`."""
+
+    tensor: Tensor
+    n_score: int
+    summed: bool
+
+
+def _score_parts(
+    keys: Tensor, delta: Delta, gate: TokenGate, config: Callable[..., Config]
+) -> Parts:
+    (n_rows, d_in), device = keys.shape, keys.device
+    if not gate.keyed and delta.up is None:
+        squaring = config("squares", squares_config(keys.dtype))
+        rank = delta.down.shape[0]
+        n_parts = triton.cdiv(rank, squaring["BN"])
+        squares = torch.empty(n_parts, n_rows, dtype=torch.float32, device=device)
+        multiply(keys, delta.down, squares, SQUARES, squaring)
+        return Parts(squares, rank, summed=True)
+    scoring = config("score", score_config(keys.dtype))
+    projection = delta.down if gate.projection is None else gate.projection
+    n_score = projection.shape[0]
+    n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
+    # Slices until every multiprocessor has two programs, each slice four steps or longer.
+    most = triton.cdiv(d_in, 4 * scoring["BK"])
+    n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
+    slices = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
+    multiply(keys, projection, slices, STORE, scoring, n_slices)
+    return Parts(slices, n_score, summed=False)
+
+
+def _read_gate(
+    parts: Parts, gate: TokenGate, lowered: Tensor, rows: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One launch of `gate_kernel`, which also lists the open rows and adds up lowered `A k`."""
+    n_rows, device = rows.shape[0], rows.device
     score = torch.empty(n_rows, dtype=torch.float32, device=device)
     index = torch.empty(n_rows, dtype=torch.int64, device=device)
-    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
-    rank = delta.down.shape[0]
-    lowered = torch.empty(n_rows, rank if delta.up is not None else 0, dtype=keys.dtype,
-                          device=device)  # fmt: skip
-    counts = counters(device)
-    summed = not gate.keyed and delta.up is None
-    if summed:
-        squaring = lookup(
-            f"hook_linear_squares_{bits}bit", device, squares_config(keys.dtype), **sizes
-        )
-        n_score, n_slices = rank, triton.cdiv(rank, squaring["BN"])
-        parts = torch.empty(n_slices, n_rows, dtype=torch.float32, device=device)
-        multiply(keys, delta.down, parts, SQUARES, squaring)
-    else:
-        projection = delta.down if gate.projection is None else gate.projection
-        n_score = projection.shape[0]
-        n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
-        # Slices until every multiprocessor has two programs, each slice four steps or longer.
-        most = triton.cdiv(d_in, 4 * scoring["BK"])
-        n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
-        parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
-        multiply(keys, projection, parts, STORE, scoring, n_slices)
     block = gate_block(n_rows, gate.fingerprints)
     gate_kernel[(triton.cdiv(n_rows, block),)](
-        p_parts=parts,
+        p_parts=parts.tensor,
         p_offset=gate.offset,
         p_fingerprints=gate.fingerprints,
         p_enabled=gate.enabled,
@@ -278,17 +287,35 @@ def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tupl
         p_rows=rows,
         p_counters=counts,
         n_rows=n_rows,
-        n_score=n_score,
-        n_parts=n_slices,
+        n_score=parts.n_score,
+        n_parts=parts.tensor.shape[0],
         n_fingerprints=0 if gate.fingerprints is None else gate.fingerprints.shape[0],
         KEYED=gate.keyed,
-        SUMMED=summed,
+        SUMMED=parts.summed,
         BM=block,
-        S=max(16, triton.next_power_of_2(n_score)) if gate.keyed else SCORE_TILE,
+        S=max(16, triton.next_power_of_2(parts.n_score)) if gate.keyed else SCORE_TILE,
         BE=SCORE_TILE,
         num_warps=4,
         num_stages=3,
     )
+    return score, index
+
+
+def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
+    (n_rows, d_in), device = keys.shape, keys.device
+    bits = 8 * keys.element_size()
+
+    def config(step: str, default: Config) -> Config:
+        kernel = f"hook_linear_{step}_{bits}bit"
+        return lookup(kernel, device, default, d_in=d_in, d_out=output.shape[1], rows=n_rows)
+
+    rank = 0 if delta.up is None else delta.down.shape[0]
+    lowered = torch.empty(n_rows, rank, dtype=keys.dtype, device=device)
+    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
+    counts = counters(device)
+    parts = _score_parts(keys, delta, gate, config)
+    score, index = _read_gate(parts, gate, lowered, rows, counts)
+    correcting = config("correct", correct_config(keys.dtype))
     if delta.up is None:
         multiply_open(keys, delta.down, output, ADD, correcting, rows, counts)
     else:
