@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -16,3 +17,46 @@ if not torch.cuda.is_available():
 def bench() -> Any:
     """Imports a module of bench/ by its name."""
     return importlib.import_module
+
+
+# Files that take longest, the longest first: of two workers, each takes the next file when it is
+# nearly through with its last, and whatever starts last decides when both are done.
+LONGEST = (
+    "slow/test_model.py",
+    "kernels/test_compile_report.py",
+    "slow/test_model_alone.py",
+    "kernels/test_hook_linear_kernels.py",
+)
+# A test that is not marked `slow` may take this much CPU time, its children's included: of
+# several fixtures of a module, each counts with the test that asks for it first.
+FAST_SECONDS = 5.0
+CPU_BEFORE = pytest.StashKey[float]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
+
+    items.sort(key=place)
+
+
+def cpu_seconds() -> float:
+    # Not the clock's: on a machine with other work every test would be slow.
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    item.stash[CPU_BEFORE] = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    result = yield
+    taken = cpu_seconds() - item.stash[CPU_BEFORE]
+    # On a GPU the kernels are compiled when they are first run.
+    if taken > FAST_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+        pytest.fail(f"{item.nodeid} took {taken:.1f} s of CPU time: make it faster or mark it slow")
+    return result
