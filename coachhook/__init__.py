@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from coachhook.hooks.layer import HookLinear, HookState
     from coachhook.hookset import HookSet
     from coachhook.journal.journal import EditRecord, Verdict
-    from coachhook.statistics.measure import StatisticsSource
+    from coachhook.statistics.source import StatisticsSource
 
 __version__ = "0.1.0"
 
@@ -46,7 +46,7 @@ _HOMES = {
     "HookSet": "hookset",
     "HookState": "hooks.layer",
     "LocalityPrompt": "facts.request",
-    "StatisticsSource": "statistics.measure",
+    "StatisticsSource": "statistics.source",
     "ValueConfig": "config",
     "Verdict": "journal.journal",
     "load_requests": "facts.loaders",

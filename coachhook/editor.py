@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from coachhook.config import EditConfig
 from coachhook.editing.inverse import Earlier, RecursiveInverse
+from coachhook.editing.layer_writer import LayerWriter, layer_sketch
+from coachhook.editing.sinks import refuse_sinks
 from coachhook.editing.values import optimise_values
-from coachhook.editing.write_batch import (
-    Contexts,
-    LayerWriter,
-    layer_sketch,
-    refuse_sinks,
-    write_batch,
-)
+from coachhook.editing.verdicts import judge
+from coachhook.editing.write_batch import write_batch
 from coachhook.errors import ConfigError, ModelError
 from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hooks.gates import Threshold
@@ -28,16 +25,9 @@ from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
 from coachhook.journal.batch_file import batch_from_bytes, batch_to_bytes
 from coachhook.journal.journal import Batch, EditRecord, LayerFactors, Verdict
-from coachhook.models.architecture import (
-    Architecture,
-    BaseModel,
-    check_layers,
-    default_layers,
-    load_model,
-    prepare_tokenizer,
-    weight_checksums,
-)
-from coachhook.models.decoding import complete, starts_with
+from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.models.base import BaseModel, weight_checksums
+from coachhook.models.loading import load_model, prepare_tokenizer
 from coachhook.models.passes import eval_mode, plainly
 from coachhook.models.placement import device_of, whole
 from coachhook.models.tokens import check_length, context_length, encode_request
@@ -294,7 +284,7 @@ class Editor:
             self._write_nothing(batch)
             return
         write_batch(self.model, self.tokenizer, self.hooks, self._writers, batch, values)
-        self._judge(batch)
+        judge(self.model, self.tokenizer, self.hooks, batch)
 
     def _write_nothing(self, batch: Batch) -> None:
         """A batch of refused requests: in the journal, without any effect."""
@@ -303,48 +293,6 @@ class Editor:
             size = self.hooks.config.fingerprint_size
             batch.layers[layer] = LayerFactors.nothing(len(batch.edits), shape, size)
             batch.thresholds[layer] = earlier[-1].thresholds[layer] if earlier else Threshold()
-
-    def _judge(self, batch: Batch) -> None:
-        """Give every edit of `batch` its verdict, from greedy decoding and from its gates."""
-        requests = [edit.request for edit in batch.edits]
-        longest = max(encode_request(self.tokenizer, r).n_target for r in requests)
-        prompts = [request.prompt for request in requests]
-        answers = complete(self.model, self.tokenizer, prompts, longest + 2)
-        contexts = Contexts.of(self.model, self.tokenizer, requests, ())
-        modules = self.hooks.modules(self.model)
-        opened, _ = contexts.read(
-            self.model,
-            list(modules.values()),
-            self.hooks.config.values.tokens,
-            what=lambda hook, keys, _: hook.read(keys).is_open,
-        )
-        closed: list[list[int]] = [[] for _ in requests]
-        unwritten: list[list[int]] = [[] for _ in requests]
-        for layer, is_open in zip(modules, opened, strict=True):
-            for i in range(len(requests)):
-                if not (batch.layers[layer].owner == i).any():
-                    unwritten[i].append(layer)
-                elif not is_open[i]:
-                    closed[i].append(layer)
-        for i, edit in enumerate(batch.edits):
-            if edit.verdict is Verdict.REFUSED:
-                continue
-            edit.verdict, edit.reason = self._verdict(edit, answers[i], closed[i], unwritten[i])
-
-    def _verdict(
-        self, edit: EditRecord, answer: str, closed: list[int], unwritten: list[int]
-    ) -> tuple[Verdict, str]:
-        if len(unwritten) == len(self.hooks.layers):
-            return Verdict.REFUSED, (
-                "the key of the subject's last token cannot be told from ordinary text; "
-                "let the prompt start with other words than the subject"
-            )
-        if not starts_with(answer, edit.request.target):
-            return Verdict.WEAK, f"greedy decoding gives {answer.strip()[:40]!r}"
-        if closed:
-            layers = ", ".join(map(str, closed))
-            return Verdict.WEAK, f"the gate stays closed at layer {layers}"
-        return Verdict.APPLIED, ""
 
 
 def _name_of(model: Any) -> str:

@@ -16,7 +16,7 @@ from coachhook.errors import NotEnoughMemoryError
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
 from coachhook.plan import Part, Plan, Sizes, edit_plan, statistics_plan
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 from coachhook.system import hardware as machine
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -130,7 +130,7 @@ from coachhook.editor import Editor
 from coachhook.models.architecture import Architecture
 from coachhook.plan import Sizes, edit_plan
 from coachhook.facts.request import EditRequest
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 
 tokenizer = tiny_tokenizer()
 settings = EditConfig(layers=(0, 1, 2), statistics=StatisticsSource(n_tokens=1024))
@@ -212,7 +212,7 @@ def test_weights_that_do_not_fit_are_not_loaded(monkeypatch: pytest.MonkeyPatch)
     def load(name: str) -> Any:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("coachhook.models.architecture.load_model", load)
+    monkeypatch.setattr("coachhook.models.loading.load_model", load)
     monkeypatch.setattr(plan, "free_bytes", lambda _: 1000)
     result = invoke("statistics", "tiny")
     assert result.exit_code == 2, result.exception

@@ -34,7 +34,8 @@ from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, mean_of
 from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.remaining import latest
 from coachhook.facts.request import EditRequest
-from coachhook.models.architecture import Architecture, default_layers, load_model
+from coachhook.models.architecture import Architecture, default_layers
+from coachhook.models.loading import load_model
 from coachhook.system.progress import track
 
 VERSION = 2

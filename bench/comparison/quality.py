@@ -55,8 +55,8 @@ from coachhook.evaluation.evaluate import Edits, before_edits, evaluate
 from coachhook.evaluation.ordinary_text import ordinary_text
 from coachhook.facts.remaining import latest
 from coachhook.facts.request import EditRequest
-from coachhook.models.architecture import load_model
 from coachhook.models.decoding import greedy
+from coachhook.models.loading import load_model
 from coachhook.report.runs import VERSION
 from coachhook.system.progress import track
 

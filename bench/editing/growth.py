@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from bench.harness.script import run_script
 from coachhook.config import EditConfig
-from coachhook.editing.write_batch import LayerWriter, threshold
+from coachhook.editing.layer_writer import LayerWriter
+from coachhook.editing.thresholds import threshold
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, LayerFactors
-from coachhook.models.architecture import BaseModel
+from coachhook.models.base import BaseModel
 
 D_IN, D_OUT = 1536, 576
 LAYERS = (9, 10, 11)

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from bench.harness.script import run_script
 from bench.harness.timing import take_turns
-from coachhook.models.architecture import Architecture, default_layers, load_model
+from coachhook.models.architecture import Architecture, default_layers
+from coachhook.models.loading import load_model
 from coachhook.models.passes import input_device, read_pass
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import SEQUENCE_LENGTH, Batch, Shard

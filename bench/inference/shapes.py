@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from bench.ops.layers import random_delta, random_gate
 from coachhook.hooks.gates import KeyedGate
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.architecture import Architecture, default_layers, load_model
+from coachhook.models.architecture import Architecture, default_layers
+from coachhook.models.loading import load_model
 from coachhook_kernels import Delta
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from coachhook.config import EditConfig
 from coachhook.errors import ProfileError
-from coachhook.models.architecture import Architecture, weight_checksums
+from coachhook.models.architecture import Architecture
+from coachhook.models.base import weight_checksums
 from coachhook.models.embedded import cache_dir
 from coachhook.models.placement import whole
 

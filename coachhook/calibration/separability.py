@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
-from coachhook.editing.write_batch import layer_sketch
+from coachhook.editing.layer_writer import layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
-from coachhook.models.passes import read_pass
+from coachhook.models.passes import input_device, read_pass
 from coachhook.models.tokens import Row, encode, encode_request, pad
 from coachhook.statistics.measure import KeyStatistics
 
@@ -102,11 +102,12 @@ def _read(
     model: Any, tokenizer: Any, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
 ) -> list[Tensor]:
     """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
+    device = input_device(model)
     found: list[list[Tensor]] = [[] for _ in modules]
     for first in range(0, len(rows), _AT_ONCE):
-        padded = pad(rows[first : first + _AT_ONCE], tokenizer.pad_token_id, model.device)
+        padded = pad(rows[first : first + _AT_ONCE], tokenizer.pad_token_id, device)
         keys, _ = read_pass(model, padded.inputs(), list(modules))
-        columns = torch.arange(padded.ids.shape[1], device=model.device)
+        columns = torch.arange(padded.ids.shape[1], device=device)
         chosen = padded.mask.bool() if every else columns == padded.subject[:, None]
         for i, key in enumerate(keys):
             found[i].append(key[chosen.to(key.device)].float().cpu())

@@ -106,9 +106,10 @@ def edit(
     from coachhook.editor import Editor
     from coachhook.hookset import HookSet
     from coachhook.journal import folder
-    from coachhook.models.architecture import Architecture, check_layers, default_layers, load_model
+    from coachhook.models.architecture import Architecture, check_layers, default_layers
+    from coachhook.models.loading import load_model
     from coachhook.plan import Sizes, check_weights, edit_plan
-    from coachhook.statistics.measure import StatisticsSource
+    from coachhook.statistics.source import StatisticsSource
     from coachhook.system.processes import joined
 
     wanted = usable(facts, skip_invalid)
@@ -329,9 +330,11 @@ def statistics(
 
     Several processes share the work: torchrun --nproc-per-node 2 -m coachhook statistics …
     """
-    from coachhook.models.architecture import Architecture, check_layers, default_layers, load_model
+    from coachhook.models.architecture import Architecture, check_layers, default_layers
+    from coachhook.models.loading import load_model
     from coachhook.plan import Sizes, check_weights, statistics_plan
-    from coachhook.statistics.measure import StatisticsSource, key_statistics
+    from coachhook.statistics.measure import key_statistics
+    from coachhook.statistics.source import StatisticsSource
     from coachhook.system.processes import joined
 
     chosen = None if layers is None else parse_layers(layers)
@@ -374,9 +377,10 @@ def calibrate(
     from coachhook.calibration.probe_edits import probe_requests
     from coachhook.calibration.search import MOST_TRIALS, layers_to_read
     from coachhook.calibration.search import calibrate as search
-    from coachhook.models.architecture import Architecture, load_model
+    from coachhook.models.architecture import Architecture
+    from coachhook.models.loading import load_model
     from coachhook.plan import Sizes, calibration_plan, check_weights
-    from coachhook.statistics.measure import StatisticsSource
+    from coachhook.statistics.source import StatisticsSource
 
     chosen = None if layers is None else parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))

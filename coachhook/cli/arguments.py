@@ -118,7 +118,7 @@ def _shown(value: Any) -> str:
 def with_hooks(name: str, directory: Path) -> tuple[Any, Any, HookSet]:
     """A model with the hooks of a folder on it, its tokenizer, and the hooks."""
     from coachhook.hookset import HookSet
-    from coachhook.models.architecture import load_model
+    from coachhook.models.loading import load_model
 
     hookset = HookSet.from_pretrained(directory)
     model, tokenizer = load_model(name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from coachhook.evaluation.ordinary_text import pieces
 from coachhook.facts.request import EditRequest
 from coachhook.hookset import HookSet
-from coachhook.models.passes import read_pass
+from coachhook.models.passes import input_device, read_pass
 from coachhook.models.tokens import Row, context_length, encode, pad, tokenize
 
 _AT_ONCE = 32
@@ -163,11 +163,11 @@ def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> li
     found = []
     for first in range(0, len(rows), _AT_ONCE):
         some = rows[first : first + _AT_ONCE]
-        padded = pad(some, tokenizer.pad_token_id, model.device)
+        padded = pad(some, tokenizer.pad_token_id, input_device(model))
         keys, _ = read_pass(model, padded.inputs(), modules)
         readings = [m.read(k) for m, k in zip(modules, keys, strict=True)]
-        opened = torch.stack([reading.is_open for reading in readings]).cpu()
-        z = torch.stack([reading.z.float() for reading in readings]).cpu()
+        opened = torch.stack([reading.is_open.cpu() for reading in readings])
+        z = torch.stack([reading.z.float().cpu() for reading in readings])
         for i, row in enumerate(some):
             end = len(row.ids)
             found.append(_Reading(opened[:, i, :end], z[:, i, :end]))

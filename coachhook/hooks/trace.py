@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coachhook.errors import RequestError
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import eval_mode, read_pass
+from coachhook.models.passes import eval_mode, input_device, read_pass
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def trace_text(model: Any, tokenizer: Any, hooks: dict[int, HookLinear], text: s
     if not text:
         raise RequestError("there is nothing to trace: the text is empty")
     encoded = tokenizer(text, return_offsets_mapping=True)
-    ids = torch.tensor([encoded["input_ids"]], device=model.device)
+    ids = torch.tensor([encoded["input_ids"]], device=input_device(model))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with eval_mode(model):
         keys, _ = read_pass(model, inputs, list(hooks.values()))

@@ -40,7 +40,7 @@ from coachhook.journal.batch_file import (
 )
 from coachhook.journal.journal import Base, Batch, Journal
 from coachhook.journal.tensor_file import STAGING, TensorFile, pack, write
-from coachhook.models.architecture import BaseModel
+from coachhook.models.base import BaseModel
 from coachhook.system.progress import each
 
 FORMAT_VERSION = 2

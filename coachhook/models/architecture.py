@@ -1,17 +1,12 @@
-"""Models: loading, and where each architecture keeps its blocks and FFN down-projections."""
+"""Where each architecture keeps its blocks and FFN down-projections."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from coachhook.errors import ArchitectureError, ConfigError, ModelError
-from coachhook.models import embedded
+from coachhook.errors import ArchitectureError, ConfigError
 
 # model_type -> where layer {} keeps its down-projection. What stands before ".{}" is the list of
 # blocks; everything else about an architecture is left to its own forward.
@@ -91,24 +86,9 @@ class Architecture:
         return int(width or module.weight.shape[0])
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """The model that hooks belong to: its name, SHA-256 sums of its hooked weights per rounding,
-    the template of its down-projections, and `(d_in, d_out)` of each hooked layer."""
-
-    name: str
-    checksums: Mapping[str, str]
-    template: str
-    shapes: Mapping[int, tuple[int, int]]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(self.shapes)
-
-
 def default_layers(n_blocks: int) -> tuple[int, ...]:
     """Three layers that end a little under two fifths of the depth: above that, keys say less of
-    the subject; more layers carried no more (csrc_notes/editing.md)."""
+    the subject; more layers carried no more (csrc_notes/editing-capacity.md)."""
     last = min(round(0.38 * n_blocks), n_blocks - 1)
     return tuple(range(max(0, last - 2), last + 1))
 
@@ -122,64 +102,3 @@ def check_layers(layers: Sequence[int], n_blocks: int) -> tuple[int, ...]:
             f"give numbers from 0 to {n_blocks - 1}"
         )
     return chosen
-
-
-def load_model(
-    name: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
-
-    `name` is "smollm2" (the embedded model), a local folder or a hub id. On a CPU the default
-    dtype is float32, on a GPU the checkpoint's own. Raises `ModelError` when it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = str(embedded.embedded_model() if str(name) == embedded.NAME else name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    wanted = dtype or (torch.float32 if device == "cpu" else "auto")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot load model {str(name)!r}: {reason} (expected 'smollm2', a folder with a "
-            "transformers checkpoint, or a hub id)"
-        ) from error
-    # The name that was asked for, which for the embedded model is not that of its folder.
-    model.config._name_or_path = str(name)
-    return model.eval().to(device), prepare_tokenizer(tokenizer)
-
-
-def prepare_tokenizer(tokenizer: Any) -> Any:
-    """Check that `tokenizer` gives character offsets; give it a padding token if it has none."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"{type(tokenizer).__name__} gives no character offsets, which locate the subject's "
-            "tokens; load the fast tokenizer (use_fast=True)"
-        )
-    if tokenizer.pad_token_id is None:
-        # Which one does not matter: padding is always masked.
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-            or tokenizer.bos_token
-            or tokenizer.unk_token
-            or tokenizer.convert_ids_to_tokens(0)
-        )
-    return tokenizer
-
-
-def weight_checksums(weights: Iterable[torch.Tensor]) -> dict[str, str]:
-    """SHA-256 over the hooked weights as they round to each half-precision type.
-
-    Two models match if either entry agrees, so hooks made on a float32 model also fit its
-    bfloat16 or float16 copy.
-    """
-    halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    digests = {name: hashlib.sha256() for name in halves}
-    for weight in weights:
-        for name, dtype in halves.items():
-            digests[name].update(str(tuple(weight.shape)).encode())
-            rounded = weight.detach().to(dtype).cpu().contiguous()
-            digests[name].update(rounded.view(torch.uint8).numpy().data)
-    return {name: digest.hexdigest() for name, digest in digests.items()}

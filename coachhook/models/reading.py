@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from coachhook.models.passes import final_hidden, logits_of
+from coachhook.models.passes import final_hidden, input_device, logits_of
 from coachhook.models.tokens import Row, pad
 
 # Rows read at once, alike in length.
@@ -25,7 +25,7 @@ def read_targets(
     for first in range(0, len(order), _AT_ONCE):
         places = order[first : first + _AT_ONCE]
         some = [rows[i] for i in places]
-        padded = pad(some, tokenizer.pad_token_id, model.device)
+        padded = pad(some, tokenizer.pad_token_id, input_device(model))
         final = final_hidden(model, **padded.inputs(), use_cache=False).last_hidden_state
         ends = [len(row.ids) - 1 for row in some]
         spans = zip(final, some, ends, strict=True)

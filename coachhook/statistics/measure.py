@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coachhook.errors import AttachError, ConfigError, StatisticsError
+from coachhook.errors import AttachError, StatisticsError
 from coachhook.hooks.layer import HookLinear
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import eval_mode, input_device, plainly
@@ -24,6 +24,7 @@ from coachhook.statistics import cache as files
 from coachhook.statistics import text as corpus
 from coachhook.statistics.cache import Partial
 from coachhook.statistics.recipe import recipe_of
+from coachhook.statistics.source import TOKENS_PER_WIDTH, StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Batch, Progress, Shard
 from coachhook.system.processes import ALONE, Processes
@@ -32,37 +33,8 @@ from coachhook_kernels.key_covariance import mirror_
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_BY_DEFAULT = 16_384
-_TOKENS_PER_WIDTH = 8
 _BACKGROUND = 65_536
 _FIRST = 1_024
-
-
-@dataclass(frozen=True)
-class StatisticsSource:
-    """Where ordinary text comes from: `path` (text, JSONL or Parquet), or the model's own samples.
-
-    n_tokens: how many tokens to read; also how many background keys are kept, at most 65,536. None
-    is 8 for each dimension of the widest hooked layer's keys, and at least 16,384.
-    """
-
-    path: str | None = None
-    n_tokens: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("n_tokens", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, int | None) or not 0 <= (value or 0) < 2**63:
-                raise ConfigError(f"{name} of statistics must be a whole number, not {value!r}")
-        if self.n_tokens is not None and self.n_tokens < corpus.FEWEST_TOKENS:
-            raise ConfigError(
-                f"statistics need at least {corpus.FEWEST_TOKENS} tokens, not {self.n_tokens}"
-            )
-
-    def tokens_for(self, d_in: int) -> int:
-        """How many tokens to read where the widest hooked layer has keys of `d_in` dimensions."""
-        return self.n_tokens or max(_FEWEST_BY_DEFAULT, _TOKENS_PER_WIDTH * d_in)
 
 
 @dataclass(frozen=True)
@@ -175,7 +147,7 @@ def _measure(
             "at least %d tokens",
             n_tokens,
             widest,
-            _TOKENS_PER_WIDTH * widest,
+            TOKENS_PER_WIDTH * widest,
         )
     return {
         layer: LayerStatistics(

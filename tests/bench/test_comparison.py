@@ -17,7 +17,7 @@ from coachhook import EditConfig, EditRequest
 from coachhook.errors import ConfigError, NotEnoughMemoryError, RecordError, StatisticsError
 from coachhook.evaluation import bootstrap as intervals
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
-from coachhook.models.architecture import load_model
+from coachhook.models.loading import load_model
 from tests.support.closed_form import (
     D_IN,
     D_OUT,

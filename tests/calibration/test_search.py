@@ -29,7 +29,7 @@ from coachhook.errors import ConfigError, ContextLengthError, ProfileError
 from coachhook.facts.loaders import load_requests
 from coachhook.hookset import HookSet
 from coachhook.models.architecture import Architecture
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 SETTINGS = Settings((0, 1), 77.0, 0.5, 32, 0.7, 1e-3)

@@ -17,7 +17,7 @@ from coachhook.editing.inverse import Earlier, RecursiveInverse
 from coachhook.editor import Editor
 from coachhook.errors import ConfigError, StatisticsError
 from coachhook.facts.request import EditRequest
-from coachhook.statistics.measure import StatisticsSource
+from coachhook.statistics.source import StatisticsSource
 from tests.support.closed_form import (
     D_IN,
     PRESERVATION,

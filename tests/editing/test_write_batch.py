@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import normalize
 
 from coachhook import EditConfig, EditRequest, StatisticsSource, ValueConfig
+from coachhook.editing.contexts import Contexts
 from coachhook.editing.inverse import RecursiveInverse
-from coachhook.editing.write_batch import Contexts, LayerWriter, _solve
+from coachhook.editing.layer_writer import LayerWriter
+from coachhook.editing.write_batch import _solve
 from coachhook.editor import Editor
 from coachhook.models.architecture import Architecture
 from coachhook.statistics.measure import key_statistics

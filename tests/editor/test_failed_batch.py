@@ -55,7 +55,7 @@ def not_finite(editor: Editor, requests: list[EditRequest]) -> Tensor:
 
 
 FAULTS = [
-    pytest.param("coachhook.editor.Editor._judge", stop, KeyboardInterrupt, id="interrupted"),
+    pytest.param("coachhook.editor.judge", stop, KeyboardInterrupt, id="interrupted"),
     pytest.param("coachhook.editor.Editor._values", not_finite, ModelError, id="not-finite"),
     pytest.param(
         "coachhook.editing.write_batch.threshold", stop, KeyboardInterrupt, id="between-layers"

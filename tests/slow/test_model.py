@@ -13,8 +13,8 @@ import coachhook as ch
 from coachhook.evaluation.evaluate import Evaluation, evaluate, first_choices, target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.facts.request import EditRequest
-from coachhook.models.architecture import load_model
 from coachhook.models.decoding import complete, greedy
+from coachhook.models.loading import load_model
 from coachhook.models.tokens import encode, encode_request
 from tests.support.model_facts import BATCH, FACTS, MORE, answers, open_in_background
 
@@ -193,7 +193,7 @@ def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
         after = perplexity(model, tokenizer, PAGE)
         assert after == pytest.approx(scores.perplexity_before, rel=0.005)
         assert open_in_background(editor) <= 0.0005
-        # Asked of near neighbours of what is edited, as csrc_notes/editing.md has it.
+        # Asked of near neighbours of what is edited, as csrc_notes/editing-gates.md has it.
         beside = [encode(tokenizer, p.prompt, p.answer) for r in in_force for p in r.locality]
         edited = first_choices(model, tokenizer, beside)
         with editor.hooks.off(model):
@@ -239,7 +239,7 @@ def test_an_interrupted_batch_leaves_no_trace(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("coachhook.editor.Editor._judge", stop)
+        patch.setattr("coachhook.editor.judge", stop)
         with pytest.raises(KeyboardInterrupt):
             editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
     assert len(editor.hooks.journal.batches) == len(FACTS) // BATCH

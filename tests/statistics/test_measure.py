@@ -3,6 +3,7 @@
 import re
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from coachhook.models.architecture import Architecture
 from coachhook.statistics import measure as statistics
 from coachhook.statistics import text as corpus
 from coachhook.statistics.cache import divide
-from coachhook.statistics.measure import KeyStatistics, StatisticsSource, key_statistics
+from coachhook.statistics.measure import KeyStatistics, key_statistics
+from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Batch, Shard
 from tests.support.jobs import torchrun
@@ -192,7 +194,8 @@ from coachhook.errors import StatisticsError
 from coachhook.statistics.sums import KeySums
 from coachhook.models.architecture import Architecture
 from coachhook.system.processes import joined
-from coachhook.statistics.measure import StatisticsSource, key_statistics
+from coachhook.statistics.source import StatisticsSource
+from coachhook.statistics.measure import key_statistics
 
 place = Path(sys.argv[1])
 n_tokens, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES = map(int, os.environ["SIZES"].split())
@@ -255,6 +258,15 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 class TestTwoProcesses:
+    @pytest.fixture(autouse=True)
+    def one_thread(self) -> Iterator[None]:
+        """As each process of the job has: more of them may divide a product, and round it, in
+        another way."""
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(n_threads)
+
     @pytest.mark.parametrize("rank", [0, 1])
     def test_sampled_text(self, job: tuple[Path, str], rank: int) -> None:
         assert_close(measure(), load_file(job[0] / f"sampled-{rank}.safetensors"))

@@ -14,7 +14,8 @@ from coachhook.hooks.gates import CalibratedGate, Threshold
 from coachhook.hooks.layer import HookLinear
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import read_pass
-from coachhook.statistics.measure import StatisticsSource, key_statistics
+from coachhook.statistics.measure import key_statistics
+from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.text import _documents
 from coachhook_kernels import Delta
 from tests.support.tiny import tiny_model, tiny_tokenizer

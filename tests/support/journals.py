@@ -16,7 +16,7 @@ from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
 from coachhook.journal.folder import CONFIG_NAME, Contents
 from coachhook.journal.journal import FACTORS, Batch, EditRecord, Journal, LayerFactors, Verdict
-from coachhook.models.architecture import BaseModel
+from coachhook.models.base import BaseModel
 
 LAYERS = {1: (12, 8), 3: (12, 8)}
 SKETCH = 4

@@ -8,8 +8,9 @@ import torch
 
 import coachhook as ch
 from coachhook.facts.request import EditRequest
-from coachhook.models.architecture import Architecture, load_model
+from coachhook.models.architecture import Architecture
 from coachhook.models.decoding import complete, starts_with
+from coachhook.models.loading import load_model
 from coachhook.statistics.measure import key_statistics
 
 FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests

@@ -28,7 +28,8 @@ from coachhook.errors import AttachError, BaseModelMismatchError, ModelError
 from coachhook.hooks.gates import Threshold
 from coachhook.hooks.tensor_parallel import RowParallel
 from coachhook.journal.journal import Batch, EditRecord, Journal, LayerFactors
-from coachhook.models.architecture import Architecture, BaseModel, weight_checksums
+from coachhook.models.architecture import Architecture
+from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.passes import read_pass
 from tests.support import tiny
 from tests.support.tiny import tiny_model, tiny_tokenizer

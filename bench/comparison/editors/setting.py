@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import coachhook as ch
-from coachhook.editing.write_batch import Contexts
+from coachhook.editing.contexts import Contexts
 from coachhook.evaluation.evaluate import Edits
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.statistics.measure import KeyStatistics, key_statistics

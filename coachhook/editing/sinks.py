@@ -1,0 +1,36 @@
+"""Requests whose subject is an attention sink, and is refused before any work."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from coachhook.editing.contexts import Contexts
+from coachhook.editing.layer_writer import LayerWriter
+from coachhook.hookset import HookSet
+from coachhook.journal.journal import EditRecord, Verdict
+
+SINK_REASON = (
+    "the subject is the first token of the prompt, where every text has the same key (an attention "
+    "sink); let other words precede it"
+)
+
+
+def refuse_sinks(
+    model: Any,
+    tokenizer: Any,
+    hooks: HookSet,
+    writers: dict[int, LayerWriter],
+    edits: Sequence[EditRecord],
+) -> None:
+    """Refuse edits whose subject is a text's first token with the key that first tokens share."""
+    contexts = Contexts.of(model, tokenizer, [edit.request for edit in edits], ())
+    starts = (contexts.padded.subject == 0).nonzero().squeeze(-1).tolist()
+    if not starts:
+        return
+    modules = hooks.modules(model)
+    keys, _ = contexts.read(model, list(modules.values()), hooks.config.values.tokens)
+    for layer, found in zip(modules, keys, strict=True):
+        marks = writers[layer].fingerprint(found[starts].float())
+        sinks = writers[layer].sinks(marks).tolist()
+        for i, sink in zip(starts, sinks, strict=True):
+            if sink:
+                edits[i].verdict, edits[i].reason = Verdict.REFUSED, SINK_REASON

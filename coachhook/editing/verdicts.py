@@ -1,0 +1,66 @@
+"""Verdicts: whether an edit that was written took, from greedy decoding and from its gates."""
+
+from typing import Any
+
+from coachhook.editing.contexts import Contexts
+from coachhook.hookset import HookSet
+from coachhook.journal.journal import Batch, EditRecord, Verdict
+from coachhook.models.decoding import complete, starts_with
+from coachhook.models.tokens import encode_request
+
+# Tokens decoded beyond the longest target: what comes right behind it may make a longer word of it.
+_BEYOND = 2
+
+
+def judge(model: Any, tokenizer: Any, hooks: HookSet, batch: Batch) -> None:
+    """Give every edit of `batch`, the last of the attached hooks' journal, its verdict."""
+    requests = [edit.request for edit in batch.edits]
+    longest = max(encode_request(tokenizer, request).n_target for request in requests)
+    prompts = [request.prompt for request in requests]
+    answers = complete(model, tokenizer, prompts, longest + _BEYOND)
+    closed, unwritten = _gates_at_subjects(model, tokenizer, hooks, batch)
+    for i, edit in enumerate(batch.edits):
+        if edit.verdict is not Verdict.REFUSED:
+            everywhere = len(unwritten[i]) == len(hooks.layers)
+            edit.verdict, edit.reason = _verdict(edit, answers[i], closed[i], everywhere)
+
+
+def _gates_at_subjects(
+    model: Any, tokenizer: Any, hooks: HookSet, batch: Batch
+) -> tuple[list[list[int]], list[list[int]]]:
+    """For each edit, the layers whose gate stays closed at its subject, and those that it was not
+    written to."""
+    requests = [edit.request for edit in batch.edits]
+    contexts = Contexts.of(model, tokenizer, requests, ())
+    modules = hooks.modules(model)
+    opened, _ = contexts.read(
+        model,
+        list(modules.values()),
+        hooks.config.values.tokens,
+        what=lambda hook, keys, _: hook.read(keys).is_open,
+    )
+    closed: list[list[int]] = [[] for _ in requests]
+    unwritten: list[list[int]] = [[] for _ in requests]
+    for layer, is_open in zip(modules, opened, strict=True):
+        for i in range(len(requests)):
+            if not (batch.layers[layer].owner == i).any():
+                unwritten[i].append(layer)
+            elif not is_open[i]:
+                closed[i].append(layer)
+    return closed, unwritten
+
+
+def _verdict(
+    edit: EditRecord, answer: str, closed: list[int], unwritten: bool
+) -> tuple[Verdict, str]:
+    if unwritten:
+        return Verdict.REFUSED, (
+            "the key of the subject's last token cannot be told from ordinary text; "
+            "let the prompt start with other words than the subject"
+        )
+    if not starts_with(answer, edit.request.target):
+        return Verdict.WEAK, f"greedy decoding gives {answer.strip()[:40]!r}"
+    if closed:
+        layers = ", ".join(map(str, closed))
+        return Verdict.WEAK, f"the gate stays closed at layer {layers}"
+    return Verdict.APPLIED, ""

@@ -1,0 +1,55 @@
+"""Loading a causal language model and its tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from coachhook.errors import ModelError
+from coachhook.models import embedded
+
+
+def load_model(
+    name: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    `name` is "smollm2" (the embedded model), a local folder or a hub id. On a CPU the default
+    dtype is float32, on a GPU the checkpoint's own. Raises `ModelError` when it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(embedded.embedded_model() if str(name) == embedded.NAME else name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = dtype or (torch.float32 if device == "cpu" else "auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot load model {str(name)!r}: {reason} (expected 'smollm2', a folder with a "
+            "transformers checkpoint, or a hub id)"
+        ) from error
+    # The name that was asked for, which for the embedded model is not that of its folder.
+    model.config._name_or_path = str(name)
+    return model.eval().to(device), prepare_tokenizer(tokenizer)
+
+
+def prepare_tokenizer(tokenizer: Any) -> Any:
+    """Check that `tokenizer` gives character offsets; give it a padding token if it has none."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{type(tokenizer).__name__} gives no character offsets, which locate the subject's "
+            "tokens; load the fast tokenizer (use_fast=True)"
+        )
+    if tokenizer.pad_token_id is None:
+        # Which one does not matter: padding is always masked.
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+            or tokenizer.bos_token
+            or tokenizer.unk_token
+            or tokenizer.convert_ids_to_tokens(0)
+        )
+    return tokenizer
