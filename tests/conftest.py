@@ -1,6 +1,5 @@
-"""What several test files share."""
+"""What holds for all tests."""
 
-import importlib
 import os
 from collections.abc import Generator
 from typing import Any
@@ -19,14 +18,6 @@ settings.load_profile("suite")
 # Triton reads it when a kernel is defined: without a GPU, kernels are tested for their meaning.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-@pytest.fixture
-def bench() -> Any:
-    """Imports a module of bench/ by its name."""
-    return importlib.import_module
-
-
 # Files that take longest, the longest first: of two workers, each takes the next file when it is
 # nearly through with its last, and whatever starts last decides when both are done.
 LONGEST = (
@@ -34,6 +25,7 @@ LONGEST = (
     "kernels/test_compile_report.py",
     "slow/test_model_alone.py",
     "kernels/test_hook_linear_kernels.py",
+    "cli/test_demo.py",
 )
 # A test that is not marked `slow` may take this much CPU time, its children's included: of
 # several fixtures of a module, each counts with the test that asks for it first.

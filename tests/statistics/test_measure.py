@@ -408,11 +408,3 @@ class TestFaults:
                 measure(self.text, model)
         finally:
             dist.destroy_process_group()
-
-
-def test_benchmark(bench: Any, tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    found = bench("bench.editing.key_statistics").measure(str(tmp_path / "model"), rounds=2)
-    assert found["layers"] == [0, 1, 2]
-    assert found["statistics_overhead"] > 0
