@@ -18,6 +18,7 @@ settings.load_profile("suite")
 # Triton reads it when a kernel is defined: without a GPU, kernels are tested for their meaning.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Files that take longest, the longest first: of two workers, each takes the next file when it is
 # nearly through with its last, and whatever starts last decides when both are done.
 LONGEST = (
@@ -27,10 +28,9 @@ LONGEST = (
     "kernels/test_hook_linear_kernels.py",
     "cli/test_demo.py",
 )
-# A test that is not marked `slow` may take this much CPU time, its children's included: of
-# several fixtures of a module, each counts with the test that asks for it first.
+# A test that is not marked `slow` may take this much CPU time, its child processes' included. What
+# is set up for it is not counted: a module's fixtures and the first imports are no single test's.
 FAST_SECONDS = 5.0
-CPU_BEFORE = pytest.StashKey[float]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,15 +47,10 @@ def cpu_seconds() -> float:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
-    item.stash[CPU_BEFORE] = cpu_seconds()
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    before = cpu_seconds()
     result = yield
-    taken = cpu_seconds() - item.stash[CPU_BEFORE]
+    taken = cpu_seconds() - before
     # On a GPU the kernels are compiled when they are first run.
     if taken > FAST_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
         pytest.fail(f"{item.nodeid} took {taken:.1f} s of CPU time: make it faster or mark it slow")
