@@ -22,7 +22,7 @@ _EXTRA_TOKENS = 2
 
 def probe_requests() -> list[EditRequest]:
     """All probe facts; none of them is true, and none is in the demo."""
-    path = Path(str(files("coachhook") / "data" / "probes.jsonl"))
+    path = Path(str(files("coachhook.calibration") / "probes.jsonl"))
     return load_requests(path).requests
 
 

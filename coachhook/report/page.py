@@ -35,7 +35,7 @@ def render(run: Run) -> str:
         undefined=StrictUndefined,
         finalize=_printable,
     )
-    text = files("coachhook").joinpath("data", "report.html").read_text(encoding="utf-8")
+    text = (files("coachhook.report") / "page.html").read_text(encoding="utf-8")
     try:
         return environment.from_string(text).render(_contents(run, figures))
     except (KeyError, UndefinedError) as error:
