@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+# Assertions of shared helpers say what they compared, as those of test files do.
+pytest.register_assert_rewrite("tests.support")
+
 # How long an example takes says nothing on a machine that others work on. CI tries the same
 # examples every time; elsewhere each run tries others.
 settings.register_profile(
