@@ -7,8 +7,6 @@ weights or edits: a hooks folder records the settings that it was made with, and
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from coachhook.models.architecture import Architecture
 from coachhook.models.base import weight_checksums
 from coachhook.models.embedded import cache_dir
 from coachhook.models.placement import whole
+from coachhook.system.files import write
 
 logger = logging.getLogger(__name__)
 
@@ -135,15 +134,7 @@ def save(profile: Profile, path: Path) -> None:
     """Write a profile, whole or not at all. Raises `ProfileError` when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(profile.to_dict(), file, indent=1, allow_nan=False)
-                file.write("\n")
-            os.replace(staging, path)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        write(path, f"{json.dumps(profile.to_dict(), indent=1, allow_nan=False)}\n".encode())
     except OSError as error:
         raise ProfileError(f"cannot write the profile {path}: {error.strerror}") from error
 

@@ -13,13 +13,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from coachhook.config import EditConfig
@@ -39,8 +38,9 @@ from coachhook.journal.batch_file import (
     whole,
 )
 from coachhook.journal.journal import Base, Batch, Journal
-from coachhook.journal.tensor_file import STAGING, TensorFile, pack, write
+from coachhook.journal.tensor_file import TensorFile, pack, write
 from coachhook.models.base import BaseModel
+from coachhook.system.files import file_lock, remove_unwritten
 from coachhook.system.progress import each
 
 FORMAT_VERSION = 2
@@ -62,21 +62,17 @@ class Contents:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
-    _make(folder)
-    # A singleton, so that a process that holds the folder can save into it.
-    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderLockedError(
-            f"{folder} is being edited by another process; wait for it, or use another folder"
-        ) from None
-    except OSError as error:
-        raise SaveError(f"cannot lock {folder}: {error.strerror}") from error
-    try:
+    with ExitStack() as holding:
+        try:
+            # Who holds the folder may save into it: the lock is taken again then.
+            holding.enter_context(file_lock(folder / ".lock"))
+        except BlockingIOError:
+            raise FolderLockedError(
+                f"{folder} is being edited by another process; wait for it, or use another folder"
+            ) from None
+        except OSError as error:
+            raise SaveError(f"cannot make or lock {folder}: {error.strerror}") from error
         yield
-    finally:
-        lock.release()
 
 
 def exists(folder: Path) -> bool:
@@ -124,8 +120,9 @@ def save(folder: Path, contents: Contents) -> None:
             if journal.batches[i].stored is not file:
                 journal.batches[i].move_to(file)
         for name in sizes.keys() - {sketches, config["base"], *config["batches"]}:
-            if _OURS.fullmatch(name) is not None or name.startswith(STAGING):
+            if _OURS.fullmatch(name) is not None:
                 (folder / name).unlink(missing_ok=True)
+        remove_unwritten(folder)
     contents.digest = config["digest"]
 
 
@@ -313,10 +310,3 @@ def _file(folder: Path, name: Any) -> TensorFile:
         raise CorruptFolderError(
             f"{path} cannot be read ({error.strerror}); restore it from a copy"
         ) from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error

@@ -1,9 +1,8 @@
 """Files of tensors that vouch for themselves: safetensors, named by the SHA-256 of their bytes."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from coachhook.errors import CorruptFolderError, SaveError
-
-STAGING = ".writing-"
+from coachhook.system import files
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -97,17 +95,9 @@ def pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
 
 def write(target: Path, data: bytes) -> None:
     """Write `target` whole or not at all. Raises `SaveError`."""
-    staging = target.with_name(f"{STAGING}{os.getpid()}-{target.name[:40]}")
     try:
-        with staging.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, target)
+        files.write(target, data)
     except OSError as error:
         raise SaveError(
             f"cannot write {target}: {error.strerror}; what the folder held before is intact"
         ) from error
-    finally:
-        with suppress(OSError):
-            staging.unlink()

@@ -27,6 +27,7 @@ from coachhook.statistics.recipe import recipe_of
 from coachhook.statistics.source import TOKENS_PER_WIDTH, StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Batch, Progress, Shard
+from coachhook.system.files import remove_unwritten
 from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track
 from coachhook_kernels.key_covariance import mirror_
@@ -98,7 +99,7 @@ def key_statistics(
         found = _cached(file, layers, processes)
         if found is None:
             if processes.is_first:
-                holding.enter_context(files.locked(file))
+                holding.enter_context(files.measuring(file))
             # Whoever held the lock may have measured them.
             found = _cached(file, layers, processes)
         if found is None:
@@ -173,7 +174,7 @@ def _resume(file: Path, sums: KeySums, processes: Processes) -> tuple[set[int], 
     """Put into `sums` this process's part of what interrupted passes had summed up. Returns the
     shards that need not be read again by any process, and where to keep this pass's sums."""
     if processes.is_first_on_host:
-        files.remove_unwritten(file)
+        remove_unwritten(file.parent, file.name)
     widths = {layer: len(moment) for layer, moment in sums.moments.items()}
     here = files.partial_shards(file, widths)
     listings = [json.loads(data) for data in processes.gather_bytes(json.dumps(here).encode())]

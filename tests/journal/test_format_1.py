@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def test_until_the_new_one_is_whole_it_stays(
 ) -> None:
     """Three batches and the configuration are written."""
     held, left = load(folder), failure
-    real = tensorfile.os.replace
+    real = os.replace
 
     def fail(*args: Any) -> None:
         nonlocal left
@@ -102,7 +103,7 @@ def test_until_the_new_one_is_whole_it_stays(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile.os, "replace", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(SaveError):
             save(folder, held)
     assert version(folder) == 1

@@ -369,7 +369,7 @@ class TestFaults:
     def test_by_default_as_much_text_as_the_keys_are_wide(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(statistics, "_FEWEST_BY_DEFAULT", 256)
+        monkeypatch.setattr("coachhook.statistics.source._FEWEST_BY_DEFAULT", 256)
         assert measure(StatisticsSource())[1].n_tokens == 8 * D_FF
 
     def test_an_offloaded_model_is_the_same_model(
