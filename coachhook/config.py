@@ -1,4 +1,5 @@
-"""Settings of an editor. The defaults are what the README's figures were measured with."""
+"""Settings of an editor. The defaults are what the figures of csrc_notes/figures.md were measured
+with."""
 
 import math
 import re
@@ -21,7 +22,7 @@ def _check_positive(settings: Any, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """How target values are optimised (design section 2).
+    """How target values are optimised (csrc_notes/method.md, "Target values").
 
     contexts: texts with {} in place of the prompt, so that the value holds elsewhere too.
     gain: share of the shift that prefixed contexts receive while optimising; a paraphrase's key

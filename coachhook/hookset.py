@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from coachhook.config import EditConfig
 from coachhook.errors import (
@@ -19,14 +20,8 @@ from coachhook.errors import (
     ConfigError,
 )
 from coachhook.facts.request import EditRequest
-from coachhook.hooks.gates import (
-    CalibratedGate,
-    Gate,
-    KeyedGate,
-    SequenceGate,
-    SequenceMask,
-    Threshold,
-)
+from coachhook.hooks.gates import GATES, Gate, LayerEdits, Threshold
+from coachhook.hooks.gates.gate import PassWatcher
 from coachhook.hooks.layer import HookLinear, HookState
 from coachhook.hooks.tensor_parallel import RowParallel, gathered
 from coachhook.hooks.trace import Trace, trace_text
@@ -63,7 +58,7 @@ class HookSet:
         self._saved: dict[Path, str | None] = {}
         self._owner = uuid4().hex
         self._attached: list[weakref.ref[nn.Module]] = []
-        self._masks: dict[int, Any] = {}
+        self._watchers: dict[int, list[RemovableHandle]] = {}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -93,17 +88,17 @@ class HookSet:
         if check:
             self.check_base(model)
         base_model = getattr(model, "base_model", model)
-        context = SequenceMask(list(inspect.signature(base_model.forward).parameters))
+        watcher = self._gate_type.watch(list(inspect.signature(base_model.forward).parameters))
         deltas = self._deltas(self.layers)
         for layer, module in modules.items():
-            hook = HookLinear(module, deltas[layer], self._gate(layer, context))
+            hook = HookLinear(module, deltas[layer], self._gate(layer, watcher))
             hook.owner = self._owner
             self._place(hook, module)
             model.set_submodule(architecture.name(layer), hook)
-        if self.config.gate == SequenceGate.name:
+        if watcher is not None:
             # On both: not every pass goes through the one, or through the other.
-            self._masks[id(model)] = [
-                part.register_forward_pre_hook(context, with_kwargs=True)
+            self._watchers[id(model)] = [
+                part.register_forward_pre_hook(watcher, with_kwargs=True)
                 for part in {id(model): model, id(base_model): base_model}.values()
             ]
         self._attached.append(weakref.ref(model))
@@ -116,7 +111,7 @@ class HookSet:
             for name, module in list(hooked.named_modules()):
                 if isinstance(module, HookLinear) and module.owner == self._owner:
                     hooked.set_submodule(name, module.base)
-            for handle in self._masks.pop(id(hooked), ()):
+            for handle in self._watchers.pop(id(hooked), ()):
                 handle.remove()
         self._attached = [r for r in self._attached if r() is not None and r() not in models]
 
@@ -179,16 +174,13 @@ class HookSet:
             raise ConfigError(f"there is no edit {edit!r}; this set has {len(edits)}, from 0")
         models = [model for model in (ref() for ref in self._attached) if model is not None]
         hooks = [hook for model in models for hook in self.modules(model).values()]
-        if self.config.gate != KeyedGate.name:
+        if not self._gate_type.tells_edits_apart:
             self._take_in_or_out(edits[edit], enabled)
             return
         edits[edit].enabled = enabled
         in_force = self.journal.in_force()
         for hook in hooks:
-            # In place, so that compiled and captured graphs see it at their next run.
-            gate = hook.gate
-            assert isinstance(gate, KeyedGate)
-            gate.enabled.copy_(in_force.to(gate.owner.device)[gate.owner])
+            hook.gate.switch(in_force)
 
     def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
         """Give Δ an edit's own share back, or take it away."""
@@ -231,29 +223,30 @@ class HookSet:
             for layer, hook in self.modules(model).items():
                 if layer in deltas:
                     hook.down, hook.up = deltas[layer]
-                    hook.gate = self._gate(layer, getattr(hook.gate, "context", SequenceMask()))
+                    hook.gate = self._gate(layer, hook.gate.watcher)
                     self._place(hook, hook.base)
 
     def _left_out(self) -> list[int]:
         """The edits whose share is not in Δ."""
-        keyed = self.config.gate == KeyedGate.name
-        return [] if keyed else [edit.id for edit in self.edits if not edit.enabled]
+        if self._gate_type.tells_edits_apart:
+            return []
+        return [edit.id for edit in self.edits if not edit.enabled]
 
     def _deltas(self, layers: Sequence[int]) -> dict[int, Delta]:
         shapes, left_out = self.base.shapes, self._left_out()
         return {layer: self.journal.delta(layer, shapes[layer], left_out) for layer in layers}
 
-    def _gate(self, layer: int, context: SequenceMask) -> Gate:
+    @property
+    def _gate_type(self) -> type[Gate]:
+        return GATES[self.config.gate]
+
+    def _gate(self, layer: int, watcher: PassWatcher | None) -> Gate:
         batches = self.journal.batches
         threshold = batches[-1].thresholds[layer] if batches else Threshold()
-        if self.config.gate == CalibratedGate.name:
-            return CalibratedGate(threshold)
-        if self.config.gate == SequenceGate.name:
-            return SequenceGate(threshold, context)
         projection, offset = self.sketches[layer]
-        fingerprints, owner = self.journal.fingerprints(layer, len(offset))
-        enabled = self.journal.in_force()[owner]
-        return KeyedGate(threshold, projection, offset, fingerprints, owner, enabled)
+        marks = self.journal.fingerprints(layer, len(offset))
+        edits = LayerEdits(projection, offset, *marks, self.journal.in_force())
+        return self._gate_type.build(threshold, edits, watcher)
 
     def _place(self, hook: HookLinear, base: nn.Module) -> None:
         """Move a hook's own tensors to where its base module is, in the dtype it computes in."""

@@ -18,6 +18,7 @@ from coachhook.facts.request import EditRequest
 from coachhook.models import embedded
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import input_device
+from coachhook.models.placement import parameters_of
 from coachhook.models.tokens import encode_request
 from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.text import SEQUENCE_LENGTH
@@ -131,7 +132,7 @@ class Sizes:
 
     parameters: of the whole model, and block_parameters of one block. heads_width: width of all
     query heads together, cache_width that of a token's keys and values in one block's KV cache.
-    weights_bytes: of all weights and buffers. itemsize: of one activation.
+    weights_bytes: of the weights and buffers that are in memory. itemsize: of one activation.
     """
 
     blocks: int
@@ -149,23 +150,24 @@ class Sizes:
 
     @classmethod
     def of(cls, model: Any, architecture: Architecture) -> "Sizes":
-        """The sizes of `model`, which may stand on the meta device."""
+        """The sizes of `model`, which may be offloaded in part or stand on the meta device."""
         config = model.config.get_text_config()
         blocks = architecture.blocks(model)
         hidden, heads = config.hidden_size, config.num_attention_heads
         head = getattr(config, "head_dim", None) or hidden // heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        tensors = [*model.parameters(), *model.buffers()]
+        parameters = parameters_of(model)
+        in_memory = [t for t in (*parameters, *model.buffers()) if not t.is_meta]
         return cls(
             blocks=len(blocks),
             hidden=hidden,
             d_in=architecture.d_in(model, 0),
             vocabulary=config.vocab_size,
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for p in parameters),
             block_parameters=sum(p.numel() for p in blocks.parameters()) // len(blocks),
             heads_width=heads * head,
             cache_width=2 * groups * head,
-            weights_bytes=sum(t.numel() * t.element_size() for t in tensors),
+            weights_bytes=sum(t.numel() * t.element_size() for t in in_memory),
             itemsize=model.dtype.itemsize,
             dtype=model.dtype,
             device=input_device(model),

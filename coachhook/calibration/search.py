@@ -38,7 +38,8 @@ from coachhook.statistics.source import StatisticsSource
 from coachhook.system.progress import track
 
 MINUTES = 6.0
-# Above the middle of the depth a value has too little left to act on (csrc_notes/editing.md).
+# Above the middle of the depth a value has too little left to act on
+# (csrc_notes/editing-capacity.md).
 _SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
 # A larger fingerprint must separate better by this much; a layer may separate worse by that much,
 # because later layers make values that generalise better.

@@ -1,4 +1,5 @@
-"""Consecutive closed-form update of one layer, by recursive least squares (design section 2).
+"""Consecutive closed-form update of one layer, by recursive least squares
+(csrc_notes/method.md, "Batch update" and "Recursive inverse").
 
 Paper Eq. 10-14: `Δ_new = R K₂ᵀ C_accu⁻¹` with `C_accu = λ C₀ + K' K'ᵀ + K₂ K₂ᵀ`. Only the inverse
 is kept, one triangle of it; a batch of c keys costs about `3 d_in² c` multiplications and additions

@@ -1,19 +1,64 @@
-"""The threshold of a layer's gate after a batch."""
+"""The threshold of a layer's gate after a batch: the gate chooses, by what it may ask for here."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from coachhook.config import EditConfig
 from coachhook.editing.contexts import Contexts
 from coachhook.editing.layer_writer import LayerWriter
-from coachhook.hooks.gates import CalibratedGate, KeyedGate, Threshold
+from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.layer import HookLinear
 from coachhook.hookset import HookSet
-from coachhook_kernels import difference_norm, sequence_zscore
+from coachhook_kernels import Delta
 
-_ROUNDING = 1e-3
+
+@dataclass(frozen=True)
+class _Evidence:
+    """See `coachhook.hooks.gates.gate.Evidence`."""
+
+    hooks: HookSet
+    model: Any
+    layer: int
+    hook: HookLinear
+    writer: LayerWriter
+    contexts: Contexts
+    rate: float
+
+    @property
+    def settings(self) -> EditConfig:
+        return self.hooks.config
+
+    @property
+    def before(self) -> Threshold | None:
+        batches = self.hooks.journal.batches
+        return batches[-2].thresholds[self.layer] if len(batches) > 1 else None
+
+    @property
+    def background(self) -> Tensor:
+        return self.writer.background
+
+    def delta(self) -> Delta:
+        delta = self.hooks.journal.delta(self.layer, self.hooks.base.shapes[self.layer])
+        return delta.to(self.hook.down.dtype, self.hook.down.device)
+
+    def delta_in_force(self) -> Delta:
+        return self.hook.delta
+
+    def nearest(self) -> Tensor | None:
+        return self.writer.background_scores.of(self.hooks.journal, self.layer)
+
+    def at_subjects(self, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        mask = self.contexts.padded.mask.bool()
+
+        def some(_: HookLinear, keys: Tensor, rows: slice) -> Tensor:
+            return read(keys, mask[rows].to(keys.device))
+
+        tokens = self.settings.values.tokens
+        (found,), _ = self.contexts.read(self.model, [self.hook], tokens, what=some)
+        return found[: self.contexts.n_requests]
 
 
 def threshold(
@@ -26,31 +71,5 @@ def threshold(
     rate: float,
 ) -> Threshold:
     """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
-    if hooks.config.gate == KeyedGate.name:
-        scores = writer.background_scores.of(hooks.journal, layer)
-        if scores is None:
-            return Threshold()
-        found = Threshold.above(scores, rate)
-        least = (hooks.config.resemblance - found.mean) / found.std
-        return replace(found, alpha=max(found.alpha, least))
-    if hooks.config.gate == CalibratedGate.name:
-        # Disabled edits too: they may come back, and must then find their threshold.
-        delta = hooks.journal.delta(layer, hooks.base.shapes[layer])
-        delta = delta.to(hook.down.dtype, hook.down.device)
-        pieces = writer.background.split(4096)
-        norms = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]
-        return Threshold.above(torch.cat(norms).cpu(), rate, hooks.config.calibrated_alpha)
-
-    def zscores(hook: HookLinear, keys: Tensor, rows: slice) -> Tensor:
-        norms = difference_norm(hook.delta.project(keys))
-        return sequence_zscore(norms, contexts.padded.mask[rows].bool().to(norms.device))
-
-    (z,), _ = contexts.read(model, [hook], hooks.config.values.tokens, what=zscores)
-    at_subject = z[: contexts.n_requests]
-    reachable = at_subject[~at_subject.isnan()]
-    alphas = [hooks.config.sequence_alpha]
-    alphas += [b.thresholds[layer].alpha for b in hooks.journal.batches[-2:-1]]
-    # The paper's rule: α falls to the least z-score of any edit, batch after batch; a little below
-    # it, because the same token in another batch rounds otherwise.
-    alphas += [reachable.min().item() - _ROUNDING] if len(reachable) else []
-    return Threshold(alpha=min(alphas))
+    gate = GATES[hooks.config.gate]
+    return gate.choose(_Evidence(hooks, model, layer, hook, writer, contexts, rate))

@@ -17,7 +17,7 @@ from coachhook.editing.value_rows import contexts_of, prepare, score
 from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
-from coachhook.models.passes import eval_mode, is_out_of_memory, starting_after
+from coachhook.models.passes import eval_mode, input_device, is_out_of_memory, starting_after
 from coachhook.models.tokens import Row
 from coachhook.system.processes import ALONE, Processes
 
@@ -105,8 +105,8 @@ def optimise_values(
     found = processes.gather(found)
     everyone = range(len(requests))
     return TargetValues(
-        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(model.device),
-        torch.stack([found[f"loss.{i}"] for i in everyone]).to(model.device),
+        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(input_device(model)),
+        torch.stack([found[f"loss.{i}"] for i in everyone]).to(input_device(model)),
     )
 
 

@@ -1,7 +1,8 @@
 """Writing one batch of target values into the hooked layers, from the lowest up.
 
 The residual is spread over the layers: each takes an equal share of what is still missing at the
-output of the last one, and keys and residual are collected again after each (design section 2).
+output of the last one, and keys and residual are collected again after each
+(csrc_notes/method.md, "Spreading over layers").
 """
 
 from typing import Any

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from coachhook.errors import ConfigError
-from coachhook.models.passes import final_hidden, logits_of
+from coachhook.models.passes import final_hidden, input_device, logits_of
 from coachhook.models.tokens import context_length
 
 _PIECE = 256
@@ -79,7 +79,9 @@ def compare_text(model: Any, tokenizer: Any, text: str, off: Off) -> TextScores:
 
 def _predictions(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
     """The tokens that follow `(t, 1)`, and log-probabilities of all tokens there `(t, v)`."""
-    piece = torch.tensor([ids], device=model.device)
+    piece = torch.tensor([ids], device=input_device(model))
     with torch.no_grad():
         final = final_hidden(model, input_ids=piece, use_cache=False).last_hidden_state
-        return piece[0, 1:, None], logits_of(model, final[0, :-1]).log_softmax(-1)
+        log_p = logits_of(model, final[0, :-1]).log_softmax(-1)
+        # Output and input embeddings may live on different devices.
+        return piece[0, 1:, None].to(log_p.device), log_p

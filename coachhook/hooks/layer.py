@@ -10,15 +10,13 @@ from torch.nn.functional import linear
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from coachhook.hooks.gates import Gate, GateReading, KeyedGate, SequenceGate
+from coachhook.hooks.gates import Gate, GateReading
 from coachhook.hooks.tensor_parallel import RowParallel, local
 from coachhook_kernels import (
     Delta,
     TokenGate,
     hook_correction,
     hook_correction_,
-    hook_linear,
-    hook_linear_sequence,
 )
 
 
@@ -81,12 +79,9 @@ class HookLinear(nn.Module):
             return self._summed(keys, self.row_parallel)
         plain = not torch.is_autocast_enabled(keys.device.type) and not _differentiated_forward()
         if plain and self.state is HookState.VALIDATED:
-            gate = self.gate.per_token()
-            if gate is not None:
-                return self._gated(keys, gate)
-            weight = _plain_weight(self.base)
-            if weight is not None and isinstance(self.gate, SequenceGate):
-                return self._gated_by_sequence(keys, weight, self.gate)
+            gated = self._gated(keys)
+            if gated is not None:
+                return gated
         output: Tensor = self.base(keys)
         projected = self.delta.project(keys)
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
@@ -98,8 +93,7 @@ class HookLinear(nn.Module):
         if self.row_parallel is None:
             return
         self.down = self.row_parallel.columns(self.down)
-        if isinstance(self.gate, KeyedGate):
-            self.gate.projection = self.row_parallel.columns(self.gate.projection)
+        self.gate.split(self.row_parallel.columns)
 
     def _summed(self, keys: Tensor, shared: RowParallel) -> Tensor:
         """The output where processes share the base: what this process has of `W k`, `A k` and
@@ -124,11 +118,19 @@ class HookLinear(nn.Module):
         projected = self.delta.project(keys)
         return [projected] if sketch is None else [projected, sketch]
 
-    def _gated(self, keys: Tensor, gate: TokenGate) -> Tensor:
-        """The validated output by one operation, or by two where the base must run by itself."""
+    def _gated(self, keys: Tensor) -> Tensor | None:
+        """The validated output by one operation, or by two where the base must run by itself; None
+        under a gate that the operations do not know."""
         weight = _plain_weight(self.base)
         if weight is not None and weight.dtype == keys.dtype:
-            return hook_linear(keys, weight, self.bias, self.delta, gate)[0]
+            fused = self.gate.fused(keys, weight, self.bias, self.delta)
+            if fused is not None:
+                return fused
+        gate = self.gate.per_token()
+        return None if gate is None else self._corrected(keys, gate)
+
+    def _corrected(self, keys: Tensor, gate: TokenGate) -> Tensor:
+        """The base's own output, corrected."""
         output: Tensor = self.base(keys)
         if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
             score, _ = gate.read(keys.detach(), self.delta)
@@ -139,14 +141,6 @@ class HookLinear(nn.Module):
         output = output.clone() if watched or type(self.base) not in (nn.Linear, Conv1D) else output
         hook_correction_(output, keys, self.delta, gate)
         return output
-
-    def _gated_by_sequence(self, keys: Tensor, weight: Tensor, gate: SequenceGate) -> Tensor:
-        shape, mask = gate.context.of(keys.shape[:-1])
-        sequences = keys.reshape(*shape, keys.shape[-1])
-        output, _, _ = hook_linear_sequence(
-            sequences, weight, self.bias, self.delta, mask, gate.alpha
-        )
-        return output.reshape(*keys.shape[:-1], output.shape[-1])
 
     def _open(self, keys: Tensor, projected: Tensor, sketch: Tensor | None = None) -> Tensor:
         if self.state is HookState.TEMPORARY:

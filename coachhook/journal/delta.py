@@ -1,4 +1,5 @@
-"""Δ of a layer as a running sum: each batch adds its share, as factors or dense (design section 2).
+"""Δ of a layer as a running sum: each batch adds its share, as factors or dense
+(csrc_notes/method.md, "Low-rank Δ").
 
 As long as it saves memory, `Δ = U A` with orthonormal `U`, so that `‖Δ k‖ = ‖A k‖`; dense from then
 on. The result depends on the batches and their order alone, so that a folder read again, a batch

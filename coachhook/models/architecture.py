@@ -88,7 +88,7 @@ class Architecture:
 
 def default_layers(n_blocks: int) -> tuple[int, ...]:
     """Three layers that end a little under two fifths of the depth: above that, keys say less of
-    the subject; more layers carried no more (csrc_notes/editing.md)."""
+    the subject; more layers carried no more (csrc_notes/editing-capacity.md)."""
     last = min(round(0.38 * n_blocks), n_blocks - 1)
     return tuple(range(max(0, last - 2), last + 1))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from coachhook.errors import ContextLengthError
-from coachhook.models.passes import in_parts
+from coachhook.models.passes import in_parts, input_device
 from coachhook.models.tokens import context_length, tokenize
 
 # Prompts decoded at once, alike in length. With 32 a prompt took 1.3 times as long on a CPU.
@@ -69,10 +69,11 @@ def greedy(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens
         eos_token_id=tokenizer.eos_token_id if ends is None else ends,
         pad_token_id=tokenizer.pad_token_id,
     )
+    device = input_device(model)
     with torch.no_grad():
         out: Tensor = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             generation_config=config,
         )
     return out[:, ids.shape[1] :]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.errors import NotEnoughMemoryError
+from coachhook.models.placement import device_of
 
 Result = TypeVar("Result")
 
@@ -73,10 +74,9 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where `model` takes its inputs: where its embeddings are. Embeddings that are kept elsewhere
-    until they are needed (offloaded) take inputs from the CPU."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return torch.device("cpu") if device.type == "meta" else device
+    """Where `model` takes its inputs: where its embeddings compute. `model.device` is where the
+    first of its weights is, which is nowhere (meta) while that is offloaded."""
+    return device_of(model.get_input_embeddings())
 
 
 def read_pass(

@@ -27,6 +27,17 @@ def whole(module: nn.Module, name: str = "weight") -> Tensor:
     return fetched
 
 
+def parameters_of(model: nn.Module) -> list[Tensor]:
+    """Every parameter once. Those that are tied are no longer one tensor when either is offloaded,
+    but their names tell."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name not in tied or parameter is model.get_parameter(tied[name])
+    ]
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module computes: for one that is kept elsewhere, not where its weights are."""
     tensors = [*module.parameters(), *module.buffers()]

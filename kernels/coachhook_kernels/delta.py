@@ -1,4 +1,5 @@
-"""The gated correction `Δ k` of a down-projection's output (paper Eq. 15; design section 2)."""
+"""The gated correction `Δ k` of a down-projection's output (paper Eq. 15; csrc_notes/method.md,
+"Forward")."""
 
 from typing import NamedTuple
 

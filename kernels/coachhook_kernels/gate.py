@@ -1,4 +1,5 @@
-"""The per-token gates as tensors: what an operation needs to score a key (design section 2)."""
+"""The per-token gates as tensors: what an operation needs to score a key (csrc_notes/method.md,
+"Gates")."""
 
 from typing import NamedTuple
 

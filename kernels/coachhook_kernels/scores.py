@@ -1,4 +1,5 @@
-"""Scores of the three gates: how much a token looks like an edited one (design section 2)."""
+"""Scores of the three gates: how much a token looks like an edited one
+(csrc_notes/method.md, "Gates")."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -193,7 +193,7 @@ def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
         after = perplexity(model, tokenizer, PAGE)
         assert after == pytest.approx(scores.perplexity_before, rel=0.005)
         assert open_in_background(editor) <= 0.0005
-        # Asked of near neighbours of what is edited, as csrc_notes/editing.md has it.
+        # Asked of near neighbours of what is edited, as csrc_notes/editing-gates.md has it.
         beside = [encode(tokenizer, p.prompt, p.answer) for r in in_force for p in r.locality]
         edited = first_choices(model, tokenizer, beside)
         with editor.hooks.off(model):

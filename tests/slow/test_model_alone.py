@@ -75,7 +75,7 @@ def test_other_gates(gate: str) -> None:
     rows = [encode_request(editor.tokenizer, fact) for fact in FACTS[:6]]
     reliability = fmean(target_hits(editor.model, editor.tokenizer, rows))
     if gate == "calibrated":
-        # Of other subjects' tokens it promises nothing: csrc_notes/editing.md has the figure.
+        # Of other subjects' tokens it promises nothing: csrc_notes/editing-gates.md has the figure.
         assert open_in_background(editor) <= 0.0005
     editor.close()
     # The paper's gate misses edits by its nature; it must not do nothing.
