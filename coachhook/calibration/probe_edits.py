@@ -19,10 +19,8 @@ from coachhook.evaluation.metrics import (
 )
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
+from coachhook.models.decoding import BEYOND_TARGET
 from coachhook.models.tokens import context_length, encode_request
-
-# Behind the longest target, to see the word end.
-_EXTRA_TOKENS = 2
 
 
 def probe_requests() -> list[EditRequest]:
@@ -82,7 +80,7 @@ class Probes:
         for probe in probe_requests():
             rows = [encode_request(tokenizer, probe, text) for text in contexts]
             rows += [question.row for question in questions(tokenizer, [probe])]
-            if limit is None or max(len(row.ids) for row in rows) + _EXTRA_TOKENS <= limit:
+            if limit is None or max(len(row.ids) for row in rows) + BEYOND_TARGET <= limit:
                 requests.append(probe)
         if not requests:
             raise ContextLengthError(
@@ -92,7 +90,7 @@ class Probes:
         asked = questions(tokenizer, requests)
         beside = [question for question in asked if question.is_beside]
         longest = max(question.row.n_target for question in asked if not question.is_beside)
-        new_tokens = longest + _EXTRA_TOKENS
+        new_tokens = longest + BEYOND_TARGET
         return cls(requests, asked, ask(model, tokenizer, beside, new_tokens), new_tokens)
 
     def scores(self, model: Any, tokenizer: Any) -> ProbeScores:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
-from coachhook.editing.layer_writer import layer_sketch
+from coachhook.editing.layer_writer import ALIKE, layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
 from coachhook.models.reading import read_rows
@@ -18,7 +18,6 @@ from coachhook.statistics.measure import KeyStatistics
 
 SIZES = (32, 64, 128)
 _FLOORS = tuple(step / 100 for step in range(30, 96))
-_ALIKE = 0.62
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def sink_share(sketches: ProbeSketches, size: int) -> float:
     """Share of pairs of first words with nearly the same key: near 1 where a layer has an attention
     sink."""
     first = _unit(sketches.first, size)
-    return float(((first @ first.T) >= _ALIKE).float().mean())
+    return float(((first @ first.T) >= ALIKE).float().mean())
 
 
 def _ceiling(scores: Tensor, rate: float) -> float:

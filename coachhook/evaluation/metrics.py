@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook.evaluation.bootstrap import METRICS
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
 from coachhook.models.reading import read_targets
@@ -105,9 +106,7 @@ def score(
     """The metrics of each of `n` requests: of each metric the means over the request's own
     questions. before: the unedited model's answers to those that are beside."""
     plain = iter(before)
-    found: list[dict[str, list[Scores]]] = [
-        {"reliability": [], "generality": [], "locality": []} for _ in range(n)
-    ]
+    found: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
     for question, answer in zip(asked, answers, strict=True):
         scores = _same(answer, next(plain)) if question.is_beside else _met(question, answer)
         found[question.owner][question.metric].append(scores)

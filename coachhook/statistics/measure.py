@@ -34,8 +34,9 @@ from coachhook_kernels.key_covariance import mirror_
 
 logger = logging.getLogger(__name__)
 
-_BACKGROUND = 65_536
-_FIRST = 1_024
+# Of each layer: how many keys of ordinary tokens are kept at most, and of how many first words.
+MOST_BACKGROUND = 65_536
+FIRST_WORDS = 1_024
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,11 @@ def _measure(
     processes: Processes,
     advance: Progress,
 ) -> KeyStatistics:
-    starts = reader.read(Batch(corpus.first_tokens(reader.tokenizer, _FIRST, seed=seed)))
+    starts = reader.read(Batch(corpus.first_tokens(reader.tokenizer, FIRST_WORDS, seed=seed)))
     sums = _empty(starts, processes)
     done, partial = _resume(file, sums, processes)
     for shard, n_before in _dealt(shards, done, processes, advance):
-        n_background = min(shard.n_tokens, _BACKGROUND - n_before)
+        n_background = min(shard.n_tokens, MOST_BACKGROUND - n_before)
         sums.add(reader, shard, shard.read(advance), n_background)
         partial.keep(sums)
     count = torch.tensor([sum(sums.shards.values())])
