@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from coachhook.hookset import HookSet
     from coachhook.journal.journal import EditRecord, Verdict
     from coachhook.statistics.source import StatisticsSource
+    from coachhook.system.processes import joined
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "StatisticsSource",
     "ValueConfig",
     "Verdict",
+    "joined",
     "load_requests",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "StatisticsSource": "statistics.source",
     "ValueConfig": "config",
     "Verdict": "journal.journal",
+    "joined": "system.processes",
     "load_requests": "facts.loaders",
 }
 

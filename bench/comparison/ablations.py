@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import coachhook as ch
-from bench.editing.consecutive import demo_facts
+from bench.harness.facts import chosen_facts, in_batches
 from bench.harness.run_folder import checksum, kept, run_folder
-from bench.harness.script import run_script
+from bench.harness.script import FAILURES, Count, Facts, First, Json, Run, run_script
 from coachhook.editing.values import optimise_values
 from coachhook.errors import NotEnoughMemoryError
 from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, mean_of
@@ -142,7 +142,7 @@ def measure(
         return found | edited(variant, model_name, requests, values)
     except NotEnoughMemoryError:
         raise
-    except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
+    except FAILURES as error:
         return found | {"failure": str(error)}
 
 
@@ -151,8 +151,7 @@ def edited(
 ) -> dict[str, Any]:
     model, tokenizer = load_model(model_name, dtype=variant.dtype)
     wanted = values.of(model, tokenizer, variant)
-    size = variant.batch_size
-    batches = [latest(requests[i : i + size]) for i in range(0, len(requests), size)]
+    batches = [latest(batch) for batch in in_batches(requests, variant.batch_size)]
     with ch.Editor.from_pretrained(model, tokenizer, config=variant.config) as editor:
         began = time.perf_counter()
         verdicts = dict.fromkeys(map(str, ch.Verdict), 0)
@@ -173,19 +172,17 @@ def edited(
 
 
 def main(
-    facts: Annotated[Path | None, typer.Argument()] = None,
-    first: Annotated[int, typer.Option(min=0)] = 0,
-    edits: Annotated[int, typer.Option(min=1)] = 50,
+    facts: Facts = None,
+    first: First = 0,
+    edits: Count = 50,
     only: Annotated[list[str] | None, typer.Option()] = None,
     text: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None,
     model: str = "smollm2",
-    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    run: Run = None,
+    as_json: Json = False,
 ) -> None:
-    path = facts or demo_facts()
-    requests = ch.load_requests(path).requests[first : first + edits]
-    if not requests:
-        raise typer.BadParameter(f"{path} has no facts from number {first} on")
+    """Edit the same facts under every variant."""
+    path, requests = chosen_facts(facts, first, edits)
     chosen = variants(load_model(model)[0].config.num_hidden_layers, text)
     groups = list(dict.fromkeys(variant.group for variant in chosen))
     if unknown := set(only or ()) - set(groups):

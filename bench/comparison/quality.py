@@ -7,15 +7,13 @@ FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the d
 as the edits is single-round editing. After every `every` batches, and at the end, the last request
 of every fact so far is evaluated by the code of `coachhook eval`, also where an editor refused it.
 Target values are optimised once, on the unedited model, and given to every editor that takes them.
-NAME is one of bench/editors, with @ and a number behind it where its own number is not wanted. With
---run the values and each editor's result are kept in DIR, and the same command goes on with the
-editors that are missing.
+NAME is one of bench/comparison/editors, with @ and a number behind it where its own number is not
+wanted. With --run the values and each editor's result are kept in DIR, and the same command goes on
+with the editors that are missing.
 """
 
 import gc
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import coachhook as ch
@@ -39,14 +37,16 @@ from bench.comparison.editors import (
     EDITORS_VERSION,
     MAKERS,
     Setting,
+    hooked_layers,
     make_editor,
     named,
     takes_values,
 )
-from bench.editing.consecutive import demo_facts
+from bench.harness.facts import chosen_facts, in_batches
+from bench.harness.machine import device_name, machine
 from bench.harness.memory import peak_memory
-from bench.harness.run_folder import checksum, kept, run_folder
-from bench.harness.script import run_script
+from bench.harness.run_folder import checksum, damaged, kept, run_folder, write
+from bench.harness.script import FAILURES, Count, Facts, First, Json, Run, run_script
 from bench.harness.timing import Timings, take_turns
 from coachhook.editing.values import optimise_values
 from coachhook.errors import NotEnoughMemoryError
@@ -73,24 +73,22 @@ class Values:
 
 
 def main(
-    facts: Annotated[Path | None, typer.Argument()] = None,
-    first: Annotated[int, typer.Option(min=0)] = 0,
-    edits: Annotated[int, typer.Option(min=1)] = 200,
+    facts: Facts = None,
+    first: First = 0,
+    edits: Count = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 10,
     every: Annotated[int, typer.Option(min=1)] = 10,
     editor: Annotated[list[str] | None, typer.Option()] = None,
     model: str = "smollm2",
-    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    run: Run = None,
+    as_json: Json = False,
 ) -> None:
+    """Put every editor through the same edits."""
     try:
         names = list(dict.fromkeys(named(name) for name in editor or MAKERS))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    path = facts or demo_facts()
-    requests = ch.load_requests(path).requests[first : first + edits]
-    if not requests:
-        raise typer.BadParameter(f"{path} has no facts from number {first} on")
+    path, requests = chosen_facts(facts, first, edits)
     protocol = protocol_of(path, requests, batch_size, every, model)
     with tempfile.TemporaryDirectory() as temporary:
         results = compare(protocol, requests, names, run or Path(temporary))
@@ -115,16 +113,7 @@ def protocol_of(
         "model": model,
         "config": ch.EditConfig().to_dict(),
         "editors": EDITORS_VERSION,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-    }
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "device": device_name(),
     }
 
 
@@ -177,7 +166,7 @@ def measure(
                 subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
             except NotEnoughMemoryError:
                 raise
-            except (ch.CoachhookError, torch.linalg.LinAlgError) as error:
+            except FAILURES as error:
                 failure = f"batch {number}: {error}"
                 break
             asked += len(batch)
@@ -187,7 +176,7 @@ def measure(
                 so_far = latest(requests[:asked])
                 found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
                 first = [
-                    record.reliability.teacher_forced
+                    record.reliability.teacher_forced or 0.0
                     for request, record in zip(so_far, found.records, strict=True)
                     if request in batches[0][0]
                 ]
@@ -253,8 +242,7 @@ def consecutive(
     requests: Sequence[EditRequest], size: int
 ) -> list[tuple[Sequence[EditRequest], list[EditRequest]]]:
     """Batches in order, each with what an editor is given of it: one request a fact."""
-    batches = [requests[i : i + size] for i in range(0, len(requests), size)]
-    return [(batch, latest(batch)) for batch in batches]
+    return [(batch, latest(batch)) for batch in in_batches(requests, size)]
 
 
 def target_values(
@@ -264,32 +252,34 @@ def target_values(
     config: ch.EditConfig,
     place: Path,
 ) -> Values:
-    """Kept in `place`."""
-    kept = place / "values.safetensors"
-    if not kept.exists():
-        setting = Setting.of(model, tokenizer, config)
+    """The values of all requests, from `place` or measured now and kept there.
+
+    Raises `damaged` if what is kept there are not whole values of so many requests.
+    """
+    path = place / "values.safetensors"
+    if not path.exists():
+        architecture, layers = hooked_layers(model, config)
         began = time.perf_counter()
         with track("target values", len(requests)) as advance:
             found = optimise_values(
                 model,
                 tokenizer,
-                setting.architecture,
-                setting.layers[-1],
+                architecture,
+                layers[-1],
                 requests,
                 config.values,
                 advance,
             )
         took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        staging = kept.with_suffix(".writing")
-        save_file({"hidden": found.hidden.contiguous(), "seconds": took}, staging)
-        staging.replace(kept)
+        write(path, save({"hidden": found.hidden.contiguous(), "seconds": took}))
     try:
-        tensors = load_file(kept)
-        return Values(tensors["hidden"], float(tensors["seconds"]))
+        tensors = load_file(path)
+        values = Values(tensors["hidden"], float(tensors["seconds"]))
     except (SafetensorError, KeyError):
-        raise typer.BadParameter(
-            f"{kept} is damaged; delete it, and the same command goes on"
-        ) from None
+        raise damaged(path) from None
+    if len(values.hidden) != len(requests):
+        raise damaged(path)
+    return values
 
 
 def show(document: dict[str, Any]) -> None:

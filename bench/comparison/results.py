@@ -4,13 +4,14 @@
     python -m bench.comparison.results --write
 
 The first takes hours on two cores, and goes on where it was stopped; the second writes the page
-alone, from bench/results/*.json. COUNTERFACT and QAEDIT are files of records of those kinds, which
-are not shipped here. The figures of each run go to bench/results/NAME.json, and a page to look at
-to DIR/NAME.html.
+alone, from bench/comparison/results/*.json. COUNTERFACT and QAEDIT are files of records of those
+kinds, which are not shipped here. The figures of each run go to NAME.json in that folder, and a
+page to look at to DIR/NAME.html.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,11 +20,11 @@ import typer
 import coachhook as ch
 from bench.comparison import quality
 from bench.comparison.editors import MAKERS, named
-from bench.harness.run_folder import read, write
-from bench.harness.script import run_script
+from bench.harness.facts import part_of
+from bench.harness.run_folder import read_json, write, write_json
+from bench.harness.script import Run, run_script
 from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, lead
 from coachhook.facts.request import EditRequest
-from coachhook.journal.tensor_file import write as write_file
 from coachhook.report.page import write_report
 from coachhook.report.runs import load_run
 
@@ -62,13 +63,16 @@ RUNS = (
 def main(
     counterfact: Annotated[Path | None, typer.Argument()] = None,
     qaedit: Annotated[Path | None, typer.Argument()] = None,
-    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
+    run: Run = None,
     only: Annotated[list[str] | None, typer.Option()] = None,
-    write: Annotated[bool, typer.Option("--write")] = False,
+    write_only: Annotated[
+        bool, typer.Option("--write", help="Measure nothing; write the page of what is kept.")
+    ] = False,
 ) -> None:
-    if write and (counterfact or qaedit or run or only):
+    """Measure all comparisons, or those named, and write RESULTS.md."""
+    if write_only and (counterfact or qaedit or run or only):
         raise typer.BadParameter("--write measures nothing: give it alone")
-    if not write:
+    if not write_only:
         if counterfact is None or qaedit is None or run is None:
             raise typer.BadParameter("give COUNTERFACT, QAEDIT and --run DIR; or --write alone")
         files = {"counterfact": counterfact, "qaedit": qaedit}
@@ -84,20 +88,18 @@ def main(
     found = kept()
     if not found:
         raise typer.BadParameter(f"there is nothing in {KEPT} to write a page of")
-    write_file(PAGE, page(found).encode())
+    write(PAGE, page(found).encode())
 
 
 def keep(asked: Asked, file: Path, facts: Sequence[EditRequest], place: Path) -> None:
     """Run one comparison and keep its figures."""
-    requests = facts[asked.first : asked.first + asked.edits]
-    if not requests:
-        raise typer.BadParameter(f"{file} has no facts from number {asked.first} on")
+    requests = part_of(file, facts, asked.first, asked.edits)
     protocol = quality.protocol_of(file, requests, asked.batch_size, asked.every, MODEL)
     names = [named(name) for name in MAKERS]
     results = quality.compare(protocol, requests, names, place / asked.name)
     KEPT.mkdir(exist_ok=True)
     found = {"asked": vars(asked), **figures(protocol, results)}
-    write(KEPT / f"{asked.name}.json", found)
+    write_json(KEPT / f"{asked.name}.json", found)
     # A folder may hold editors of other numbers beside these.
     whole = load_run(place / asked.name)
     write_report(replace(whole, editors=dict(results)), place / f"{asked.name}.html")
@@ -108,6 +110,7 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
     # One that failed half-way has answered fewer records: it is told apart, not compared.
     last = {name: r["points"][-1] for name, r in results.items() if not r["failure"]}
     best = max(last, key=lambda name: last[name]["harmonic_mean"] or 0.0, default=None)
+    ahead = last[best]["records"] if best else None
     found = {}
     for name, result in results.items():
         if name not in last:
@@ -118,16 +121,7 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
             "failure": None,
             "machine": result["machine"],
             **{metric: point[metric] for metric in METRICS},
-            "means": {
-                form: {
-                    "mean": harmonic(records, *forms),
-                    "interval": interval(records, lambda some, f=forms: harmonic(some, *f)),
-                    "behind": None
-                    if name == best
-                    else lead(last[best]["records"], records, *forms),
-                }
-                for form, forms in MEANS.items()
-            },
+            "means": means_of(records, ahead if name != best else None),
             "preferences": point["preferences"],
             "perplexity_change": point["perplexity_after"] / point["perplexity_before"] - 1,
             "divergence": point["divergence"],
@@ -145,6 +139,26 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
     }
 
 
+def means_of(
+    records: Sequence[dict[str, Any]], ahead: Sequence[dict[str, Any]] | None
+) -> dict[str, Any]:
+    """Harmonic means of an editor's records, and how far they are behind those of the editor
+    `ahead`, None if there is none."""
+    found = {}
+    for form, forms in MEANS.items():
+        mean = partial(_harmonic, forms)
+        found[form] = {
+            "mean": mean(records),
+            "interval": interval(records, mean),
+            "behind": None if ahead is None else lead(ahead, records, *forms),
+        }
+    return found
+
+
+def _harmonic(forms: Sequence[str], records: Sequence[dict[str, Any]]) -> float | None:
+    return harmonic(records, *forms)
+
+
 def before(point: Mapping[str, Any]) -> dict[str, Any]:
     """The unedited model, which is the same beside every editor."""
     return {
@@ -158,7 +172,7 @@ def before(point: Mapping[str, Any]) -> dict[str, Any]:
 def kept() -> dict[str, dict[str, Any]]:
     """The figures of every run that was kept, in the order of `RUNS`."""
     files = {asked.name: KEPT / f"{asked.name}.json" for asked in RUNS}
-    return {name: read(file) for name, file in files.items() if file.exists()}
+    return {name: read_json(file) for name, file in files.items() if file.exists()}
 
 
 def page(runs: Mapping[str, Mapping[str, Any]]) -> str:

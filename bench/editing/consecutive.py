@@ -14,9 +14,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 import typer
@@ -24,31 +23,31 @@ from rich.console import Console
 from rich.table import Table
 
 import coachhook as ch
-from bench.harness.script import run_script
+from bench.harness.facts import chosen_facts, in_batches
+from bench.harness.run_folder import damaged, write
+from bench.harness.script import Count, Facts, First, Json, Run, run_script
 from coachhook.evaluation.evaluate import evaluate
-from coachhook.facts.remaining import latest
-from coachhook.journal import folder
+from coachhook.facts.remaining import latest, remaining
+from coachhook.session import Options, opened
 from coachhook.system.progress import track
 
 FIRST_EDITS = 100
 
 
 def main(
-    facts: Annotated[Path | None, typer.Argument()] = None,
-    first: int = 0,
-    edits: int = 100,
+    facts: Facts = None,
+    first: First = 0,
+    edits: Count = 100,
     batch_size: int = 10,
     gate: str = "keyed",
     model: str = "smollm2",
-    run: Annotated[Path | None, typer.Option(file_okay=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    run: Run = None,
+    as_json: Json = False,
 ) -> None:
-    path = facts or demo_facts()
-    requests = ch.load_requests(path).requests[first : first + edits]
-    batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
+    """Edit the facts, and measure what each batch took and what all of them do."""
+    path, requests = chosen_facts(facts, first, edits)
     with tempfile.TemporaryDirectory() as temporary:
-        place = run or Path(temporary)
-        editor, log = edit_all(batches, model, ch.EditConfig(gate=gate), place)
+        editor, log = edit_all(requests, batch_size, model, gate, run or Path(temporary))
         result = {
             "facts": path.name,
             "edits": len(requests),
@@ -62,60 +61,56 @@ def main(
         show(result)
 
 
-def demo_facts() -> Path:
-    """The facts that come with the package."""
-    return Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
-
-
 def edit_all(
-    batches: Sequence[Sequence[ch.EditRequest]], model: str, config: ch.EditConfig, place: Path
+    requests: Sequence[ch.EditRequest], batch_size: int, model: str, gate: str, place: Path
 ) -> tuple[ch.Editor, list[dict[str, Any]]]:
     """The editor after every batch, and what each took; goes on from what `place` holds."""
-    hooks, lines = place / "edits", place / "batches.jsonl"
-    with folder.locked(hooks):
-        if folder.exists(hooks):
-            editor = ch.Editor.resume(hooks)
-        else:
-            editor = ch.Editor.from_pretrained(model, config=config)
-        check_same_run(editor.hooks, batches, config.gate, place)
+    lines = place / "batches.jsonl"
+    with opened(place / "edits", requests, batch_size, Options(gate=gate)) as session:
+        if session.held is not None:
+            check_same_run(session.held, in_batches(remaining([], requests), batch_size), place)
+        editor = session.editor(model)
         done = len(editor.hooks.journal.batches)
         # A batch may have been saved and not noted, or noted and then rolled back.
         log = (noted(lines) + [{}] * done)[:done]
-        with track("editing", sum(map(len, batches))) as advance:
-            advance(sum(map(len, batches[:done])))
-            for batch in batches[done:]:
-                started = time.perf_counter()
-                report = editor.edit(batch)
-                editor.save_pretrained(hooks)
+        with track("editing", len(requests)) as advance:
+            advance(len(editor.hooks.edits))
+            reports = session.edit(editor)
+            started = time.perf_counter()
+            for report in reports:
                 log.append(
                     {
                         "seconds": time.perf_counter() - started,
-                        "edits": len(batch),
+                        "edits": len(report.edits),
                         "memory_gb": psutil.Process().memory_info().rss / 2**30,
                         "verdicts": {str(v): report.count(v) for v in ch.Verdict},
                     }
                 )
-                staging = lines.with_suffix(".writing")
-                staging.write_text("".join(f"{json.dumps(entry)}\n" for entry in log))
-                staging.replace(lines)
-                advance(len(batch))
+                write(lines, "".join(f"{json.dumps(entry)}\n" for entry in log).encode())
+                advance(len(report.edits))
+                started = time.perf_counter()
     return editor, log
 
 
 def check_same_run(
-    hooks: ch.HookSet, batches: Sequence[Sequence[ch.EditRequest]], gate: str, place: Path
+    hooks: ch.HookSet, batches: Sequence[Sequence[ch.EditRequest]], place: Path
 ) -> None:
     """Raise `typer.BadParameter` unless the batches made so far are the first of `batches`."""
     made = [{edit.request for edit in batch.edits} for batch in hooks.journal.batches]
-    if hooks.config.gate != gate or made != [set(batch) for batch in batches[: len(made)]]:
+    if made != [set(batch) for batch in batches[: len(made)]]:
         raise typer.BadParameter(
-            f"{place} holds a run of other facts, batches or gate; take another folder"
+            f"{place} holds a run of other facts or batches; take another folder"
         )
 
 
 def noted(lines: Path) -> list[dict[str, Any]]:
-    """What was noted of the batches of an interrupted run."""
-    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    """What was noted of the batches of an interrupted run. Raises `damaged` if it is not whole."""
+    try:
+        return [json.loads(line) for line in lines.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        raise damaged(lines) from None
 
 
 def outcome(

@@ -10,20 +10,19 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import psutil
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.harness.script import run_script
+from bench.harness.script import Json, run_script
 from coachhook.config import EditConfig
 from coachhook.editing.layer_writer import LayerWriter
 from coachhook.editing.thresholds import threshold
-from coachhook.facts.request import EditRequest
+from coachhook.facts.request import EditRequest, LocalityPrompt
 from coachhook.hooks.gates import Threshold
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, LayerFactors
@@ -68,7 +67,10 @@ def request(number: int, distinct: int) -> EditRequest:
         subject,
         f"language {number}",
         (f"{subject} was raised speaking", f"{subject}, a native speaker of"),
-        [(f"The mother tongue of Neighbour {i} of {number} is", "French") for i in range(8)],
+        tuple(
+            LocalityPrompt(f"The mother tongue of Neighbour {i} of {number} is", "French")
+            for i in range(8)
+        ),
     )
 
 
@@ -169,8 +171,9 @@ def main(
     batches: int = 200,
     edits: int = 25,
     gate: str = "keyed",
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: Json = False,
 ) -> None:
+    """Write batch after batch into three layers, and measure each."""
     *found, fresh = measure(batches, edits, gate)
     if as_json:
         print(json.dumps({"batches": found, "fresh": fresh}))

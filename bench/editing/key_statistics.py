@@ -12,14 +12,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.harness.script import run_script
+from bench.harness.machine import use_threads
+from bench.harness.script import Json, Threads, run_script
 from bench.harness.timing import take_turns
 from coachhook.models.architecture import Architecture, default_layers
 from coachhook.models.loading import load_model
@@ -80,10 +80,11 @@ def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
 def main(
     model: str = "smollm2",
     rounds: int = 5,
-    threads: int = 2,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    threads: Threads = 2,
+    as_json: Json = False,
 ) -> None:
-    torch.set_num_threads(threads)
+    """Measure both on a model."""
+    use_threads(threads)
     found = measure(model, rounds)
     if as_json:
         print(json.dumps(found))

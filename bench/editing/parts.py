@@ -9,11 +9,8 @@ is described, by itself.
 """
 
 import json
-from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -23,16 +20,17 @@ from bench.editing.key_statistics import measure as measure_statistics
 from bench.editing.target_values import PUBLISHED_STEPS
 from bench.editing.target_values import measure as measure_values
 from bench.editing.update import measure as measure_update
-from bench.harness.script import run_script
-from bench.ops.layers import WrongResultError
+from bench.harness.facts import demo_facts, part_of
+from bench.harness.machine import device_name, machine, use_threads
+from bench.harness.script import Count, Facts, First, Json, Threads, only_right_results, run_script
 from coachhook.facts.remaining import latest
 from coachhook.system.progress import track
 
 
 def main(
-    facts: Annotated[Path | None, typer.Argument()] = None,
-    edits: int = 10,
-    first: int = 0,
+    facts: Facts = None,
+    edits: Count = 10,
+    first: First = 0,
     model: str = "smollm2",
     steps: Annotated[int, typer.Option(help="of the published procedure")] = PUBLISHED_STEPS,
     d_in: int = 6400,
@@ -40,25 +38,22 @@ def main(
     batches: Annotated[int, typer.Option(help="in a row, for the update's accuracy")] = 200,
     accuracy_d_in: int = 1536,
     rounds: int = 5,
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
 ) -> None:
     """Measure all three; exit 1 if the update is wrong."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    path = facts or Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
-    requests = latest(ch.load_requests(path).requests)[first : first + edits]
-    with ch.Editor.from_pretrained(model) as editor:
-        device = editor.model.device.type
-        with track("published values", len(requests)) as advance:
-            values = measure_values(editor, requests, steps, advance)
-    try:
+    use_threads(threads)
+    path = facts or demo_facts()
+    requests = part_of(path, latest(ch.load_requests(path).requests), first, edits)
+    with (
+        ch.Editor.from_pretrained(model) as editor,
+        track("published values", len(requests)) as advance,
+    ):
+        values = measure_values(editor, requests, steps, advance)
+    with only_right_results(Console(stderr=True)):
         update = measure_update(
             d_in=d_in, n_keys=keys, rounds=rounds, batches=batches, accuracy_d_in=accuracy_d_in
         )
-    except WrongResultError as error:
-        Console(stderr=True).print(f"[red]wrong result, nothing more is done:[/red] {error}")
-        raise typer.Exit(1) from None
     statistics = measure_statistics(model, rounds)
     result: dict[str, Any] = {
         "values_speedup": values["values_speedup"],
@@ -66,9 +61,8 @@ def main(
         "statistics_overhead": statistics["statistics_overhead"],
         "model": model,
         "facts": path.name,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "device": device_name(),
+        **machine(),
         "values": values,
         "update": update,
         "statistics": statistics,

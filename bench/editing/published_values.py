@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div
 
 import coachhook as ch
 from coachhook.models.passes import hidden_of
-from coachhook.models.tokens import encode, encode_request, pad
+from coachhook.models.tokens import Row, encode, encode_request, pad
 from coachhook.statistics.text import SEQUENCE_LENGTH, sampled_shards
 
 
@@ -71,12 +71,7 @@ def published_value(
     try:
         for step in range(1, config.steps + 1):
             log_p = model(**padded.inputs(), use_cache=False).logits.float().log_softmax(-1)
-            losses = []
-            for i, row in enumerate(rows):
-                end = len(row.ids) - 1
-                wanted = torch.tensor(row.target, device=model.device)[:, None]
-                losses.append(-log_p[i, end - row.n_target : end].gather(-1, wanted).mean())
-            loss = torch.stack(losses).mean()
+            loss = torch.stack([_nll(log_p[i], row) for i, row in enumerate(rows)]).mean()
             last = log_p[-1, len(essence.ids) - 1]
             before = found.setdefault("before", last.detach().clone())
             size = found["origin"].norm()
@@ -103,3 +98,10 @@ def published_value(
         loss.item(),
         seconds if enough_at is None else enough_at,
     )
+
+
+def _nll(log_p: Tensor, row: Row) -> Tensor:
+    """Mean negative log-likelihood of a row's target, from log-probabilities `(t, v)`."""
+    end = len(row.ids) - 1
+    wanted = torch.tensor(row.target, device=log_p.device)[:, None]
+    return -log_p[end - row.n_target : end].gather(-1, wanted).mean()

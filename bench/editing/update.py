@@ -21,9 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from bench.harness.machine import device_name, machine, main_device, use_threads
 from bench.harness.output import put
+from bench.harness.script import JsonTo, Threads, WrongResultError, only_right_results, run_script
 from bench.harness.timing import matmul_rate, take_turns
-from bench.ops.layers import WrongResultError
 from coachhook.editing.inverse import Earlier, RecursiveInverse
 
 PRESERVATION = 150.0
@@ -155,7 +156,7 @@ def compare_accuracy(
 
 
 def _relative(got: Tensor, want: Tensor) -> float:
-    return ((got - want).norm() / want.norm()).item()
+    return float((got - want).norm() / want.norm())
 
 
 def measure(
@@ -171,7 +172,7 @@ def measure(
 
     Raises `WrongResultError` if the update is not within 10⁻⁶ of the direct solution.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = main_device()
     with (
         torch.inference_mode(),
         Progress(console=messages or Console(stderr=True), transient=True) as progress,
@@ -192,9 +193,8 @@ def measure(
         "update_error_float32": errors["float32"],
         "accuracy_d_in": accuracy_d_in,
         "batches": batches,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "device": device_name(),
+        **machine(),
     }
 
 
@@ -231,14 +231,13 @@ def main(
     rounds: int = 5,
     accuracy_d_in: int = 1536,
     batches: int = 200,
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
-    json_to: Annotated[str | None, typer.Option("--json", help="a path, or - for stdout")] = None,
+    threads: Threads = None,
+    json_to: JsonTo = None,
 ) -> None:
     """Measure the update's speed and accuracy."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     messages = Console(stderr=True)
-    try:
+    with only_right_results(messages):
         result = measure(
             d_in=d_in,
             n_keys=keys,
@@ -247,11 +246,8 @@ def main(
             batches=batches,
             messages=messages,
         )
-    except WrongResultError as error:
-        messages.print(f"[red]wrong result, nothing more is done:[/red] {error}")
-        raise typer.Exit(1) from None
     put(result, table_of(result), json_to)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

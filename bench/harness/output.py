@@ -15,5 +15,5 @@ def put(result: dict[str, Any], table: Table, json_to: str | None) -> None:
         json.dump(result, sys.stdout)
         return
     if json_to is not None:
-        Path(json_to).write_text(json.dumps(result, indent=1) + "\n")
+        Path(json_to).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console().print(table)

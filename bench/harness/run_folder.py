@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from coachhook.facts.request import EditRequest
-from coachhook.system import files
+from coachhook.journal import tensor_file
 from coachhook.system.files import file_lock, remove_unwritten
 
 
@@ -29,37 +29,47 @@ def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
         description = place / "protocol.json"
         # As JSON has it: there are no tuples.
         wanted = json.loads(json.dumps(protocol))
-        if description.exists() and read(description) != wanted:
+        if description.exists() and read_json(description) != wanted:
             raise typer.BadParameter(
                 f"{place} holds a run of another version, of other facts or settings; take "
                 "another folder"
             )
-        write(description, wanted)
+        write_json(description, wanted)
         yield
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What `path` holds; measured and written now where there is no such file."""
     if not path.exists():
-        write(path, measure())
-    return read(path)
+        write_json(path, measure())
+    return read_json(path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `write` has written. Raises `typer.BadParameter` for anything else."""
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` has written. Raises `damaged` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found:
-        raise typer.BadParameter(f"{path} is damaged; delete it, and the same command goes on")
+        raise damaged(path)
     return found
 
 
-def write(path: Path, document: Any) -> None:
-    """Whole or not at all."""
-    files.write(path, f"{json.dumps(document, indent=1)}\n".encode())
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    write(path, f"{json.dumps(document, indent=1)}\n".encode())
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write `path` whole or not at all. Raises `SaveError`."""
+    tensor_file.write(path, content)
+
+
+def damaged(path: Path) -> typer.BadParameter:
+    """The error for a kept file that is not what was written."""
+    return typer.BadParameter(f"{path} is damaged; delete it, and the same command goes on")
 
 
 def checksum(requests: Sequence[EditRequest]) -> str:
+    """SHA-256 of the requests: which facts a run is of."""
     return hashlib.sha256(json.dumps([r.to_dict() for r in requests]).encode()).hexdigest()

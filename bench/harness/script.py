@@ -1,12 +1,37 @@
-"""Scripts that tell a mistake in one line, as `coachhook` does."""
+"""What the scripts share: their options, and how they end when something is wrong."""
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
 import typer
+from rich.console import Console
 
 from coachhook.errors import CoachhookError
+
+Facts = Annotated[
+    Path | None,
+    typer.Argument(help="Any file that 'coachhook edit' reads; by default the demo's 30 facts."),
+]
+First = Annotated[int, typer.Option(min=0, help="Records to leave out at the start of the file.")]
+Count = Annotated[int, typer.Option(min=1, help="Records to take from there.")]
+Run = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="A folder that keeps results; the same command goes on."),
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+JsonTo = Annotated[str | None, typer.Option("--json", help="A path, or - for standard output.")]
+
+# What makes an editor or a setting fail, and lets the others of a comparison go on.
+FAILURES = (CoachhookError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+class WrongResultError(AssertionError):
+    """A result that is to be timed is not the reference's."""
 
 
 def run_script(main: Callable[..., Any]) -> None:
@@ -17,3 +42,15 @@ def run_script(main: Callable[..., Any]) -> None:
     except (CoachhookError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def only_right_results(messages: Console, of: str = "") -> Iterator[None]:
+    """A `WrongResultError` in the block is told on `messages`, with what it is a result `of`, and
+    ends the script with exit status 1."""
+    try:
+        yield
+    except WrongResultError as error:
+        where = f"{of}: " if of else ""
+        messages.print(f"[red]wrong result, nothing timed from here:[/red] {where}{error}")
+        raise typer.Exit(1) from None

@@ -6,7 +6,7 @@ alike; a ratio is the median over the rounds of the ratio within a round.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -61,7 +61,7 @@ def seconds(step: Step, device: torch.device) -> float:
     step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def take_turns(
@@ -84,13 +84,18 @@ def take_turns(
     return {name: Timings(values) for name, values in found.items()}
 
 
+def in_a_row(steps: Sequence[Step]) -> Step:
+    """All of them as one step."""
+    return lambda: [step() for step in steps]
+
+
 def captured(steps: list[Step], device: torch.device, warmups: int = 3) -> Step:
     """All `steps` in a row: one CUDA graph on a GPU, a loop elsewhere.
 
     Steps that read different tensors keep each other's out of the last cache.
     """
     if device.type != "cuda":
-        return lambda: [step() for step in steps]
+        return in_a_row(steps)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

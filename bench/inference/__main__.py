@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from bench.harness.machine import device_name, machine, main_device, use_threads
 from bench.harness.memory import peak_memory
 from bench.harness.output import put
-from bench.harness.script import run_script
+from bench.harness.script import JsonTo, Threads, only_right_results, run_script
 from bench.harness.timing import Timings, copy_bandwidth, take_turns
 from bench.inference.sessions import Session, check, check_steps, prefill, random_prompt
 from bench.inference.shapes import LOADED, SHAPES, Shape, SyntheticHooks, build, bytes_read
-from bench.ops.layers import WrongResultError
 
 VARIANTS = ("unhooked", "hooked")
 Row = dict[str, Any]
@@ -130,16 +130,15 @@ def main(
     rank: Annotated[int, typer.Option(help="rank of a factored Δ")] = 128,
     rounds: Annotated[int, typer.Option(help="pairs of passes a prompt length")] = 15,
     tokens: Annotated[int, typer.Option(help="pairs of decoded tokens")] = 64,
-    threads: Annotated[int | None, typer.Option(help="CPU threads")] = None,
-    json_to: Annotated[str | None, typer.Option("--json", help="a path, or - for stdout")] = None,
+    threads: Threads = None,
+    json_to: JsonTo = None,
 ) -> None:
     """Measure a model with and without synthetic edits."""
     if gate not in ("keyed", "calibrated") or (shape is not None and shape not in SHAPES):
         raise typer.BadParameter(f"gate {gate!r} or shape {shape!r} is not one of those offered")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = main_device()
     chosen = SHAPES[shape] if shape else LOADED
     messages = Console(stderr=True)
     with torch.inference_mode(), Progress(console=messages, transient=True) as progress:
@@ -151,21 +150,17 @@ def main(
         with hooks.attached():
             prefill(built, longest)
         memory["hooked"] = peak_memory(device) / 1e9
-        try:
+        with only_right_results(messages):
             check(built, hooks, longest[:, : min(chosen.prompts)])
             run = Run(built, chosen, hooks, progress)
             rows = [run.first_token(length, rounds) for length in chosen.prompts]
             batches = (1, 16) if device.type == "cuda" else (1, 4)
             rows += [run.decode(batch, tokens) for batch in batches]
-        except WrongResultError as error:
-            messages.print(f"[red]wrong result, nothing timed from here:[/red] {error}")
-            raise typer.Exit(1) from None
     result = {
         "model": shape or model,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
+        "device": device_name(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "torch": torch.__version__,
+        **machine(),
         "dtype": str(built.dtype).removeprefix("torch."),
         "gate": gate,
         "edits": edits,

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from bench.harness.script import WrongResultError
 from bench.harness.timing import Step, captured
 from bench.inference.shapes import SyntheticHooks
-from bench.ops.layers import WrongResultError
 
 CHECKED_STEPS = 8
 WARMUPS = 3
@@ -60,7 +60,8 @@ def tolerance(model: Any) -> float:
 def distance(found: Tensor, wanted: Tensor) -> Tensor:
     """`‖found − wanted‖ / ‖wanted‖` along the last dimension."""
     found, wanted = found.float(), wanted.float()
-    return (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    ratio: Tensor = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return ratio
 
 
 def check(model: Any, hooks: SyntheticHooks, prompt: Tensor) -> None:
@@ -86,7 +87,7 @@ def check_open(model: Any, hooks: SyntheticHooks, prompt: Tensor, closed: Tensor
         model(input_ids=prompt)
         handle.remove()
         keys = kept[0][0]
-        gate = hook.gate
+        gate: Any = hook.gate
         before = {name: buffer.clone() for name, buffer in gate.named_buffers()}
         if "fingerprints" in before:
             print_of_last = gate.projection @ keys[-1] - gate.offset

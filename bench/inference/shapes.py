@@ -112,7 +112,7 @@ class SyntheticHooks:
     def bytes_held(self) -> int:
         """What the hooks add to memory."""
         return sum(
-            tensor.nbytes
+            int(tensor.nbytes)
             for hook in self.hooks.values()
             for tensor in (*hook.gate.buffers(), hook.down, hook.up)
             if tensor is not None
@@ -125,13 +125,13 @@ class SyntheticHooks:
             if isinstance(hook.gate, KeyedGate):
                 total += sum(t.nbytes for t in hook.gate.buffers()) - hook.gate.owner.nbytes
             else:
-                total += hook.down.nbytes
+                total += int(hook.down.nbytes)
         return total
 
 
 def bytes_read(model: Any) -> int:
     """Weights that one decoding step reads: all but an input embedding of its own."""
-    total = sum(parameter.nbytes for parameter in model.parameters())
+    total = sum(int(parameter.nbytes) for parameter in model.parameters())
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding
-    return total if tied else total - embedding.nbytes
+    return total if tied else total - int(embedding.nbytes)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.harness.script import WrongResultError
 from bench.ops.layers import (
     SKETCH,
     Layer,
-    WrongResultError,
     check_layer,
     random_layer,
     require_close,

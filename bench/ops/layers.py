@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, normalize
 
+from bench.harness.script import WrongResultError
 from coachhook.hooks.gates import CalibratedGate, Gate, KeyedGate, Threshold
 from coachhook_kernels import Delta, TokenGate, hook_linear
 from coachhook_kernels.hook_linear import reference
 
 SKETCH = 64
-
-
-class WrongResultError(AssertionError):
-    """A result that is to be timed is not the reference's."""
 
 
 class Layer(NamedTuple):
@@ -119,7 +116,7 @@ def check_layer(layer: Layer) -> None:
     require_open("hook_linear", layer, score)
     plain, plain_score, _ = reference.hook_linear(keys, weight, None, delta, gate)
     require_open("plain torch", layer, plain_score)
-    wide = Delta(*(None if part is None else part.double() for part in delta))
+    wide = Delta(delta.down.double(), None if delta.up is None else delta.up.double())
     exact = linear(keys.double(), weight.double())
     first = slice(layer.n_open)
     exact[first] += wide.expand(wide.project(keys[first].double()))

@@ -17,9 +17,17 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.harness.output import put
-from bench.harness.timing import Step, Timings, captured, copy_bandwidth, matmul_rate, take_turns
+from bench.harness.script import JsonTo, only_right_results, run_script
+from bench.harness.timing import (
+    Step,
+    Timings,
+    captured,
+    copy_bandwidth,
+    in_a_row,
+    matmul_rate,
+    take_turns,
+)
 from bench.ops.cases import UNCAPTURED, Case, all_cases, contenders
-from bench.ops.layers import WrongResultError
 from bench.ops.tune import tune_all
 
 ROTATED_BYTES = 2**28
@@ -41,7 +49,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]
         calls = [one[name] for one in sets]
         if name in UNCAPTURED:
             calls[0]()
-            steps[name] = lambda calls=calls: [call() for call in calls]
+            steps[name] = in_a_row(calls)
         else:
             steps[name] = captured(calls, device)
     take_turns(steps, 2, device)
@@ -137,7 +145,7 @@ def main(
     match: Annotated[str, typer.Option(help="only cases whose name or operation has it")] = "",
     rounds: int = 15,
     tune: Annotated[bool, typer.Option(help="search configurations first")] = False,
-    json_to: Annotated[str | None, typer.Option("--json", help="a path, or - for stdout")] = None,
+    json_to: JsonTo = None,
 ) -> None:
     """Check and time every operation on this machine's GPU."""
     messages = Console(stderr=True)
@@ -153,15 +161,13 @@ def main(
                 messages.print(f"wrote {path}")
         bandwidth = copy_bandwidth(device)
         rate = matmul_rate(device, torch.bfloat16)
-        try:
-            for case in track(chosen, console=messages, transient=True):
-                torch.manual_seed(0)
-                lines += rows_of(case, measure(case, device, rounds), bandwidth, rate)
-                # Graphs and tensors of a case are gone by now; the next needs their memory.
-                torch.cuda.empty_cache()
-        except WrongResultError as error:
-            messages.print(f"[red]wrong result:[/red] {case.name} {case.op}: {error}")
-            raise typer.Exit(1) from None
+        for case in track(chosen, console=messages, transient=True):
+            torch.manual_seed(0)
+            with only_right_results(messages, f"{case.name} {case.op}"):
+                timings = measure(case, device, rounds)
+            lines += rows_of(case, timings, bandwidth, rate)
+            # Graphs and tensors of a case are gone by now; the next needs their memory.
+            torch.cuda.empty_cache()
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -173,4 +179,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -1,9 +1,9 @@
 """What a hook costs beside its base layer, by operation: `pytest bench --benchmark-only`.
 
 Shapes are d_in→d_out of SmolLM2-135M's and GPT2-XL's down-projection, and on a GPU of GPT-J,
-Llama-3-8B and a 70B model. `F.linear` alone is the baseline of each group. On a GPU a round is ten
-calls and one wait, and layers below some 50 MB stay in the last cache: bench.ops.table replays CUDA
-graphs over rotating inputs instead.
+Llama-3-8B and a 70B model. `F.linear` alone is the baseline of each group. On a GPU small layers
+stay in the last cache (bench.harness.rounds): bench.ops.table replays CUDA graphs over rotating
+inputs instead.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from bench.harness.rounds import DEVICE, DTYPE, GPU, time_rounds
+from bench.ops.cases import ALPHA, EDITS, LARGE, RANK, SMALL
 from bench.ops.layers import (
     Layer,
     check_layer,
@@ -26,23 +28,15 @@ from bench.ops.published import published
 from coachhook.hooks.layer import HookLinear
 from coachhook_kernels import hook_correction_, hook_linear
 
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-CALLS = 10 if GPU else 1
-SHAPES = [(1536, 576), (6400, 1600)]
-ROWS = [(1, 0), (16, 0), (256, 0), (256, 3)]
-EDITS, RANK, ALPHA = 1000, 128, 2.2
+SHAPES = SMALL + LARGE if GPU else SMALL
+ROWS = [(1, 0), (16, 0), (4096, 0), (4096, 41)] if GPU else [(1, 0), (16, 0), (256, 0), (256, 3)]
 KINDS = {
     "keyed, dense": ("keyed", None),
     "keyed, rank 128": ("keyed", RANK),
     "calibrated, dense": ("calibrated", None),
     "calibrated, rank 128": ("calibrated", RANK),
 }
-PLAIN = ["published"]
-if GPU:
-    SHAPES += [(16384, 4096), (14336, 4096), (28672, 8192)]
-    ROWS = [(1, 0), (16, 0), (4096, 0), (4096, 41)]
-    PLAIN += ["published, compiled"]
+PLAIN = ["published", "published, compiled"] if GPU else ["published"]
 SIZES = pytest.mark.parametrize(("rows", "n_open"), ROWS)
 SHAPE = pytest.mark.parametrize(("d_in", "d_out"), SHAPES, ids=lambda size: str(size))
 
@@ -65,18 +59,8 @@ def layer_of(kind: str, d_in: int, d_out: int, rows: int, n_open: int) -> Layer:
 
 def measure(benchmark: Any, step: Callable[[], object], layer: Layer) -> None:
     rows, d_in = layer.keys.shape
-    benchmark.group = f"{d_in}→{layer.weight.shape[0]}, {rows} rows, {layer.n_open} open"
-
-    def run() -> None:
-        for _ in range(CALLS):
-            step()
-        if GPU:
-            torch.cuda.synchronize()
-
-    with torch.no_grad():
-        run()
-        benchmark(run)
-    benchmark.extra_info["calls_a_round"] = CALLS
+    group = f"{d_in}→{layer.weight.shape[0]}, {rows} rows, {layer.n_open} open"
+    time_rounds(benchmark, group, step)
 
 
 @SHAPE

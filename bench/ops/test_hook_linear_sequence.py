@@ -1,10 +1,9 @@
-"""The paper's gate, over whole sequences: `pytest bench/ops/test_hook_linear_sequence.py`.
+"""The paper's gate, over whole sequences: `pytest bench --benchmark-only`.
 
 Baselines in the same run: `F.linear` alone (the unedited layer), and the published hook's sequence
 of operations written plainly (two projections, norm, mean and deviation, boolean-mask swap), on a
 GPU compiled as well. Correctness is checked before anything is timed. One sequence of `rows`
-tokens; float32 on a CPU, bfloat16 on a GPU, where each round is ten calls and one wait, and where
-layers below some 50 MB stay in L2 between calls.
+tokens; float32 on a CPU, bfloat16 on a GPU.
 """
 
 from collections.abc import Callable
@@ -15,31 +14,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.harness.machine import device_name
+from bench.harness.rounds import CALLS, DEVICE, DTYPE, GPU, time_rounds
+from bench.ops.cases import ALPHA, LARGE, RANK, SMALL
+from bench.ops.published import published
 from coachhook_kernels import Delta, hook_linear_sequence
 from coachhook_kernels.hook_linear_sequence import reference
 
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-CALLS = 10 if GPU else 1
-SHAPES = [(1536, 576), (6400, 1600)]
+SHAPES = SMALL + LARGE if GPU else SMALL
 ROWS = [1, 16, 128]
 KINDS = ["F.linear", "published", "op, dense", "op, rank 128"]
 if GPU:
-    SHAPES += [(16384, 4096), (14336, 4096), (28672, 8192)]
     ROWS += [512, 1024, 4096]
     KINDS += ["published, compiled"]
-ALPHA = 2.2
 
 Given = tuple[Tensor, Tensor, Delta, Delta, Tensor]
-
-
-def published(keys: Tensor, weight: Tensor, hooked: Tensor, alpha: Tensor) -> Tensor:
-    original, edited = linear(keys, weight), linear(keys, hooked)
-    norm = (edited - original).norm(dim=-1)
-    z = (norm - norm.mean(-1, keepdim=True)) / norm.std(-1, keepdim=True)
-    is_open = z >= alpha
-    original[is_open] = edited[is_open]
-    return original
 
 
 def given(d_in: int, d_out: int, rows: int) -> Given:
@@ -49,8 +38,8 @@ def given(d_in: int, d_out: int, rows: int) -> Given:
     keys[:, ::100] *= 4
     weight = torch.randn(d_out, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5
     dense = Delta(torch.randn(d_out, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5)
-    up, _ = torch.linalg.qr(torch.randn(d_out, 128, device=DEVICE))
-    down = torch.randn(128, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5
+    up, _ = torch.linalg.qr(torch.randn(d_out, RANK, device=DEVICE))
+    down = torch.randn(RANK, d_in, device=DEVICE, dtype=DTYPE) / d_in**0.5
     factored = Delta(down, up.to(DTYPE))
     return keys, weight, dense, factored, torch.tensor(ALPHA, device=DEVICE)
 
@@ -80,7 +69,7 @@ def prepare(kind: str, inputs: Given) -> Callable[[], Any]:
     if kind.startswith("published"):
         hooked = weight + dense.down
         call = torch.compile(published, dynamic=False) if "compiled" in kind else published
-        return lambda: call(keys, weight, hooked, alpha)
+        return lambda: call(keys, weight, hooked, None, ALPHA)
     delta = dense if "dense" in kind else factored
     check(keys, weight, delta, alpha)
     return lambda: hook_linear_sequence(keys, weight, None, delta, None, alpha)
@@ -90,27 +79,17 @@ def prepare(kind: str, inputs: Given) -> Callable[[], Any]:
 @pytest.mark.parametrize(("d_in", "d_out"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward(benchmark: Any, kind: str, d_in: int, d_out: int, rows: int) -> None:
-    benchmark.group = f"{d_in}→{d_out}, {rows} rows"
     call = prepare(kind, given(d_in, d_out, rows))
-
-    def timed() -> None:
-        for _ in range(CALLS):
-            call()
-        if GPU:
-            torch.cuda.synchronize()
-
-    with torch.no_grad():
-        timed()
-        benchmark(timed)
+    time_rounds(benchmark, f"{d_in}→{d_out}, {rows} rows", call)
     if benchmark.stats is None:
         return
-    outputs = {"F.linear": d_out, "op, rank 128": d_out + 128}.get(kind, 2 * d_out)
+    outputs = {"F.linear": d_out, "op, rank 128": d_out + RANK}.get(kind, 2 * d_out)
     seconds = benchmark.stats.stats.median / CALLS
     # What must move: the weights of every path once, the keys, and one output.
     moved = (outputs * d_in + rows * (d_in + d_out)) * DTYPE.itemsize
     benchmark.extra_info |= {
         "dtype": str(DTYPE),
-        "device": torch.cuda.get_device_name() if GPU else "cpu",
+        "device": device_name(),
         "GB/s": moved / seconds / 1e9,
         "TFLOP/s": 2 * rows * d_in * outputs / seconds / 1e12,
     }

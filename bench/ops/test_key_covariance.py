@@ -13,13 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.harness.rounds import DEVICE, GPU, time_rounds
 from bench.ops.layers import require_close
 from coachhook_kernels.key_covariance import key_covariance_, mirror_
 from coachhook_kernels.key_covariance.reference import key_covariance_ as accumulate_
 
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
-CALLS = 10 if GPU else 1
 WIDTHS = [1536, 4096, 6400, 14336, 16384] if GPU else [192, 1536]
 ROWS = [1024, 4096, 16384] if GPU else [256]
 DTYPES = [torch.bfloat16, torch.float32] if GPU else [torch.float32]
@@ -63,19 +61,10 @@ def check(what: str, keys: Tensor) -> None:
 @pytest.mark.parametrize("d", WIDTHS)
 @pytest.mark.parametrize("what", STEPS)
 def test_key_covariance(benchmark: Any, what: str, d: int, rows: int, dtype: torch.dtype) -> None:
-    benchmark.group = f"{d} wide, {rows} rows, {dtype}"
     torch.manual_seed(0)
     keys = torch.randn(rows, d, device=DEVICE).to(dtype)
     check(what, keys)
     moment = torch.zeros(d, d, device=DEVICE)
-
-    def run() -> None:
-        for _ in range(CALLS):
-            STEPS[what](moment, keys)
-        if GPU:
-            torch.cuda.synchronize()
-
-    run()
-    benchmark(run)
-    benchmark.extra_info["calls_a_round"] = CALLS
+    group = f"{d} wide, {rows} rows, {dtype}"
+    time_rounds(benchmark, group, lambda: STEPS[what](moment, keys))
     benchmark.extra_info["operations_a_call"] = 2 * rows * d * d

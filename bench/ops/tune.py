@@ -18,9 +18,10 @@ from unittest import mock
 import torch
 from rich.console import Console
 
+from bench.harness.run_folder import write
+from bench.harness.script import WrongResultError
 from bench.harness.timing import captured, take_turns
 from bench.ops.cases import LARGE, RANK, SMALL, Case, contenders
-from bench.ops.layers import WrongResultError
 from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
@@ -162,7 +163,7 @@ def tune_all(device: torch.device, console: Console) -> list[Path]:
     written = []
     for kernel, found in entries.items():
         path = folder / f"{kernel}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write(path, f"{json.dumps(found, indent=1)}\n".encode())
         written.append(path)
     tuning._entries.cache_clear()
     tuning._nearest.cache_clear()

@@ -1,21 +1,18 @@
-"""What the commands of `coachhook.cli.app` take, and what they check before they work."""
+"""What the commands take, and what they check before they work."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coachhook.cli import views
+from coachhook.cli.views.preparation import plan_view
 from coachhook.errors import ConfigError, RequestError
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
 
 if TYPE_CHECKING:
-    from coachhook.config import EditConfig
-    from coachhook.hookset import HookSet
     from coachhook.plan import Plan
 
 Model = Annotated[str, typer.Argument(help="smollm2, a folder with a checkpoint, or a hub id.")]
@@ -60,67 +57,10 @@ def usable(facts: Path, skip_invalid: bool) -> list[EditRequest]:
     return loaded.requests
 
 
-def page_of(text: Path) -> str:
-    """The contents of a text file. Raises `ConfigError` if it cannot be read."""
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read text from {text}: {error}") from error
-
-
-def check_settings(asked: Mapping[str, Any], held: HookSet, directory: Path) -> None:
-    """Raise `ConfigError` if an option that was given is not what `directory` was made with."""
-    settings = {
-        "gate": held.config.gate,
-        "layers": held.layers,
-        "template": held.base.template,
-        "text": held.config.statistics.path,
-    }
-    for name, value in asked.items():
-        if value is not None and value != settings[name]:
-            raise ConfigError(
-                f"--{name} {_shown(value)} was asked for, but {directory} was made with "
-                f"{_shown(settings[name])}; leave --{name} out, or use another folder"
-            )
-
-
-def profiled(config: EditConfig, model: Any, given: Path | None, *, shown: bool) -> EditConfig:
-    """`config` with the settings of a profile, the one that is given or the model's own; which one
-    is told, if `shown`."""
-    from coachhook.calibration import profiles
-    from coachhook.models.architecture import Architecture
-
-    identity = profiles.identity(model, Architecture.of(model, config.template))
-    found = profiles.find(identity) if given is None else profiles.load(given)
-    tell = views.tell if shown else lambda _: None
-    if found is None:
-        tell("default settings; 'coachhook calibrate MODEL' finds this model's own")
-        return config
-    if found.identity != identity:
-        tell(f"warning: {given} was made for another model ({found.model})")
-    tell(f"settings from {given or profiles.default_path(identity)}")
-    return found.settings.applied(config)
-
-
 def checked(plan: Plan, *, shown: bool) -> dict[str, Any]:
     """The plan as it goes into a command's document. Refuses what cannot fit."""
     document = plan.to_dict()
     if shown:
-        views.plan_view(document)
+        plan_view(document)
     plan.check()
     return document
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def with_hooks(name: str, directory: Path) -> tuple[Any, Any, HookSet]:
-    """A model with the hooks of a folder on it, its tokenizer, and the hooks."""
-    from coachhook.hookset import HookSet
-    from coachhook.models.loading import load_model
-
-    hookset = HookSet.from_pretrained(directory)
-    model, tokenizer = load_model(name)
-    hookset.attach(model)
-    return model, tokenizer, hookset

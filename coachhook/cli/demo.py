@@ -10,7 +10,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from coachhook.cli import views
+from coachhook.cli.views.console import say, show
+from coachhook.cli.views.edits import batch_document, batch_view
+from coachhook.cli.views.evaluation import (
+    completion_view,
+    demo_view,
+    evaluation_view,
+    side_by_side_view,
+)
 from coachhook.editor import Editor
 from coachhook.errors import CoachhookError, FolderError
 from coachhook.evaluation.evaluate import evaluate
@@ -20,6 +27,7 @@ from coachhook.journal import folder
 from coachhook.journal.journal import Verdict
 from coachhook.models.decoding import complete, starts_with
 from coachhook.models.embedded import NAME
+from coachhook.session import opened
 
 _BATCH = 10
 _NEW_TOKENS = 12
@@ -41,26 +49,24 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     if folder.exists(directory):
         raise FolderError(f"{directory} already holds edits; name a folder that is empty or new")
     requests = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
-    tell(views.say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
+    tell(say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
     batches = []
-    with folder.locked(directory):
-        editor = Editor.from_pretrained(NAME)
-        for first in range(0, len(requests), _BATCH):
-            outcome = editor.edit(requests[first : first + _BATCH])
-            editor.hooks.save_pretrained(directory)
-            batches.append(views.batch_document(outcome.number, outcome.edits))
-            tell(views.batch_view, batches[-1])
+    with opened(directory, requests, _BATCH) as session:
+        editor = session.editor(NAME)
+        for report in session.edit(editor):
+            batches.append(batch_document(report.number, report.edits))
+            tell(batch_view, batches[-1])
     live = editor.hooks.journal.live()
     completions = _side_by_side(editor, [edit.request for edit in live])
-    tell(views.side_by_side_view, completions)
+    tell(side_by_side_view, completions)
     metrics = evaluate(
         editor.model, editor.tokenizer, editor.hooks, [edit.request for edit in live]
     ).to_dict()
-    tell(views.evaluation_view, metrics)
+    tell(evaluation_view, metrics)
     asked = next((edit for edit in live if edit.verdict is Verdict.APPLIED), live[0]).request
-    tell(views.say, "\na fresh process loads the folder and generates with a KV cache:")
+    tell(say, "\na fresh process loads the folder and generates with a KV cache:")
     fresh = _fresh_process(directory, asked)
-    tell(views.completion_view, fresh)
+    tell(completion_view, fresh)
     document = {
         "folder": str(directory),
         "batches": batches,
@@ -69,7 +75,7 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
         "fresh_process": fresh,
         "seconds": time.monotonic() - started,
     }
-    views.show(document, views.demo_view, as_json=as_json)
+    show(document, demo_view, as_json=as_json)
     return bool(fresh["met"])
 
 

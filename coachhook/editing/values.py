@@ -5,8 +5,9 @@ a batch together; `value_rows` keeps what does not depend on the shift.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,44 +57,13 @@ def optimise_values(
     # Alike in length, so that little of a pass is padding.
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
     waiting = [order[place] for place in processes.share(len(requests))]
-    tokens = config.tokens
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
     found: dict[str, Tensor] = {}
     with eval_mode(model), torch.no_grad():
-        while waiting:
-            chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
-            # Padding between tokens would use up a sliding window; one request alone has none.
-            if window is not None and 2 * sizes[chosen[-1]] // len(groups) > window:
-                chosen = waiting[:1]
-            rows = [[group[i] for i in chosen] for group in groups]
-            done = 0
-
-            def tell(more: int) -> None:
-                nonlocal done
-                done += more
-                progress(more)
-
-            try:
-                values = _together(
-                    model, tokenizer.pad_token_id, architecture, layer, rows, config, tell
-                )
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                progress(-done)
-                if len(chosen) == 1:
-                    raise NotEnoughMemoryError(
-                        f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
-                        f"{len(groups)} contexts beside the model; give fewer contexts "
-                        "(ValueConfig.contexts) or a shorter prompt"
-                    ) from error
-                tokens = len(chosen) * sizes[chosen[-1]] // 2
-                logger.warning(
-                    "out of memory with %d edits at once; going on with %d tokens a pass",
-                    len(chosen),
-                    tokens,
-                )
-                continue
+        together = partial(_together, model, tokenizer.pad_token_id, architecture, layer, config)
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        for chosen, values in _in_groups(
+            together, groups, sizes, waiting, config.tokens, window, progress
+        ):
             for i, hidden, loss in zip(chosen, values.hidden, values.loss, strict=True):
                 if not hidden.isfinite().all():
                     raise ModelError(
@@ -101,13 +71,61 @@ def optimise_values(
                         "gives numbers that its dtype does not hold: load it in a wider one"
                     )
                 found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
-            waiting = waiting[len(chosen) :]
     found = processes.gather(found)
     everyone = range(len(requests))
     return TargetValues(
         torch.stack([found[f"hidden.{i}"] for i in everyone]).to(input_device(model)),
         torch.stack([found[f"loss.{i}"] for i in everyone]).to(input_device(model)),
     )
+
+
+def _in_groups(
+    together: Callable[[list[list[Row]], Callable[[int], None]], TargetValues],
+    groups: Sequence[Sequence[Row]],
+    sizes: Sequence[int],
+    waiting: Sequence[int],
+    tokens: int,
+    window: int | None,
+    progress: Callable[[int], None],
+) -> Iterator[tuple[Sequence[int], TargetValues]]:
+    """The values of the requests `waiting` (by number, in ascending size), some at a time.
+
+    together: optimises the rows of some requests. tokens: how many at once, until memory does not
+    suffice. window: of the model's attention, if it slides.
+    """
+    while waiting:
+        chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
+        # Padding between tokens would use up a sliding window; one request alone has none.
+        if window is not None and 2 * sizes[chosen[-1]] // len(groups) > window:
+            chosen = waiting[:1]
+        done = 0
+
+        def tell(more: int) -> None:
+            nonlocal done
+            done += more
+            progress(more)
+
+        try:
+            values = together([[group[i] for i in chosen] for group in groups], tell)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            progress(-done)
+            if len(chosen) == 1:
+                raise NotEnoughMemoryError(
+                    f"memory does not hold the {sizes[chosen[0]]} tokens of one edit in "
+                    f"{len(groups)} contexts beside the model; give fewer contexts "
+                    "(ValueConfig.contexts) or a shorter prompt"
+                ) from error
+            tokens = len(chosen) * sizes[chosen[-1]] // 2
+            logger.warning(
+                "out of memory with %d edits at once; going on with %d tokens a pass",
+                len(chosen),
+                tokens,
+            )
+            continue
+        yield chosen, values
+        waiting = waiting[len(chosen) :]
 
 
 def _how_many(sizes: Sequence[int], tokens: int) -> int:
@@ -120,8 +138,8 @@ def _together(
     pad_id: int,
     architecture: Architecture,
     layer: int,
-    groups: Sequence[Sequence[Row]],
     config: ValueConfig,
+    groups: Sequence[Sequence[Row]],
     progress: Callable[[int], None],
 ) -> TargetValues:
     """The values of n requests; each leaves when it has converged."""

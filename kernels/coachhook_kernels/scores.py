@@ -56,7 +56,8 @@ def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
     """z-scores of `norms` `(b, t)` over the real tokens (`mask` true) of each sequence (Eq. 18-19).
 
     Where a sequence has a single real token its deviation is undefined: z is NaN, as in the paper,
-    and no threshold is ever cleared. Padding gets NaN too.
+    and no threshold is ever cleared. Padding gets NaN too. Deviations are squared in float32: where
+    all are below 1e-19 the squares lose their digits, then vanish, and z means nothing.
     """
     norms = norms.float()
     count = mask.sum(-1, keepdim=True)

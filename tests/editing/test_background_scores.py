@@ -36,7 +36,7 @@ def assert_equal(scores: Tensor | None, want: Tensor | None) -> None:
         torch.testing.assert_close(scores, want, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**30), steps=st.integers(1, 12))
 def test_equals_the_full_comparison(seed: int, steps: int) -> None:
     """After corrections of corrections, failed batches, rollbacks, and in whatever order asked."""

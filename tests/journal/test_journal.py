@@ -39,7 +39,7 @@ def same(left: Delta, right: Delta) -> bool:
     return all(a is b is None or (a is not None and torch.equal(a, b)) for a, b in pairs)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**30), steps=st.integers(1, 12))
 def test_all_that_is_derived_equals_what_a_new_journal_derives(seed: int, steps: int) -> None:
     rng, journal = random.Random(seed), Journal()

@@ -10,7 +10,7 @@ from bench.comparison.editors.direct import Direct, Rule, accumulated, alphaedit
 from bench.comparison.editors.grace import Grace
 from bench.comparison.editors.hooked import Hooked
 from bench.comparison.editors.one_gradient import OneGradient
-from bench.comparison.editors.setting import Editor, Setting
+from bench.comparison.editors.setting import Editor, Setting, hooked_layers
 from bench.comparison.editors.tuned import Constrained, LowRank
 
 
@@ -85,4 +85,13 @@ def takes_values(name: str) -> bool:
     return MAKERS[name.partition("@")[0]].takes_values
 
 
-__all__ = ["EDITORS_VERSION", "MAKERS", "Editor", "Setting", "make_editor", "named", "takes_values"]
+__all__ = [
+    "EDITORS_VERSION",
+    "MAKERS",
+    "Editor",
+    "Setting",
+    "hooked_layers",
+    "make_editor",
+    "named",
+    "takes_values",
+]

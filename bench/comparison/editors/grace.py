@@ -23,7 +23,7 @@ class Codebook(nn.Module):
     keys `(e, d_in)`, outputs `(e, d_out)`, radii `(e,)` in the units of the keys.
     """
 
-    def __init__(self, base: nn.Module, d_in: int) -> None:
+    def __init__(self, base: Any, d_in: int) -> None:
         super().__init__()
         self.base = base
         weight = base.weight

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import coachhook as ch
 from coachhook.editing.contexts import Contexts
@@ -39,9 +39,7 @@ class Setting:
         config: ch.EditConfig,
         sinks: frozenset[ch.EditRequest] = frozenset(),
     ) -> "Setting":
-        architecture = Architecture.of(model, config.template)
-        n_blocks = len(architecture.blocks(model))
-        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+        architecture, layers = hooked_layers(model, config)
         statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
         return cls(model, tokenizer, architecture, layers, statistics, config, sinks)
 
@@ -53,10 +51,10 @@ class Setting:
         return [requests[i] for i in chosen], values[chosen]
 
     @property
-    def last_block(self) -> nn.Module:
+    def last_block(self) -> Any:
         return self.architecture.blocks(self.model)[self.layers[-1]]
 
-    def down_projection(self, layer: int) -> nn.Module:
+    def down_projection(self, layer: int) -> Any:
         return self.architecture.down_projection(self.model, layer)
 
     def contexts(self, requests: Sequence[ch.EditRequest]) -> Contexts:
@@ -82,10 +80,20 @@ class Setting:
         return keys * lengths, residuals.repeat(len(keys) // n, 1) * lengths
 
 
+def hooked_layers(model: Any, config: ch.EditConfig) -> tuple[Architecture, tuple[int, ...]]:
+    """The model's architecture, and the layers that all editors share."""
+    architecture = Architecture.of(model, config.template)
+    n_blocks = len(architecture.blocks(model))
+    return architecture, check_layers(config.layers or default_layers(n_blocks), n_blocks)
+
+
 class Editor(Protocol):
     """An editor under comparison, after any number of batches."""
 
-    edits: Edits
+    @property
+    def edits(self) -> Edits:
+        """What it has done so far, which can be taken off."""
+        ...
 
     def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
         """One more batch. values float32 `(n, d)`: wanted outputs of the last hooked block."""

@@ -1,0 +1,130 @@
+"""What edits do: metrics, completions before and after, and where gates open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.text import Text
+
+from coachhook.cli.views.console import Document, console, layer_span, new_table, percent, say
+
+# One per set of layers that open together, in order of appearance.
+_PALETTE = ("green", "yellow", "magenta", "cyan", "blue", "red")
+
+
+def evaluation_view(document: Document) -> None:
+    """The metrics of an `Evaluation`, in per cent where they are shares."""
+    table = new_table(
+        f"{document['n_requests']} facts, {document['already_true']} of them true before",
+        "%",
+        "before",
+        "teacher-forced",
+        "greedy",
+        "exact",
+        numeric=4,
+    )
+    for metric in ("reliability", "generality", "locality"):
+        scores = document[metric]
+        before = percent(document["before_reliability"]) if metric == "reliability" else ""
+        forms = (percent(scores[form]) for form in ("teacher_forced", "greedy", "exact"))
+        table.add_row(metric, before, *forms)
+    console.print(table)
+    gate = document["gate"]
+    gates = new_table(None, "tokens whose gate is open", "%", numeric=1)
+    for label, key in (
+        ("subjects in the edited prompts (recall)", "recall"),
+        ("subjects in paraphrases (recall)", "paraphrase_recall"),
+        ("of all open tokens, subjects (precision)", "precision"),
+        ("ordinary text (false alarms)", "ordinary"),
+        ("locality prompts (false alarms)", "locality"),
+    ):
+        gates.add_row(label, percent(gate[key]))
+    console.print(gates)
+    before, after = document["perplexity_before"], document["perplexity_after"]
+    say(
+        f"perplexity of ordinary text {before:.3f} → {after:.3f} ({after / before - 1:+.2%}), "
+        f"divergence {document['divergence']:.4f} nats a token"
+    )
+    likelier, former = document["preferences"], document["before_preferences"]
+    if any(value is not None for value in likelier.values()):
+        told = (f"{k} {percent(v)} % (before {percent(former[k])})" for k, v in likelier.items())
+        say(f"the likelier of two answers: {', '.join(told)}")
+    kept = ", ".join(f"{n}: {percent(score)} %" for n, score in document["retention"].items())
+    say(f"reliability by batch (retention) {kept or '–'}")
+
+
+def completion_view(document: Document) -> None:
+    """One prompt with its unedited and edited completions, and the gates' trace if there is one."""
+    table = new_table(None, "", "completion")
+    table.add_row("unedited", Text(document["unedited"]))
+    table.add_row("edited", Text(document["edited"]))
+    say(document["prompt"])
+    console.print(table)
+    if "trace" in document:
+        trace_view(document["trace"], document["gate"], document["edits"])
+
+
+def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
+    """The text with each token in the colour of the layers whose gates it opens, and a table of
+    these tokens. trace: see `Trace`; edits: what each edit that it names says."""
+    tokens, layers = trace["tokens"], trace["layers"]
+    fired = [
+        (position, i)
+        for position in range(len(tokens))
+        for i in range(len(layers))
+        if trace["is_open"][i][position]
+    ]
+    opened: dict[int, tuple[int, ...]] = {}
+    for position, i in fired:
+        opened[position] = (*opened.get(position, ()), layers[i])
+    sets = dict.fromkeys(opened.values())
+    styles = {s: f"bold {_PALETTE[i % len(_PALETTE)]}" for i, s in enumerate(sets)}
+    text = Text()
+    for position, token in enumerate(tokens):
+        text.append(token, styles[opened[position]] if position in opened else None)
+    console.print(text)
+    for layers_open, style in styles.items():
+        console.print(Text(f"open at {layer_span(layers_open)}", style))
+    if not fired:
+        say("no gate opens")
+        return
+    # The sequence gate's threshold is one of z-scores.
+    measure = "z" if gate == "sequence" else "score"
+    table = new_table(None, "token", "layer", measure, "threshold", "edit", numeric=4)
+    for position, i in fired:
+        edit = trace["edit"][i][position]
+        table.add_row(
+            Text(repr(tokens[position])),
+            str(layers[i]),
+            f"{trace[measure][i][position]:.3f}",
+            f"{trace['threshold'][i]:.3f}",
+            "–" if edit < 0 else str(edit),
+        )
+    console.print(table)
+    for edit, fact in edits.items():
+        say(f"edit {edit}: {fact}")
+
+
+def side_by_side_view(rows: Sequence[Document]) -> None:
+    """Completions of many prompts before and after; a target that is met stands in green."""
+    table = new_table(None, "prompt", "before", "after")
+    for row in rows:
+        style = "green" if row["met"] else "yellow"
+        table.add_row(
+            Text(row["prompt"]),
+            Text(_one_line(row["before"])),
+            Text(_one_line(row["after"]), style),
+        )
+    console.print(table)
+
+
+def demo_view(document: Document) -> None:
+    """The end of the demo, whose steps have been shown already."""
+    fresh = document["fresh_process"]
+    outcome = "meets" if fresh["met"] else "does NOT meet"
+    say(f"this {outcome} the edited target {fresh['target']!r}")
+    say(f"{document['seconds']:.0f} seconds in all; the edits stay in {document['folder']}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

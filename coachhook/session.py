@@ -1,0 +1,201 @@
+"""One run of edits into a folder: which facts remain, with which settings, batch after batch.
+
+    with opened(folder, requests, batch_size=10) as session:
+        for report in session.edit(session.editor("smollm2")):
+            ...
+
+Each batch is saved before the next one starts, so that the same call goes on where a run was cut
+short. Nothing is printed here: the command line, the demo and the benchmark show what they are
+given.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coachhook.calibration import profiles
+from coachhook.config import EditConfig
+from coachhook.editor import BatchReport, Editor
+from coachhook.errors import ConfigError
+from coachhook.facts.remaining import remaining
+from coachhook.facts.request import EditRequest, check_batch
+from coachhook.hookset import HookSet
+from coachhook.journal import folder
+from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.plan import Plan, Sizes, edit_plan
+from coachhook.statistics.source import StatisticsSource
+from coachhook.system.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller asks of a run; None where the folder, a profile or the default decides.
+
+    text: path of the file whose text the statistics are measured on. profile: a file that
+    `coachhook calibrate` wrote. Raises `ConfigError` for a setting that there is not.
+    """
+
+    gate: str | None = None
+    layers: tuple[int, ...] | None = None
+    template: str | None = None
+    text: str | None = None
+    profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.config()
+
+    def config(self) -> EditConfig:
+        """The settings of a new folder, before any profile."""
+        return EditConfig(
+            layers=self.layers,
+            template=self.template,
+            gate=self.gate or EditConfig.gate,
+            statistics=StatisticsSource(self.text),
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, and the profile and its file if they come from one.
+
+    is_of_model: whether the profile was made for the model that is edited.
+    """
+
+    config: EditConfig
+    profile: profiles.Profile | None = None
+    path: Path | None = None
+    is_of_model: bool = True
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run of edits into `directory`.
+
+    held: the hooks that the folder has already, or None. batches: the requests that remain.
+    """
+
+    directory: Path
+    options: Options
+    held: HookSet | None
+    batches: Sequence[Sequence[EditRequest]]
+    processes: Processes
+
+    @property
+    def requests(self) -> list[EditRequest]:
+        """The requests that remain, in order."""
+        return [request for batch in self.batches for request in batch]
+
+    def settings(self, model: Any) -> Settings:
+        """The settings to edit `model` with: those of the folder, or in a new one those of a
+        profile, the given one or the model's own.
+
+        Raises `BaseModelMismatchError` if the folder was made for another model, and `ProfileError`
+        if the given profile cannot be read.
+        """
+        if self.held is not None:
+            self.held.check_base(model)
+            return Settings(self.held.config)
+        config, given = self.options.config(), self.options.profile
+        identity = profiles.identity(model, Architecture.of(model, config.template))
+        found = profiles.find(identity) if given is None else profiles.load(given)
+        if found is None:
+            return Settings(config)
+        path = given or profiles.default_path(identity)
+        return Settings(found.settings.applied(config), found, path, found.identity == identity)
+
+    def plan(self, model: Any, tokenizer: Any, config: EditConfig) -> Plan:
+        """What the remaining batches will need; `Plan.check` refuses what cannot fit."""
+        architecture = Architecture.of(model, config.template)
+        n_blocks = len(architecture.blocks(model))
+        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+        earlier = 0 if self.held is None else len(self.held.edits)
+        sizes, batch_size = Sizes.of(model, architecture), len(self.batches[0])
+        return edit_plan(sizes, layers, config, tokenizer, self.requests, batch_size, earlier)
+
+    def editor(self, model: Any, tokenizer: Any = None, config: EditConfig | None = None) -> Editor:
+        """An editor that goes on from what the folder holds, or starts with `config` (by default
+        with the options alone). model, tokenizer: see `Editor.from_pretrained`."""
+        if self.held is not None:
+            return Editor.resume(self.directory, model, tokenizer, processes=self.processes)
+        return Editor.from_pretrained(
+            model, tokenizer, config=config or self.options.config(), processes=self.processes
+        )
+
+    def edit(self, editor: Editor) -> Iterator[BatchReport]:
+        """Edit and save batch after batch; each report comes when its batch is on disk.
+
+        Raises `RequestError` or its kinds at once, before the first batch, where any request does
+        not fit the tokenizer or the context.
+        """
+        for batch in self.batches:
+            editor.check(batch)
+        return self._edited(editor)
+
+    def _edited(self, editor: Editor) -> Iterator[BatchReport]:
+        for batch in self.batches:
+            report = editor.edit(batch)
+            editor.save_pretrained(self.directory)
+            yield report
+
+
+@contextmanager
+def opened(
+    directory: Path,
+    requests: Sequence[EditRequest],
+    batch_size: int,
+    options: Options | None = None,
+    processes: Processes = ALONE,
+) -> Iterator[Session]:
+    """The run that edits `requests` into `directory`, so many a batch; no other process can edit
+    the folder as long as the block lasts. With several `processes`, a collective.
+
+    Raises `FolderLockedError` if another process edits it, `ConfigError` if it was made with other
+    settings than those asked for, and `ContradictionError` if two requests of one batch exclude
+    each other.
+    """
+    options = options or Options()
+    with ExitStack() as holding:
+        if processes.is_first:
+            holding.enter_context(folder.locked(directory))
+        # The others look into the folder once the first has it.
+        processes.everyone(True)
+        held = HookSet.from_pretrained(directory) if folder.exists(directory) else None
+        if held is not None:
+            _check_options(options, held, directory)
+        done = [] if held is None else [record.request for record in held.edits]
+        left = remaining(done, requests)
+        # All of them are checked before the first, and before the model is loaded.
+        batches = [
+            check_batch(left[start : start + batch_size])
+            for start in range(0, len(left), batch_size)
+        ]
+        yield Session(directory, options, held, batches, processes)
+
+
+def _check_options(options: Options, held: HookSet, directory: Path) -> None:
+    """Raise `ConfigError` if an option that was given is not what `directory` was made with."""
+    pairs = {
+        "gate": (options.gate, held.config.gate),
+        "layers": (options.layers, held.layers),
+        "template": (options.template, held.base.template),
+        "text": (options.text, held.config.statistics.path),
+    }
+    for name, (asked, has) in pairs.items():
+        if asked is not None and asked != has:
+            raise ConfigError(
+                f"--{name} {_shown(asked)} was asked for, but {directory} was made with "
+                f"{_shown(has)}; leave --{name} out, or use another folder"
+            )
+    if options.profile is not None:
+        settings = profiles.load(options.profile).settings
+        if settings.applied(held.config) != held.config:
+            raise ConfigError(
+                f"{directory} was made with other settings than those of {options.profile}; "
+                "leave --profile out, or use another folder"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
