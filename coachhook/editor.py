@@ -20,7 +20,7 @@ from coachhook.editing.verdicts import judge
 from coachhook.editing.write_batch import write_batch
 from coachhook.errors import ConfigError, ModelError
 from coachhook.facts.request import EditRequest, check_batch
-from coachhook.hooks.gates import Threshold
+from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
 from coachhook.journal.batch_file import batch_from_bytes, batch_to_bytes
@@ -273,7 +273,8 @@ class Editor:
         first = self._processes.is_first
         data = self._processes.broadcast_bytes(batch_to_bytes(batch) if first else b"")
         if not first:
-            batch = batch_from_bytes(self.hooks.layers, data)
+            threshold = GATES[self.hooks.config.gate].threshold_type
+            batch = batch_from_bytes(self.hooks.layers, data, threshold)
             self.hooks.journal.batches.append(batch)
             self.hooks.refresh()
         return batch
