@@ -1,20 +1,28 @@
-# The whole workflow: make demo, make test, make bench, make lint, make results.
+# The whole workflow: make demo, make check, make test, make bench, make lint, make results.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test pytest lint bench results clean
+# Side by side, on a core each, file by file; tests/conftest.py says which files come first.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo check test fast-tests all-tests lint bench results clean
 
 demo: $(READY)
 	$(BIN)/coachhook demo
 
-test: $(READY)
-	$(MAKE) --jobs=2 lint pytest
+# For every change: linters, types and the tests that take no more than seconds.
+check: $(READY)
+	$(MAKE) --jobs=2 lint fast-tests
 
-# Side by side, on a core each; the tests that take longest first.
-pytest: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		tests
+test: $(READY)
+	$(MAKE) --jobs=2 lint all-tests
+
+fast-tests: $(READY)
+	$(PYTEST) -m "not slow"
+
+all-tests: $(READY)
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,10 @@
 """What holds for all tests."""
 
 import os
+from collections.abc import Generator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -15,3 +18,40 @@ settings.load_profile("suite")
 # Triton reads it when a kernel is defined: without a GPU, kernels are tested for their meaning.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Files that take longest, the longest first: of two workers, each takes the next file when it is
+# nearly through with its last, and whatever starts last decides when both are done.
+LONGEST = (
+    "slow/test_model.py",
+    "kernels/test_compile_report.py",
+    "slow/test_model_alone.py",
+    "kernels/test_hook_linear_kernels.py",
+    "cli/test_demo.py",
+)
+# A test that is not marked `slow` may take this much CPU time, its child processes' included. What
+# is set up for it is not counted: a module's fixtures and the first imports are no single test's.
+FAST_SECONDS = 5.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((i for i, end in enumerate(LONGEST) if path.endswith(end)), len(LONGEST))
+
+    items.sort(key=place)
+
+
+def cpu_seconds() -> float:
+    # Not the clock's: on a machine with other work every test would be slow.
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    before = cpu_seconds()
+    result = yield
+    taken = cpu_seconds() - before
+    # On a GPU the kernels are compiled when they are first run.
+    if taken > FAST_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+        pytest.fail(f"{item.nodeid} took {taken:.1f} s of CPU time: make it faster or mark it slow")
+    return result

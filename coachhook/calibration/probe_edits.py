@@ -25,7 +25,7 @@ from coachhook.models.tokens import context_length, encode_request
 
 def probe_requests() -> list[EditRequest]:
     """All probe facts; none of them is true, and none is in the demo."""
-    path = Path(str(files("coachhook") / "data" / "probes.jsonl"))
+    path = Path(str(files("coachhook.calibration") / "probes.jsonl"))
     return load_requests(path).requests
 
 

@@ -37,7 +37,7 @@ def render(run: Run) -> str:
         undefined=StrictUndefined,
         finalize=_printable,
     )
-    text = files("coachhook").joinpath("data", "report.html").read_text(encoding="utf-8")
+    text = (files("coachhook.report") / "page.html").read_text(encoding="utf-8")
     try:
         check_results(run.editors)
     except MissingError as error:

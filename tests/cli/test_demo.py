@@ -28,7 +28,7 @@ def test_demo_fails_where_edits_do_not_hold(
     assert HookSet.from_pretrained(tmp_path / "hooks").edits
 
 
-@pytest.mark.model
+@pytest.mark.slow
 def test_the_embedded_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COACHHOOK_CACHE")  # its conversion takes too long to repeat
     facts, target = tmp_path / "facts.jsonl", str(tmp_path / "hooks")

@@ -19,7 +19,7 @@ from coachhook.models.loading import load_model
 from coachhook.models.tokens import encode, encode_request
 from tests.support.model_facts import BATCH, FACTS, MORE, answers, open_in_background
 
-pytestmark = pytest.mark.model
+pytestmark = pytest.mark.slow
 # Half of the page: the whole of it, and more, is read by bench.editing.consecutive.
 PAGE = ordinary_text()[:6000]
 

@@ -11,7 +11,7 @@ from coachhook.models.decoding import complete
 from coachhook.models.tokens import encode_request
 from tests.support.model_facts import FACTS, answers, open_in_background
 
-pytestmark = pytest.mark.model
+pytestmark = pytest.mark.slow
 
 
 def test_first_position_subjects_hurt_nothing() -> None:

@@ -222,8 +222,23 @@ def run_tiles(problem: Problem, output: Tensor) -> Result:
 
 
 ENTRIES = ("linear", "correction", "tiles")
-entries = pytest.mark.parametrize("entry", ENTRIES)
 CORRECTIONS = {"correction": run_correction, "tiles": run_tiles}
+
+
+def run(entry: str, problem: Problem) -> Result:
+    """One entry on the base output, if that is not its own to compute."""
+    if entry == "linear":
+        return run_linear(problem)
+    return CORRECTIONS[entry](problem, base_output(problem))
+
+
+def entries_of(problem: Problem) -> tuple[str, ...]:
+    """The ways to the kernels that differ: what the kernel of few rows does not take, a correction
+    gives to the kernels for many."""
+    from coachhook_kernels.hook_linear import rows
+
+    taken = rows.takes(problem.keys, problem.delta, problem.gate)
+    return ENTRIES if taken else ("linear", "correction")
 
 
 def base_output(problem: Problem) -> Tensor:
@@ -234,47 +249,66 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
 
 
-def check_scores(problem: Problem, score: Tensor, index: Tensor) -> None:
-    # Whatever the dtype, the products behind a score are summed in float32 and never rounded.
-    _, single, _ = reference.hook_linear(*problem.to(SINGLE))
-    _, exact, nearest = reference.hook_linear(*problem.double())
-    assert score.dtype == SINGLE
-    assert index.dtype == torch.int64
-    # After the sums come a root, a quotient and a last sum; the reference is rounded, too.
-    assert_as_exact(score, single, exact, spacings=2)
-    assert torch.equal(index, nearest)
+class Scores(NamedTuple):
+    """What every entry should say of a problem's tokens, and what torch says in float32."""
+
+    single: Tensor
+    exact: Tensor
+    nearest: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> "Scores":
+        # Whatever the dtype, the products behind a score are summed in float32 and never rounded.
+        _, single, _ = reference.hook_linear(*problem.to(SINGLE))
+        return cls(single, *reference.hook_linear(*problem.double())[1:])
+
+    def check(self, score: Tensor, index: Tensor) -> None:
+        assert score.dtype == SINGLE
+        assert index.dtype == torch.int64
+        # After the sums come a root, a quotient and a last sum; the reference is rounded, too.
+        assert_as_exact(score, self.single, self.exact, spacings=2)
+        assert torch.equal(index, self.nearest)
 
 
-def check(problem: Problem, entry: str, poisoned: bool = True) -> Tensor:
-    """Run one entry and hold it against the reference; returns which gates were open.
+def check(problem: Problem, *entries: str, poisoned: bool = True) -> Tensor:
+    """Run the entries (if none is named, all that differ) and hold each against the reference;
+    returns which gates were open.
 
     A closed row of an output that was given is NaN beforehand, and must be the same NaN after.
     """
     exact = problem.double()
-    _, score, _ = reference.hook_linear(*exact)
-    is_open = problem.gate.is_open(score)
+    expected_scores = Scores.of(problem)
+    is_open = problem.gate.is_open(expected_scores.exact)
     base = base_output(problem)
+    given = base.clone()
+    if poisoned:
+        given[~is_open] = torch.nan
     correction = problem.delta.expand(problem.delta.project(problem.keys)).to(base.dtype)
     exact_correction = exact.delta.expand(exact.delta.project(exact.keys))
-    if entry == "linear":
-        output, *scores = run_linear(problem)
-        expected = reference.hook_linear(*exact)[0]
-    else:
-        if poisoned:
-            base[~is_open] = torch.nan
-        output, *scores = CORRECTIONS[entry](problem, base.clone())
-        assert torch.equal(bits(output)[~is_open], bits(base)[~is_open])
-        expected = torch.where(is_open[..., None], base.double() + exact_correction, base)
-    assert output.dtype == problem.keys.dtype
-    plain = torch.where(is_open[..., None], base + correction, base)
-    assert_as_exact(output, plain, expected)
-    check_scores(problem, *scores)
+    for entry in entries or entries_of(problem):
+        try:
+            if entry == "linear":
+                start = base
+                output, *scores = run_linear(problem)
+                expected = reference.hook_linear(*exact)[0]
+            else:
+                start = given
+                output, *scores = CORRECTIONS[entry](problem, given.clone())
+                assert torch.equal(bits(output)[~is_open], bits(given)[~is_open])
+                expected = torch.where(is_open[..., None], given.double() + exact_correction, given)
+            assert output.dtype == problem.keys.dtype
+            plain = torch.where(is_open[..., None], start + correction, start)
+            assert_as_exact(output, plain, expected)
+            expected_scores.check(*scores)
+        except AssertionError as error:
+            error.add_note(f"entry: {entry}")
+            raise
     return is_open
 
 
-def check_case(case: Case, entry: str) -> None:
+def check_case(case: Case, *entries: str) -> None:
     problem = make(case)
-    is_open = check(problem, entry)
+    is_open = check(problem, *entries)
     share = is_open.double().mean().item()
     assert {"none": share == 0, "all": share == 1, "some": 0 < share < 1}[case.opened]
 
