@@ -24,11 +24,6 @@ TEXTS = [f"Paragraph {i} says that the weather stayed dry in the valley." for i 
 LAYERS = (1, 2)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
-
-
 def write(folder: Path, kind: str) -> Path:
     path = folder / f"text.{kind}"
     if kind == "txt":
