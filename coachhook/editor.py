@@ -29,7 +29,7 @@ from coachhook.models.architecture import Architecture, check_layers, default_la
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.loading import load_model, prepare_tokenizer
 from coachhook.models.passes import eval_mode, plainly
-from coachhook.models.placement import device_of, whole
+from coachhook.models.placement import device_of, fetched
 from coachhook.models.tokens import check_length, context_length, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.system.hardware import arithmetic_device
@@ -100,7 +100,7 @@ class Editor:
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=_name_of(given),
-            checksums=weight_checksums(whole(modules[layer]) for layer in layers),
+            checksums=weight_checksums(fetched(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], model.config.hidden_size)

@@ -17,7 +17,7 @@ from coachhook.errors import ConfigError, ProfileError
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import weight_checksums
 from coachhook.models.embedded import cache_dir
-from coachhook.models.placement import whole
+from coachhook.models.placement import fetched
 from coachhook.system.files import write
 from coachhook.system.json_shapes import MisshapenError, checked, parsed
 
@@ -87,7 +87,7 @@ def identity(model: Any, architecture: Architecture) -> str:
     """SHA-256 of a model's kind, sizes and all its down-projections, as they round to bfloat16: a
     float32 model and its bfloat16 copy are one."""
     n_blocks = len(architecture.blocks(model))
-    weights = (whole(architecture.down_projection(model, layer)) for layer in range(n_blocks))
+    weights = (fetched(architecture.down_projection(model, layer)) for layer in range(n_blocks))
     config = model.config.get_text_config()
     recipe = {
         "model": config.model_type,

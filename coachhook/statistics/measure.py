@@ -26,7 +26,7 @@ from coachhook.statistics.cache import Partial
 from coachhook.statistics.recipe import recipe_of
 from coachhook.statistics.source import TOKENS_PER_WIDTH, StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
-from coachhook.statistics.text import Batch, Progress, Shard
+from coachhook.statistics.text import Progress, Shard, TokenBatch
 from coachhook.system.files import remove_unwritten
 from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track
@@ -131,7 +131,7 @@ def _measure(
     processes: Processes,
     advance: Progress,
 ) -> KeyStatistics:
-    starts = reader.read(Batch(corpus.first_tokens(reader.tokenizer, FIRST_WORDS, seed=seed)))
+    starts = reader.read(TokenBatch(corpus.first_tokens(reader.tokenizer, FIRST_WORDS, seed=seed)))
     sums = _empty(starts, processes)
     done, partial = _resume(file, sums, processes)
     for shard, n_before in _dealt(shards, done, processes, advance):
