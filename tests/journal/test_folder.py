@@ -30,8 +30,8 @@ from coachhook.errors import (
     SaveError,
 )
 from coachhook.hookset import HookSet
-from coachhook.journal.folder import CONFIG_NAME, FORMAT_VERSION, Contents, load, locked, save
-from coachhook.journal.tensor_file import pack
+from coachhook.storage.folder import CONFIG_NAME, FORMAT_VERSION, Contents, load, locked, save
+from coachhook.system.tensor_file import pack
 from tests.support.journals import assert_same, batch, contents, file_like, files, rewrite
 
 FORK = multiprocessing.get_context("fork")
@@ -392,7 +392,7 @@ class TestLock:
                 sys.executable,
                 "-c",
                 "import sys\nfrom pathlib import Path\n"
-                "from coachhook.journal.folder import locked\n"
+                "from coachhook.storage.folder import locked\n"
                 "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    input()\n",
                 str(tmp_path),
             ],
