@@ -23,7 +23,6 @@ from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
-from coachhook.journal.batch_file import batch_from_bytes, batch_to_bytes
 from coachhook.journal.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.models.base import BaseModel, weight_checksums
@@ -32,6 +31,7 @@ from coachhook.models.passes import eval_mode, plainly
 from coachhook.models.placement import device_of, fetched
 from coachhook.models.tokens import check_length, context_length, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
+from coachhook.storage.batch_file import batch_from_bytes, batch_to_bytes
 from coachhook.system.hardware import arithmetic_device
 from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track

@@ -25,13 +25,13 @@ from coachhook.hooks.gates.gate import PassWatcher
 from coachhook.hooks.layer import HookLinear, HookState
 from coachhook.hooks.tensor_parallel import RowParallel, gathered
 from coachhook.hooks.trace import Trace, trace_text
-from coachhook.journal import folder
 from coachhook.journal.compaction import merge
 from coachhook.journal.journal import EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.passes import plainly
 from coachhook.models.placement import device_of, fetched
+from coachhook.storage import folder
 from coachhook_kernels import Delta
 
 

@@ -22,10 +22,10 @@ from coachhook.errors import ConfigError
 from coachhook.facts.remaining import remaining
 from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hookset import HookSet
-from coachhook.journal import folder
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.plan import Plan, Sizes, edit_plan
 from coachhook.statistics.source import StatisticsSource
+from coachhook.storage import folder
 from coachhook.system.processes import ALONE, Processes
 
 

@@ -31,6 +31,7 @@ ROOMS = (
     "coachhook.statistics",
     "coachhook.config",
     "coachhook.journal",
+    "coachhook.storage",
     "coachhook.plan",
     "coachhook.hookset",
     "coachhook.editing",

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from coachhook.facts.request import EditRequest
-from coachhook.journal import tensor_file
+from coachhook.system import tensor_file
 from coachhook.system.files import file_lock, remove_unwritten
 
 

@@ -23,11 +23,11 @@ from coachhook.errors import CoachhookError, FolderError
 from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
-from coachhook.journal import folder
 from coachhook.journal.journal import Verdict
 from coachhook.models.decoding import complete, starts_with
 from coachhook.models.embedded import NAME
 from coachhook.session import opened
+from coachhook.storage import folder
 
 _BATCH = 10
 _NEW_TOKENS = 12

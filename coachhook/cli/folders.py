@@ -38,7 +38,7 @@ def rollback(
 ) -> None:
     """Forget every batch after batch TO. Needs no model."""
     from coachhook.hookset import HookSet
-    from coachhook.journal import folder
+    from coachhook.storage import folder
 
     folder.read_config(directory)  # before the lock, which would make a folder that is missing
     with folder.locked(directory):
@@ -67,7 +67,7 @@ def compact(
 ) -> None:
     """Merge batches into one, which cannot be taken apart any more. Needs no model."""
     from coachhook.hookset import HookSet
-    from coachhook.journal import folder
+    from coachhook.storage import folder
 
     folder.read_config(directory)  # before the lock, which would make a folder that is missing
     with folder.locked(directory):

@@ -19,9 +19,9 @@ from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
 from coachhook.journal.delta import add, no_delta
 from coachhook.journal.prefix_cache import Running
-from coachhook.journal.tensor_file import TensorFile
 from coachhook.system.json_shapes import Count
 from coachhook.system.progress import each
+from coachhook.system.tensor_file import TensorFile
 from coachhook_kernels import Delta
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from coachhook.errors import ConfigError
 from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, lead
-from coachhook.journal.tensor_file import write
 from coachhook.report.runs import Run
 from coachhook.report.shapes import check_results
 from coachhook.system.json_shapes import MisshapenError, MissingError
+from coachhook.system.tensor_file import write
 
 Point = Mapping[str, Any]
 _MOST_POINTS = 6

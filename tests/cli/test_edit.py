@@ -8,7 +8,7 @@ import pytest
 
 from coachhook.editor import Editor
 from coachhook.hookset import HookSet
-from coachhook.journal import folder
+from coachhook.storage import folder
 from tests.support.command_line import (
     FACTS,
     SMALL,
@@ -140,7 +140,7 @@ def test_settings_that_agree_with_the_folder(edited: Path) -> None:
 def test_a_folder_that_another_process_edits(edited: Path) -> None:
     holder = (
         "import sys, pathlib\n"
-        "from coachhook.journal import folder\n"
+        "from coachhook.storage import folder\n"
         "with folder.locked(pathlib.Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    sys.stdin.read()\n"

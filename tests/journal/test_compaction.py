@@ -17,8 +17,8 @@ from torch import Tensor
 
 from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
 from coachhook.errors import CompactedError, ConfigError, CorruptFolderError, SaveError
-from coachhook.journal.folder import Contents, load, save
 from coachhook.journal.journal import Journal
+from coachhook.storage.folder import Contents, load, save
 from tests.support.journals import LAYERS, SKETCH, batch, contents, file_like, files
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 

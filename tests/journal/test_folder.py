@@ -8,7 +8,7 @@ import pytest
 
 from coachhook.errors import CorruptFolderError, FolderError
 from coachhook.hookset import HookSet
-from coachhook.journal.folder import CONFIG_NAME, Contents, load, save
+from coachhook.storage.folder import CONFIG_NAME, Contents, load, save
 from tests.support.journals import assert_same, batch, contents, file_like, files
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from coachhook.errors import CorruptFolderError, FolderError, NewerFormatError
-from coachhook.journal.folder import CONFIG_NAME, FORMAT_VERSION, load, save
-from coachhook.journal.tensor_file import pack
+from coachhook.storage.folder import CONFIG_NAME, FORMAT_VERSION, load, save
+from coachhook.system.tensor_file import pack
 from tests.support.journals import contents, file_like, files, rewrite
 
 

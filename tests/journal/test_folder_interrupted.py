@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from coachhook.errors import FolderError, SaveError
-from coachhook.journal.folder import load, locked, save
+from coachhook.storage.folder import load, locked, save
 from tests.support.journals import assert_same, batch, contents, files
 
 FORK = multiprocessing.get_context("fork")

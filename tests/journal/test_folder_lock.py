@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coachhook.errors import FolderLockedError
-from coachhook.journal.folder import load, locked, save
+from coachhook.storage.folder import load, locked, save
 from tests.support.journals import assert_same, contents
 
 
@@ -20,7 +20,7 @@ class TestLock:
                 sys.executable,
                 "-c",
                 "import sys\nfrom pathlib import Path\n"
-                "from coachhook.journal.folder import locked\n"
+                "from coachhook.storage.folder import locked\n"
                 "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    input()\n",
                 str(tmp_path),
             ],

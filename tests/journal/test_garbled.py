@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from coachhook.errors import CorruptFolderError, OlderFormatError
-from coachhook.journal import batch_file
 from coachhook.journal.compaction import merge
-from coachhook.journal.folder import CONFIG_NAME, load, save
-from coachhook.journal.tensor_file import pack
+from coachhook.storage import batch_file
+from coachhook.storage.folder import CONFIG_NAME, load, save
+from coachhook.system.tensor_file import pack
 from tests.support.journals import LAYERS, contents, file_like, files, rewrite
 
 OTHERS: list[Any] = [None, [], {}, "x", "1", 3, -1, 0.5, float("nan"), True, [3], {"1": 3}]

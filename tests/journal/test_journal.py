@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coachhook.errors import CorruptFolderError
-from coachhook.journal.folder import load, save
 from coachhook.journal.journal import EditRecord, Journal, Verdict
+from coachhook.storage.folder import load, save
 from coachhook_kernels import Delta
 from tests.support.journals import LAYERS, SKETCH, batch, contents, file_like, grow_and_shrink
 

@@ -14,9 +14,9 @@ from torch.nn.functional import normalize
 from coachhook.config import EditConfig, ValueConfig
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
-from coachhook.journal.folder import CONFIG_NAME, Contents
 from coachhook.journal.journal import FACTORS, Batch, EditRecord, Journal, LayerFactors, Verdict
 from coachhook.models.base import BaseModel
+from coachhook.storage.folder import CONFIG_NAME, Contents
 
 LAYERS = {1: (12, 8), 3: (12, 8)}
 SKETCH = 4

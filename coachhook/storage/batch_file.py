@@ -26,8 +26,8 @@ from coachhook.journal.journal import (
     edit_from_json,
     edit_to_json,
 )
-from coachhook.journal.tensor_file import Headers, TensorFile, check
 from coachhook.system.json_shapes import Count, MisshapenError, Some, checked, parsed
+from coachhook.system.tensor_file import Headers, TensorFile, check
 
 # The tensor that holds JSON: its bytes in UTF-8, as uint8.
 _RECORDS = "records"

@@ -31,7 +31,9 @@ from coachhook.errors import (
     SaveError,
 )
 from coachhook.hooks.gates import GATES
-from coachhook.journal.batch_file import (
+from coachhook.journal.journal import Base, Batch, Journal
+from coachhook.models.base import BaseModel
+from coachhook.storage.batch_file import (
     Expected,
     base_tensors,
     batch_tensors,
@@ -39,12 +41,10 @@ from coachhook.journal.batch_file import (
     read_base,
     read_batch,
 )
-from coachhook.journal.journal import Base, Batch, Journal
-from coachhook.journal.tensor_file import TensorFile, check, pack, write
-from coachhook.models.base import BaseModel
 from coachhook.system.files import file_lock, remove_unwritten
 from coachhook.system.json_shapes import Count, MisshapenError, Number, checked, parsed
 from coachhook.system.progress import each
+from coachhook.system.tensor_file import TensorFile, check, pack, write
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "hook_config.json"
