@@ -265,8 +265,9 @@ class Scores(NamedTuple):
     def check(self, score: Tensor, index: Tensor) -> None:
         assert score.dtype == SINGLE
         assert index.dtype == torch.int64
-        # After the sums come a root, a quotient and a last sum; the reference is rounded, too.
-        assert_as_exact(score, self.single, self.exact, spacings=2)
+        # After sums in an order of their own come a root, a quotient and a last sum; the reference
+        # is rounded, too, and may be right by luck in every token.
+        assert_as_exact(score, self.single, self.exact, spacings=4)
         assert torch.equal(index, self.nearest)
 
 
