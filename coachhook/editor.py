@@ -20,7 +20,7 @@ from coachhook.editing.verdicts import judge
 from coachhook.editing.write_batch import write_batch
 from coachhook.errors import ConfigError, ModelError
 from coachhook.facts.request import EditRequest, check_batch
-from coachhook.hooks.gates import Threshold
+from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
 from coachhook.journal.batch_file import batch_from_bytes, batch_to_bytes
@@ -29,7 +29,7 @@ from coachhook.models.architecture import Architecture, check_layers, default_la
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.loading import load_model, prepare_tokenizer
 from coachhook.models.passes import eval_mode, plainly
-from coachhook.models.placement import device_of, whole
+from coachhook.models.placement import device_of, fetched
 from coachhook.models.tokens import check_length, context_length, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.system.hardware import arithmetic_device
@@ -100,7 +100,7 @@ class Editor:
         modules = {layer: architecture.down_projection(model, layer) for layer in layers}
         base = BaseModel(
             name=_name_of(given),
-            checksums=weight_checksums(whole(modules[layer]) for layer in layers),
+            checksums=weight_checksums(fetched(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], model.config.hidden_size)
@@ -273,7 +273,8 @@ class Editor:
         first = self._processes.is_first
         data = self._processes.broadcast_bytes(batch_to_bytes(batch) if first else b"")
         if not first:
-            batch = batch_from_bytes(self.hooks.layers, data)
+            threshold = GATES[self.hooks.config.gate].threshold_type
+            batch = batch_from_bytes(self.hooks.layers, data, threshold)
             self.hooks.journal.batches.append(batch)
             self.hooks.refresh()
         return batch

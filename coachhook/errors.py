@@ -69,6 +69,10 @@ class NewerFormatError(FolderError):
     """A hooks folder was written by a newer version of the format."""
 
 
+class OlderFormatError(FolderError):
+    """A hooks folder was written in an earlier format that is no longer read."""
+
+
 class FolderLockedError(FolderError):
     """Another process is editing this folder."""
 

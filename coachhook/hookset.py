@@ -31,7 +31,7 @@ from coachhook.journal.journal import EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.passes import plainly
-from coachhook.models.placement import device_of, whole
+from coachhook.models.placement import device_of, fetched
 from coachhook_kernels import Delta
 
 
@@ -286,7 +286,7 @@ class HookSet:
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
         # One by one: weights may be gathered from processes that share them, or from a disk.
-        found = weight_checksums(gathered(whole(module)) for module in modules)
+        found = weight_checksums(gathered(fetched(module)) for module in modules)
         if not set(found.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "

@@ -20,8 +20,9 @@ from coachhook.models.architecture import Architecture
 from coachhook.models.passes import input_device
 from coachhook.models.placement import parameters_of
 from coachhook.models.tokens import encode_request
+from coachhook.statistics.measure import FIRST_WORDS, MOST_BACKGROUND
 from coachhook.statistics.source import StatisticsSource
-from coachhook.statistics.text import SEQUENCE_LENGTH
+from coachhook.statistics.text import SEQUENCE_LENGTH, SHARD_SEQUENCES
 from coachhook.system.hardware import arithmetic_device, free_bytes, matmul_rate
 
 _HOST = torch.device("cpu")
@@ -31,8 +32,6 @@ _MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
 _SCRATCH = 16
 # Bytes of each number of a batch's Gram matrix, its factors and its products with the inverse.
 _NUMBER = 8
-# Background keys and first words kept a layer; sequences sampled at once.
-_MOST_BACKGROUND, _FIRST_WORDS, _SAMPLED_AT_ONCE = 65_536, 1_024, 128
 # Values of width `hidden` and of width `d_in` that a block keeps of a token for its backward pass,
 # or has alive at once in a pass without one.
 _KEPT_HIDDEN, _KEPT_INNER, _ALIVE_HIDDEN, _ALIVE_INNER = 8, 4, 8, 3
@@ -40,7 +39,8 @@ _KEPT_HIDDEN, _KEPT_INNER, _ALIVE_HIDDEN, _ALIVE_INNER = 8, 4, 8, 3
 _EFFICIENCY = 0.5
 _NEW_TOKENS = 5
 _SAMPLE = 64
-_MOST_HOOKED = 5
+# How many layers calibration tries together at most.
+MOST_HOOKED = 5
 
 _ADVICE = {
     "moments": "hook fewer layers",
@@ -190,14 +190,14 @@ class Sizes:
 def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSource) -> Plan:
     """What `statistics.key_statistics` will need when they are not cached."""
     tokens, d_in, n = source.tokens_for(sizes.d_in), sizes.d_in, len(layers)
-    kept = min(tokens, _MOST_BACKGROUND)
-    at_once = min(_SAMPLED_AT_ONCE, -(-tokens // SEQUENCE_LENGTH))
+    kept = min(tokens, MOST_BACKGROUND)
+    at_once = min(SHARD_SEQUENCES, -(-tokens // SEQUENCE_LENGTH))
     batch = at_once * SEQUENCE_LENGTH
     sampling = sizes.cache_bytes(batch) + at_once * sizes.vocabulary * 4 * 3
     reading = sizes.pass_bytes(batch) + n * batch * d_in * sizes.itemsize
     sampled = 0.0 if source.path else 2.0 * tokens * sizes.parameters
     read = 2.0 * tokens * (layers[-1] + 1) * sizes.block_parameters + n * tokens * d_in**2
-    background = n * (kept + _FIRST_WORDS) * d_in * 2
+    background = n * (kept + FIRST_WORDS) * d_in * 2
     # While they are joined, the pieces of the background keys are there a second time.
     working = max(sampling, reading) + (background if sizes.device == _HOST else 0)
     parts = [
@@ -228,7 +228,7 @@ def edit_plan(
     n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
     edits, batch = earlier + len(requests), min(batch_size, len(requests))
     device = arithmetic_device(config.inverse_device, sizes.device)
-    kept = min(config.statistics.tokens_for(d_in), _MOST_BACKGROUND)
+    kept = min(config.statistics.tokens_for(d_in), MOST_BACKGROUND)
     rate = matmul_rate(device, torch.float64, d_in)
     texts = _Texts.of(tokenizer, requests, config, batch)
     sketches = kept * config.fingerprint_size * 4
@@ -273,7 +273,7 @@ def calibration_plan(
     """What reading the keys of `layers` and so many trials with the probes will need."""
     config = EditConfig(statistics=source)
     reading = statistics_plan(sizes, layers, source)
-    one = edit_plan(sizes, layers[-_MOST_HOOKED:], config, tokenizer, probes, len(probes))
+    one = edit_plan(sizes, layers[-MOST_HOOKED:], config, tokenizer, probes, len(probes))
     trial = [
         replace(part, seconds=part.seconds * trials) for part in one.parts[len(reading.parts) :]
     ]

@@ -25,7 +25,7 @@ from coachhook.models.architecture import Architecture, default_layers
 from coachhook.models.loading import load_model
 from coachhook.models.passes import input_device, read_pass
 from coachhook.statistics.sums import KeyReader, KeySums
-from coachhook.statistics.text import SEQUENCE_LENGTH, Batch, Shard
+from coachhook.statistics.text import SEQUENCE_LENGTH, Shard, TokenBatch
 
 # Fewer than a shard has, so that a round is short beside what else the machine does.
 SEQUENCES = 32
@@ -41,9 +41,9 @@ def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
     reader = KeyReader(loaded, tokenizer, modules)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(len(tokenizer), (SEQUENCES, SEQUENCE_LENGTH), generator=generator)
-    shard = Shard(0, ids.numel(), lambda _: [Batch(ids)])
+    shard = Shard(0, ids.numel(), lambda _: [TokenBatch(ids)])
     device = input_device(loaded)
-    sums = KeySums.like(reader.read(Batch(ids)))
+    sums = KeySums.like(reader.read(TokenBatch(ids)))
     cpu_seconds: dict[str, list[float]] = {"bare": [], "statistics": []}
 
     def bare() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import coachhook as ch
 from bench.editing.published_values import published_value, sampled_prefixes
 from coachhook.editing.values import optimise_values
-from coachhook.evaluation.evaluate import target_hits
+from coachhook.evaluation.metrics import target_hits
 from coachhook.models.architecture import Architecture
 from coachhook.models.tokens import encode_request
 

@@ -12,7 +12,7 @@ from coachhook.facts.request import EditRequest
 
 def demo_facts() -> Path:
     """The facts that come with the package."""
-    return Path(str(files("coachhook").joinpath("data", "demo.jsonl")))
+    return Path(str(files("coachhook.facts") / "demo.jsonl"))
 
 
 def chosen_facts(facts: Path | None, first: int, edits: int) -> tuple[Path, list[EditRequest]]:

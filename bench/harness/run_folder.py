@@ -3,15 +3,15 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
-from filelock import FileLock, Timeout
 
 from coachhook.facts.request import EditRequest
 from coachhook.journal import tensor_file
+from coachhook.system.files import file_lock, remove_unwritten
 
 
 @contextmanager
@@ -20,21 +20,22 @@ def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
 
     Raises `typer.BadParameter` if `place` belongs to another run or another process works in it.
     """
-    place.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(place / ".lock", timeout=0):
-            description = place / "protocol.json"
-            # As JSON has it: there are no tuples.
-            wanted = json.loads(json.dumps(protocol))
-            if description.exists() and read_json(description) != wanted:
-                raise typer.BadParameter(
-                    f"{place} holds a run of another version, of other facts or settings; take "
-                    "another folder"
-                )
-            write_json(description, wanted)
-            yield
-    except Timeout:
-        raise typer.BadParameter(f"another process works in {place}; wait for it") from None
+    with ExitStack() as holding:
+        try:
+            holding.enter_context(file_lock(place / ".lock"))
+        except BlockingIOError:
+            raise typer.BadParameter(f"another process works in {place}; wait for it") from None
+        remove_unwritten(place)
+        description = place / "protocol.json"
+        # As JSON has it: there are no tuples.
+        wanted = json.loads(json.dumps(protocol))
+        if description.exists() and read_json(description) != wanted:
+            raise typer.BadParameter(
+                f"{place} holds a run of another version, of other facts or settings; take "
+                "another folder"
+            )
+        write_json(description, wanted)
+        yield
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

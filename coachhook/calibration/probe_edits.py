@@ -7,22 +7,25 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
-from torch import Tensor
-
 from coachhook.errors import ContextLengthError
-from coachhook.evaluation.evaluate import first_choices, target_hits
+from coachhook.evaluation.metrics import (
+    Answer,
+    Metrics,
+    Question,
+    ask,
+    mean_metrics,
+    questions,
+    score,
+)
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
-from coachhook.models.decoding import complete, starts_with
-from coachhook.models.tokens import Row, context_length, encode, encode_request
-
-# Behind the longest target, to see the word end.
-_EXTRA_TOKENS = 2
+from coachhook.models.decoding import BEYOND_TARGET
+from coachhook.models.tokens import context_length, encode_request
 
 
 def probe_requests() -> list[EditRequest]:
     """All probe facts; none of them is true, and none is in the demo."""
-    path = Path(str(files("coachhook") / "data" / "probes.jsonl"))
+    path = Path(str(files("coachhook.calibration") / "probes.jsonl"))
     return load_requests(path).requests
 
 
@@ -35,6 +38,13 @@ class ProbeScores:
     generality: float
     locality: float
     teacher_forced: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, found: Metrics) -> "ProbeScores":
+        """From the means over probes, each of which has all three metrics."""
+        three = found.reliability, found.generality, found.locality
+        forced = _three([scores.teacher_forced for scores in three])
+        return cls(*_three([scores.greedy for scores in three]), forced)
 
     @property
     def rank(self) -> tuple[float, float, float]:
@@ -51,15 +61,13 @@ class ProbeScores:
 
 @dataclass(frozen=True)
 class Probes:
-    """Facts to try edits with. rows: tokens of their prompts, of reworded prompts, and of prompts
-    about neighbours, with what shall follow; prompts: the texts of all three, in this order.
-    answers, choices: what the unedited model says to all, and its first choices for neighbours."""
+    """Facts to try edits with, what is asked about them, what the unedited model says to the
+    prompts beside them, and how many tokens are decoded of an answer."""
 
     requests: list[EditRequest]
-    rows: tuple[list[Row], list[Row], list[Row]]
-    prompts: list[str]
-    answers: list[str]
-    choices: list[Tensor]
+    asked: list[Question]
+    before: list[Answer]
+    new_tokens: int
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any, contexts: Sequence[str]) -> "Probes":
@@ -70,61 +78,28 @@ class Probes:
         limit = context_length(model)
         requests = []
         for probe in probe_requests():
-            every = [encode_request(tokenizer, probe, text) for text in ("{}", *contexts)]
-            every += [row for kind in _rows(tokenizer, [probe])[1:] for row in kind]
-            if limit is None or max(len(row.ids) for row in every) + _EXTRA_TOKENS <= limit:
+            rows = [encode_request(tokenizer, probe, text) for text in contexts]
+            rows += [question.row for question in questions(tokenizer, [probe])]
+            if limit is None or max(len(row.ids) for row in rows) + BEYOND_TARGET <= limit:
                 requests.append(probe)
         if not requests:
             raise ContextLengthError(
                 f"the model's context of {limit} tokens is too short for every probe edit; "
                 "set layers and λ by hand (EditConfig)"
             )
-        rows = _rows(tokenizer, requests)
-        prompts = [probe.prompt for probe in requests]
-        prompts += [text for probe in requests for text in probe.paraphrases]
-        prompts += [item.prompt for probe in requests for item in probe.locality]
-        return cls(
-            requests,
-            rows,
-            prompts,
-            answers=_answers(model, tokenizer, prompts, rows),
-            choices=first_choices(model, tokenizer, rows[2]),
-        )
+        asked = questions(tokenizer, requests)
+        beside = [question for question in asked if question.is_beside]
+        longest = max(question.row.n_target for question in asked if not question.is_beside)
+        new_tokens = longest + BEYOND_TARGET
+        return cls(requests, asked, ask(model, tokenizer, beside, new_tokens), new_tokens)
 
     def scores(self, model: Any, tokenizer: Any) -> ProbeScores:
         """Of `model` with the probes edited into it."""
-        targets = [probe.target for probe in self.requests]
-        targets += [probe.target for probe in self.requests for _ in probe.paraphrases]
-        answers = _answers(model, tokenizer, self.prompts, self.rows)
-        met = [starts_with(a, t) for a, t in zip(answers, targets, strict=False)]
-        kept = [a == b for a, b in zip(answers, self.answers, strict=True)][len(targets) :]
-        choices = first_choices(model, tokenizer, self.rows[2])
-        same = [
-            float((now == before).float().mean())
-            for now, before in zip(choices, self.choices, strict=True)
-        ]
-        asked, reworded = (target_hits(model, tokenizer, rows) for rows in self.rows[:2])
-        n = len(self.requests)
-        return ProbeScores(
-            reliability=fmean(met[:n]),
-            generality=fmean(met[n:]),
-            locality=fmean(kept),
-            teacher_forced=(fmean(asked), fmean(reworded), fmean(same)),
-        )
+        answers = ask(model, tokenizer, self.asked, self.new_tokens)
+        found = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
+        return ProbeScores.of(found)
 
 
-def _rows(
-    tokenizer: Any, requests: Sequence[EditRequest]
-) -> tuple[list[Row], list[Row], list[Row]]:
-    return (
-        [encode_request(tokenizer, probe) for probe in requests],
-        [encode(tokenizer, text, p.target) for p in requests for text in p.paraphrases],
-        [encode(tokenizer, i.prompt, i.answer) for p in requests for i in p.locality],
-    )
-
-
-def _answers(
-    model: Any, tokenizer: Any, prompts: Sequence[str], rows: Sequence[Sequence[Row]]
-) -> list[str]:
-    longest = max(row.n_target for kind in rows[:2] for row in kind)
-    return complete(model, tokenizer, prompts, longest + _EXTRA_TOKENS)
+def _three(shares: Sequence[float | None]) -> tuple[float, float, float]:
+    first, second, third = (share for share in shares if share is not None)
+    return first, second, third

@@ -7,19 +7,19 @@ weights or edits: a hooks folder records the settings that it was made with, and
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from coachhook.config import EditConfig
-from coachhook.errors import ProfileError
+from coachhook.errors import ConfigError, ProfileError
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import weight_checksums
 from coachhook.models.embedded import cache_dir
-from coachhook.models.placement import whole
+from coachhook.models.placement import fetched
+from coachhook.system.files import write
+from coachhook.system.json_shapes import MisshapenError, checked, parsed
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,24 @@ class Profile:
         }
 
 
+class _Versioned(TypedDict):
+    version: Any
+
+
+class _ProfileEntry(TypedDict):
+    """A profile in JSON, but for its version. settings: a `Settings`."""
+
+    identity: str
+    model: str
+    settings: dict[str, Any]
+    figures: dict[str, Any]
+
+
 def identity(model: Any, architecture: Architecture) -> str:
     """SHA-256 of a model's kind, sizes and all its down-projections, as they round to bfloat16: a
     float32 model and its bfloat16 copy are one."""
     n_blocks = len(architecture.blocks(model))
-    weights = (whole(architecture.down_projection(model, layer)) for layer in range(n_blocks))
+    weights = (fetched(architecture.down_projection(model, layer)) for layer in range(n_blocks))
     config = model.config.get_text_config()
     recipe = {
         "model": config.model_type,
@@ -111,58 +124,31 @@ def find(model_identity: str) -> Profile | None:
 def load(path: Path) -> Profile:
     """Read a profile. Raises `ProfileError` if it is missing, broken or of a newer version."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["version"] != VERSION:
+        data = parsed(path.read_bytes())
+        version = checked(data, _Versioned)["version"]
+        if version != VERSION:
             raise ProfileError(
-                f"{path} has version {data['version']!r}, this coachhook reads {VERSION}; "
+                f"{path} has version {version!r}, this coachhook reads {VERSION}; "
                 "install a newer coachhook, or run 'coachhook calibrate' again"
             )
-        return Profile(
-            identity=_of_type(str, data["identity"]),
-            model=_of_type(str, data["model"]),
-            settings=_settings(data["settings"]),
-            figures=_of_type(dict, data["figures"]),
-        )
+        found: _ProfileEntry = checked(data, _ProfileEntry)
+        checked(found["settings"], Settings, "settings")
+        settings = Settings(**{**found["settings"], "layers": tuple(found["settings"]["layers"])})
+        # An EditConfig refuses what is out of range.
+        settings.applied(EditConfig())
     except OSError as error:
         raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (MisshapenError, ConfigError) as error:
         raise ProfileError(
             f"{path} is not a whole profile ({error}); run 'coachhook calibrate' again"
         ) from error
+    return Profile(found["identity"], found["model"], settings, found["figures"])
 
 
 def save(profile: Profile, path: Path) -> None:
     """Write a profile, whole or not at all. Raises `ProfileError` when it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(profile.to_dict(), file, indent=1, allow_nan=False)
-                file.write("\n")
-            os.replace(staging, path)
-        except BaseException:
-            Path(staging).unlink(missing_ok=True)
-            raise
+        write(path, f"{json.dumps(profile.to_dict(), indent=1, allow_nan=False)}\n".encode())
     except OSError as error:
         raise ProfileError(f"cannot write the profile {path}: {error.strerror}") from error
-
-
-def _settings(data: Any) -> Settings:
-    names = {f.name for f in fields(Settings)}
-    if set(data) != names:
-        raise KeyError(f"settings {sorted(names ^ set(data))}")
-    numbers = [data[name] for name in names - {"layers"}]
-    whole_numbers = all(type(layer) is int for layer in data["layers"])
-    if not whole_numbers or not all(type(value) in (int, float) for value in numbers):
-        raise TypeError("a setting that is no number")
-    settings = Settings(**{**data, "layers": tuple(data["layers"])})
-    # An EditConfig refuses what is out of range.
-    settings.applied(EditConfig())
-    return settings
-
-
-def _of_type(kind: type[Any], value: Any) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} in place of a {kind.__name__}")
-    return value

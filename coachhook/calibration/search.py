@@ -32,7 +32,7 @@ from coachhook.editor import Editor
 from coachhook.errors import ConfigError
 from coachhook.models.architecture import Architecture, check_layers
 from coachhook.models.passes import eval_mode
-from coachhook.plan import Sizes, statistics_plan
+from coachhook.plan import MOST_HOOKED, Sizes, statistics_plan
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.statistics.source import StatisticsSource
 from coachhook.system.progress import track
@@ -44,7 +44,7 @@ _SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
 # A larger fingerprint must separate better by this much; a layer may separate worse by that much,
 # because later layers make values that generalise better.
 _WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
-_COUNTS = (3, 1, 5)
+_COUNTS = (3, 1, MOST_HOOKED)
 # λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
 # far below 1, ordinary text holds a key fast.
 _FREEDOM, _COARSE, _FINE = 100.0, 10.0, 3.0

@@ -9,17 +9,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.config import EditConfig
-from coachhook.editing.layer_writer import layer_sketch
+from coachhook.editing.layer_writer import ALIKE, layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
-from coachhook.models.passes import input_device, read_pass
-from coachhook.models.tokens import Row, encode, encode_request, pad
+from coachhook.models.reading import read_rows
+from coachhook.models.tokens import Row, encode, encode_request
 from coachhook.statistics.measure import KeyStatistics
 
 SIZES = (32, 64, 128)
-_AT_ONCE = 16
 _FLOORS = tuple(step / 100 for step in range(30, 96))
-_ALIKE = 0.62
 
 
 @dataclass(frozen=True)
@@ -102,16 +100,10 @@ def _read(
     model: Any, tokenizer: Any, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
 ) -> list[Tensor]:
     """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
-    device = input_device(model)
-    found: list[list[Tensor]] = [[] for _ in modules]
-    for first in range(0, len(rows), _AT_ONCE):
-        padded = pad(rows[first : first + _AT_ONCE], tokenizer.pad_token_id, device)
-        keys, _ = read_pass(model, padded.inputs(), list(modules))
-        columns = torch.arange(padded.ids.shape[1], device=device)
-        chosen = padded.mask.bool() if every else columns == padded.subject[:, None]
-        for i, key in enumerate(keys):
-            found[i].append(key[chosen.to(key.device)].float().cpu())
-    return [torch.cat(pieces) for pieces in found]
+    found = read_rows(
+        model, tokenizer, rows, modules, lambda _, keys, __: [keys.float()], every=every
+    )
+    return [keys for (keys,) in found]
 
 
 @dataclass(frozen=True)
@@ -184,7 +176,7 @@ def sink_share(sketches: ProbeSketches, size: int) -> float:
     """Share of pairs of first words with nearly the same key: near 1 where a layer has an attention
     sink."""
     first = _unit(sketches.first, size)
-    return float(((first @ first.T) >= _ALIKE).float().mean())
+    return float(((first @ first.T) >= ALIKE).float().mean())
 
 
 def _ceiling(scores: Tensor, rate: float) -> float:

@@ -48,7 +48,7 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     directory = directory or Path(tempfile.mkdtemp(prefix="coachhook-demo-"))
     if folder.exists(directory):
         raise FolderError(f"{directory} already holds edits; name a folder that is empty or new")
-    requests = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
+    requests = load_requests(str(files("coachhook.facts") / "demo.jsonl")).requests
     tell(say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
     batches = []
     with opened(directory, requests, _BATCH) as session:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import in_parts, input_device, read_pass
+from coachhook.models.passes import input_device
+from coachhook.models.reading import read_padded
 from coachhook.models.tokens import Padded, encode_request, pad
 
 
@@ -31,11 +31,6 @@ class Contexts:
         ]
         return cls(pad(rows, tokenizer.pad_token_id, input_device(model)), len(requests))
 
-    def subject_mask(self) -> Tensor:
-        """Where each row's subject ends, bool `(b, t)`."""
-        columns = torch.arange(self.padded.ids.shape[1], device=self.padded.ids.device)
-        return columns == self.padded.subject[:, None]
-
     def read(
         self,
         model: Any,
@@ -51,23 +46,24 @@ class Contexts:
 
         temporary: hooks that correct the subjects alone. tokens: how many are read at once.
         """
-        mask, inputs = self.subject_mask(), self.padded.inputs()
+        at = self.padded.subject_mask()
 
-        def some(rows: slice) -> tuple[list[Tensor], Tensor | None]:
-            here = mask[rows]
+        def open_subjects(rows: slice) -> None:
             for hook in temporary:
-                hook.open_at = here.to(hook.down.device)
-            part = {name: tensor[rows] for name, tensor in inputs.items()}
-            keys, output = read_pass(model, part, hooks, block)
-            values = [what(hook, k, rows) for hook, k in zip(hooks, keys, strict=True)]
-            found = [value[here.to(value.device)].cpu() for value in values]
-            return found, None if output is None else output[here.to(output.device)].float().cpu()
+                hook.open_at = at[rows].to(hook.down.device)
 
         try:
-            parts = in_parts(some, len(mask), max(1, tokens // mask.shape[1]))
+            found, output = read_padded(
+                model,
+                self.padded,
+                at,
+                hooks,
+                lambda hook, keys, rows: [what(hook, keys, rows)],
+                at_once=max(1, tokens // at.shape[1]),
+                block=block,
+                before=open_subjects,
+            )
         finally:
             for hook in temporary:
                 hook.open_at = None
-        outputs = [output for _, output in parts if output is not None]
-        by_hook = [torch.cat(pieces) for pieces in zip(*(found for found, _ in parts), strict=True)]
-        return by_hook, torch.cat(outputs) if outputs else None
+        return [made for (made,) in found], output

@@ -17,9 +17,9 @@ from coachhook.statistics.measure import LayerStatistics
 _DISTINCT = 0.8
 
 # A key with at least this cosine to those of more than that share of first words is an attention
-# sink; in few dimensions it takes more.
-_SINK, _SINK_SHARE = 0.62, 0.01
-
+# sink, since by default a gate that opens at it opens at those words; in few dimensions it takes
+# more.
+ALIKE, _SINK_SHARE = EditConfig.resemblance, 0.01
 
 # Fingerprints that are compared with all background keys at a time.
 _CHUNK = 256
@@ -92,7 +92,7 @@ class LayerWriter:
         """Which fingerprints `(n, s)` are also those of some first words, whatever these are, bool
         `(n,)`. Not those of first tokens alone: the sink may be a token or two further on."""
         # The cosine of unrelated directions has a deviation of 1 / √s.
-        least = max(_SINK, min(3 / math.sqrt(fingerprints.shape[1]), 0.95))
+        least = max(ALIKE, min(3 / math.sqrt(fingerprints.shape[1]), 0.95))
         alike = (self.first @ fingerprints.T >= least).sum(0)
         # One of them may be the subject's own word.
         return alike > max(1, _SINK_SHARE * len(self.first))

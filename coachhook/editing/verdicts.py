@@ -5,11 +5,8 @@ from typing import Any
 from coachhook.editing.contexts import Contexts
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, Verdict
-from coachhook.models.decoding import complete, starts_with
+from coachhook.models.decoding import BEYOND_TARGET, complete, starts_with
 from coachhook.models.tokens import encode_request
-
-# Tokens decoded beyond the longest target: what comes right behind it may make a longer word of it.
-_BEYOND = 2
 
 
 def judge(model: Any, tokenizer: Any, hooks: HookSet, batch: Batch) -> None:
@@ -17,7 +14,7 @@ def judge(model: Any, tokenizer: Any, hooks: HookSet, batch: Batch) -> None:
     requests = [edit.request for edit in batch.edits]
     longest = max(encode_request(tokenizer, request).n_target for request in requests)
     prompts = [request.prompt for request in requests]
-    answers = complete(model, tokenizer, prompts, longest + _BEYOND)
+    answers = complete(model, tokenizer, prompts, longest + BEYOND_TARGET)
     closed, unwritten = _gates_at_subjects(model, tokenizer, hooks, batch)
     for i, edit in enumerate(batch.edits):
         if edit.verdict is not Verdict.REFUSED:

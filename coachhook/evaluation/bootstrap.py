@@ -16,8 +16,13 @@ def harmonic(records: Sequence[Record], form: str, locality: str | None = None) 
     another form for that one."""
     forms = (form, form, locality or form)
     means = [mean_of(records, metric, f) for metric, f in zip(METRICS, forms, strict=True)]
-    given = [m for m in means if m is not None]
-    return harmonic_mean(given) if len(given) == len(METRICS) else None
+    return harmonic_of(means)
+
+
+def harmonic_of(values: Sequence[float | None]) -> float | None:
+    """Harmonic mean; None where one of the values is missing."""
+    given = [value for value in values if value is not None]
+    return harmonic_mean(given) if len(given) == len(values) else None
 
 
 def mean_of(records: Sequence[Record], metric: str, form: str) -> float | None:

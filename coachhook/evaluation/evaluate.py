@@ -1,31 +1,32 @@
-"""What the edits do: reliability, generality, locality, gates, ordinary text, retention.
+"""What the edits do: reliability, generality, locality, gates, ordinary text, retention."""
 
-Definitions follow EasyEdit where it has them: a teacher-forced score is the share of target tokens
-that are the model's first choice, averaged over records; locality is the share of answer tokens
-whose first choice is the unedited model's. The same by greedy decoding with a KV cache, which
-teacher forcing flatters: `greedy` when the completion starts with the target, `exact` when it is
-the target up to its natural stop. What the records do not cover is None, never a number.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from coachhook.errors import ConfigError
+from coachhook.evaluation.bootstrap import harmonic_of
 from coachhook.evaluation.gate_scores import GateScores, gate_scores
+from coachhook.evaluation.metrics import (
+    Answer,
+    Metrics,
+    Question,
+    Scores,
+    ask,
+    mean_metrics,
+    questions,
+    score,
+    target_hits,
+)
 from coachhook.evaluation.ordinary_text import compare_text, ordinary_text
 from coachhook.evaluation.preferences import Preferences, mean_preferences, preferences
 from coachhook.facts.request import EditRequest
 from coachhook.hookset import HookSet
-from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
+from coachhook.models.decoding import complete
 from coachhook.models.passes import eval_mode
-from coachhook.models.reading import read_targets
-from coachhook.models.tokens import Row, check_length, context_length, encode, encode_request
+from coachhook.models.tokens import Row, check_length, context_length, encode_request
 from coachhook.system.progress import track
 
 _NEW_TOKENS = 20
@@ -41,16 +42,6 @@ class Edits(Protocol):
     def in_force(self) -> list[list[EditRequest]]:
         """Per batch, those of its requests that no later one has replaced."""
         ...
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The teacher-forced, greedy and exact forms of one metric, 0 to 1: of one record, or means
-    over the records that have it."""
-
-    teacher_forced: float | None
-    greedy: float | None
-    exact: float | None
 
 
 @dataclass(frozen=True)
@@ -102,14 +93,12 @@ class Evaluation:
 @dataclass(frozen=True)
 class Before:
     """What the unedited model says of one request: share of the target that is its first choice,
-    completion of the prompt, preferences; of the locality prompts, first choices for the answers,
-    completions."""
+    completion of the prompt, preferences; beside: its answers to the locality prompts."""
 
     hit: float
     answer: str
     preferences: Preferences
-    choices: list[Tensor]
-    answers: list[str]
+    beside: list[Answer]
 
 
 def before_edits(
@@ -119,21 +108,17 @@ def before_edits(
 
     Raises `ContextLengthError` for a prompt that does not fit.
     """
-    local = [p for request in requests for p in request.locality]
-    asked = [encode_request(tokenizer, request) for request in requests]
-    beside = [encode(tokenizer, p.prompt, p.answer) for p in local]
-    _check(model, [*asked, *beside])
-    hits = target_hits(model, tokenizer, asked)
-    answers = _answers(model, tokenizer, [request.prompt for request in requests])
+    own = [encode_request(tokenizer, request) for request in requests]
+    beside = [question for question in questions(tokenizer, requests) if question.is_beside]
+    _check(model, [*own, *(question.row for question in beside)])
+    hits = target_hits(model, tokenizer, own)
+    answers = complete(model, tokenizer, [request.prompt for request in requests], _NEW_TOKENS)
     preferred = preferences(model, tokenizer, requests)
-    choices = iter(first_choices(model, tokenizer, beside))
-    local_answers = iter(_answers(model, tokenizer, [p.prompt for p in local]))
-    found = {}
-    for i, request in enumerate(requests):
-        n = range(len(request.locality))
-        own, said = [next(choices) for _ in n], [next(local_answers) for _ in n]
-        found[request] = Before(hits[i], answers[i], preferred[i], own, said)
-    return found
+    said = iter(ask(model, tokenizer, beside, _NEW_TOKENS))
+    return {
+        request: Before(hits[i], answers[i], preferred[i], [next(said) for _ in request.locality])
+        for i, request in enumerate(requests)
+    }
 
 
 def evaluate(
@@ -150,13 +135,9 @@ def evaluate(
     if not requests:
         raise ConfigError("there is nothing to evaluate: the list of requests is empty")
     text = ordinary_text() if text is None else text
-    paraphrases = [(i, p) for i, r in enumerate(requests) for p in r.paraphrases]
-    local = [(i, p) for i, r in enumerate(requests) for p in r.locality]
-    asked = [encode_request(tokenizer, request) for request in requests]
-    reworded = [encode(tokenizer, p, requests[i].target) for i, p in paraphrases]
-    beside = [encode(tokenizer, p.prompt, p.answer) for _, p in local]
-    _check(model, [*asked, *reworded, *beside])
-    with eval_mode(model), track("evaluating", 9) as advance:
+    asked = questions(tokenizer, requests)
+    _check(model, [question.row for question in asked])
+    with eval_mode(model), track("evaluating", 4) as advance:
 
         def step(result: Any) -> Any:
             advance(1)
@@ -166,57 +147,25 @@ def evaluate(
             with edits.off(model):
                 known = step(before_edits(model, tokenizer, requests))
         before = [known[request] for request in requests]
-        hits = step(target_hits(model, tokenizer, asked))
-        reworded_hits = step(target_hits(model, tokenizer, reworded))
-        choices = step(first_choices(model, tokenizer, beside))
-        answers = step(_answers(model, tokenizer, [r.prompt for r in requests]))
-        reworded_answers = step(_answers(model, tokenizer, [p for _, p in paraphrases]))
-        beside_answers = step(_answers(model, tokenizer, [p.prompt for _, p in local]))
+        answers = step(ask(model, tokenizer, asked, _NEW_TOKENS))
         preferred = step(preferences(model, tokenizer, requests))
         words = step(compare_text(model, tokenizer, text, edits.off))
         gate = None
         if isinstance(edits, HookSet):
             gate = gate_scores(model, tokenizer, edits, requests, text)
 
-    batch_of = {
-        (request.fact, request.target): number
-        for number, batch in enumerate(edits.in_force(), 1)
-        for request in batch
-    }
-    verdicts = {}
-    if isinstance(edits, HookSet):
-        verdicts = {(e.request.fact, e.request.target): str(e.verdict) for e in edits.edits}
-    targets = [requests[i].target for i, _ in paraphrases]
-    reached = map(_met, reworded_hits, reworded_answers, targets)
-    general = _by_record([i for i, _ in paraphrases], reached)
-    plain = [choice for b in before for choice in b.choices]
-    said = [answer for b in before for answer in b.answers]
-    same = _by_record([i for i, _ in local], map(_same, choices, plain, beside_answers, said))
-    records = [
-        RecordScores(
-            prompt=request.prompt,
-            target=request.target,
-            batch=batch_of.get((request.fact, request.target)),
-            verdict=verdicts.get((request.fact, request.target)),
-            answer_before=before[i].answer,
-            answer=answers[i],
-            before=before[i].hit,
-            reliability=_met(hits[i], answers[i], request.target),
-            generality=general.get(i, _ABSENT),
-            locality=same.get(i, _ABSENT),
-            preferences=preferred[i],
-        )
-        for i, request in enumerate(requests)
-    ]
-    reliability = mean_scores([record.reliability for record in records])
-    generality = mean_scores([record.generality for record in records])
-    locality = mean_scores([record.locality for record in records])
+    plain = [answer for b in before for answer in b.beside]
+    metrics = score(asked, answers, plain, len(requests))
+    records = _records(edits, requests, before, asked, answers, metrics, preferred)
+    mean = mean_metrics(metrics)
     return Evaluation(
         n_requests=len(requests),
-        reliability=reliability,
-        generality=generality,
-        locality=locality,
-        harmonic_mean=_harmonic(reliability.greedy, generality.greedy, locality.greedy),
+        reliability=mean.reliability,
+        generality=mean.generality,
+        locality=mean.locality,
+        harmonic_mean=harmonic_of(
+            [mean.reliability.greedy, mean.generality.greedy, mean.locality.greedy]
+        ),
         preferences=mean_preferences(preferred),
         before_reliability=fmean(record.before for record in records),
         before_preferences=mean_preferences([b.preferences for b in before]),
@@ -230,69 +179,46 @@ def evaluate(
     )
 
 
-def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
-    """First choice of the model for each target token of each row, int64 `(n_target,)`."""
-    return read_targets(model, tokenizer, rows, lambda logits, _: logits.argmax(-1).cpu())
-
-
-def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
-    """Share of each row's target tokens that are the model's first choice."""
+def _records(
+    edits: Edits,
+    requests: Sequence[EditRequest],
+    before: Sequence[Before],
+    asked: Sequence[Question],
+    answers: Sequence[Answer],
+    metrics: Sequence[Metrics],
+    preferred: Sequence[Preferences],
+) -> list[RecordScores]:
+    batch_of = {
+        (request.fact, request.target): number
+        for number, batch in enumerate(edits.in_force(), 1)
+        for request in batch
+    }
+    verdicts = {}
+    if isinstance(edits, HookSet):
+        verdicts = {(e.request.fact, e.request.target): str(e.verdict) for e in edits.edits}
+    pairs = zip(asked, answers, strict=True)
+    own = [answer.text for question, answer in pairs if question.metric == "reliability"]
     return [
-        float((choice == torch.tensor(row.target)).float().mean())
-        for choice, row in zip(first_choices(model, tokenizer, rows), rows, strict=True)
+        RecordScores(
+            prompt=request.prompt,
+            target=request.target,
+            batch=batch_of.get((request.fact, request.target)),
+            verdict=verdicts.get((request.fact, request.target)),
+            answer_before=before[i].answer,
+            answer=own[i],
+            before=before[i].hit,
+            reliability=metrics[i].reliability,
+            generality=metrics[i].generality,
+            locality=metrics[i].locality,
+            preferences=preferred[i],
+        )
+        for i, request in enumerate(requests)
     ]
-
-
-def mean_scores(scores: Sequence[Scores]) -> Scores:
-    """Means of the three forms over those that have them."""
-    return Scores(
-        _mean([s.teacher_forced for s in scores]),
-        _mean([s.greedy for s in scores]),
-        _mean([s.exact for s in scores]),
-    )
-
-
-_ABSENT = Scores(None, None, None)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    given = [value for value in values if value is not None]
-    return fmean(given) if given else None
-
-
-def _harmonic(*values: float | None) -> float | None:
-    given = [value for value in values if value is not None]
-    return harmonic_mean(given) if len(given) == len(values) else None
 
 
 def _check(model: Any, rows: Sequence[Row]) -> None:
     for row in rows:
         check_length(row, context_length(model), "a prompt to evaluate")
-
-
-def _answers(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    return complete(model, tokenizer, prompts, _NEW_TOKENS)
-
-
-def _met(hit: float, answer: str, target: str) -> Scores:
-    return Scores(hit, float(starts_with(answer, target)), float(is_exactly(answer, target)))
-
-
-def _same(choice: Tensor, plain: Tensor, answer: str, said: str) -> Scores:
-    """How far an answer is that of the unedited model."""
-    return Scores(
-        float((choice == plain).float().mean()),
-        float(answer == said),
-        float(natural_stop(answer) == natural_stop(said)),
-    )
-
-
-def _by_record(owners: Sequence[int], scores: Iterable[Scores]) -> dict[int, Scores]:
-    """Per record the means over its own scores."""
-    by_record: dict[int, list[Scores]] = {}
-    for owner, score in zip(owners, scores, strict=True):
-        by_record.setdefault(owner, []).append(score)
-    return {owner: mean_scores(found) for owner, found in by_record.items()}
 
 
 def _retention(records: Sequence[RecordScores]) -> dict[int, float]:

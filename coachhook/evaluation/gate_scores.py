@@ -10,11 +10,11 @@ from torch import Tensor
 
 from coachhook.evaluation.ordinary_text import pieces
 from coachhook.facts.request import EditRequest
+from coachhook.hooks.layer import HookLinear
 from coachhook.hookset import HookSet
-from coachhook.models.passes import input_device, read_pass
-from coachhook.models.tokens import Row, context_length, encode, pad, tokenize
+from coachhook.models.reading import read_rows
+from coachhook.models.tokens import Row, context_length, encode, tokenize
 
-_AT_ONCE = 32
 # Enough to draw where a population lies; the extremes say what an outlier does.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 # How much is shown token by token: requests, and tokens of ordinary text.
@@ -159,16 +159,17 @@ def _samples(
 
 
 def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:
+    """What the gates say of all tokens of each row."""
+    if not rows:
+        return []
+
+    def gates(hook: HookLinear, keys: Tensor, _: slice) -> Sequence[Tensor]:
+        reading = hook.read(keys)
+        return reading.is_open, reading.z.float()
+
     modules = list(hooks.modules(model).values())
-    found = []
-    for first in range(0, len(rows), _AT_ONCE):
-        some = rows[first : first + _AT_ONCE]
-        padded = pad(some, tokenizer.pad_token_id, input_device(model))
-        keys, _ = read_pass(model, padded.inputs(), modules)
-        readings = [m.read(k) for m, k in zip(modules, keys, strict=True)]
-        opened = torch.stack([reading.is_open.cpu() for reading in readings])
-        z = torch.stack([reading.z.float().cpu() for reading in readings])
-        for i, row in enumerate(some):
-            end = len(row.ids)
-            found.append(_Reading(opened[:, i, :end], z[:, i, :end]))
-    return found
+    by_layer = read_rows(model, tokenizer, rows, modules, gates, every=True)
+    lengths = [len(row.ids) for row in rows]
+    is_open, z = (torch.stack(layers) for layers in zip(*by_layer, strict=True))
+    pairs = zip(is_open.split(lengths, dim=1), z.split(lengths, dim=1), strict=True)
+    return [_Reading(*pair) for pair in pairs]

@@ -32,7 +32,7 @@ class TextScores:
 
 def ordinary_text() -> str:
     """The page of ordinary English that comes with the package."""
-    return files("coachhook").joinpath("data", "ordinary.txt").read_text(encoding="utf-8")
+    return (files("coachhook.evaluation") / "ordinary.txt").read_text(encoding="utf-8")
 
 
 def pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coachhook.evaluation.metrics import mean_given
 from coachhook.facts.request import EditRequest
 from coachhook.models.reading import read_targets
 from coachhook.models.tokens import Row, check_length, context_length, encode, encode_request
@@ -58,7 +58,7 @@ def preferences(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> 
 
     def share(some: Sequence[tuple[Row, Row]]) -> float | None:
         above = [float(next(likelihoods) > next(likelihoods)) for _ in some]
-        return fmean(above) if above else None
+        return mean_given(above)
 
     found = []
     for rows in wanted:
@@ -70,12 +70,11 @@ def preferences(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> 
 
 def mean_preferences(found: Sequence[Preferences]) -> Preferences:
     """Means over the records that have each score."""
-    columns = zip(*((f.efficacy, f.paraphrase, f.neighbourhood) for f in found), strict=True)
-    means = []
-    for column in columns:
-        given = [value for value in column if value is not None]
-        means.append(fmean(given) if given else None)
-    return Preferences(*means)
+    return Preferences(
+        mean_given([f.efficacy for f in found]),
+        mean_given([f.paraphrase for f in found]),
+        mean_given([f.neighbourhood for f in found]),
+    )
 
 
 def mean_log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:

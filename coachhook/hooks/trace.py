@@ -1,6 +1,7 @@
 """Explaining: which tokens of a text open which gates, how far from the threshold, and why."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from coachhook.errors import RequestError
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import eval_mode, input_device, read_pass
+from coachhook.models.passes import eval_mode, input_device
+from coachhook.models.reading import read_padded
+from coachhook.models.tokens import Row, pad
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ def trace_text(model: Any, tokenizer: Any, hooks: dict[int, HookLinear], text: s
     if not text:
         raise RequestError("there is nothing to trace: the text is empty")
     encoded = tokenizer(text, return_offsets_mapping=True)
-    ids = torch.tensor([encoded["input_ids"]], device=input_device(model))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ids = tuple(encoded["input_ids"])
+    # A single row: there is nothing to pad.
+    padded = pad([Row(ids, len(ids) - 1)], 0, input_device(model))
     with eval_mode(model):
-        keys, _ = read_pass(model, inputs, list(hooks.values()))
-    readings = [hook.read(k) for hook, k in zip(hooks.values(), keys, strict=True)]
+        by_layer, _ = read_padded(model, padded, padded.mask.bool(), list(hooks.values()), _read)
+    score, z, is_open, edit = (torch.stack(layers) for layers in zip(*by_layer, strict=True))
     tokens = [
         text[start:end] or tokenizer.convert_ids_to_tokens(token)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -67,9 +71,14 @@ def trace_text(model: Any, tokenizer: Any, hooks: dict[int, HookLinear], text: s
     return Trace(
         tokens=tokens,
         layers=list(hooks),
-        score=torch.stack([reading.score[0].float().cpu() for reading in readings]),
-        z=torch.stack([reading.z[0].float().cpu() for reading in readings]),
+        score=score,
+        z=z,
         threshold=torch.stack([gate.least_open().cpu() for gate in gates]),
-        is_open=torch.stack([reading.is_open[0].cpu() for reading in readings]),
-        edit=torch.stack([reading.edit[0].cpu() for reading in readings]),
+        is_open=is_open,
+        edit=edit,
     )
+
+
+def _read(hook: HookLinear, keys: Tensor, _: slice) -> Sequence[Tensor]:
+    reading = hook.read(keys)
+    return reading.score.float(), reading.z.float(), reading.is_open, reading.edit

@@ -1,23 +1,23 @@
 """Batches as the tensors of a file: their factors, and their edits and thresholds as JSON."""
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from coachhook.errors import CoachhookError, ConfigError, CorruptFolderError, RequestError
+from coachhook.errors import ConfigError, CorruptFolderError, RequestError
 from coachhook.hooks.gates import Threshold
 from coachhook.journal.journal import (
     FACTORS,
     Base,
     Batch,
+    EditEntry,
     Factors,
     Journal,
     LayerFactors,
@@ -26,23 +26,47 @@ from coachhook.journal.journal import (
     edit_from_json,
     edit_to_json,
 )
-from coachhook.journal.tensor_file import TensorFile
+from coachhook.journal.tensor_file import Headers, TensorFile, check
+from coachhook.system.json_shapes import Count, MisshapenError, Some, checked, parsed
 
 # The tensor that holds JSON: its bytes in UTF-8, as uint8.
 _RECORDS = "records"
 _MARKS = ("fingerprints", "owner")
 
+T = TypeVar("T")
+
+
+class _BatchEntry(TypedDict):
+    """A batch in JSON, but for its factors. thresholds: by layer, what its gate's type keeps."""
+
+    edits: Annotated[list[EditEntry], Some()]
+    thresholds: dict[str, dict[str, float | None]]
+
+
+class _MergedEntry(_BatchEntry):
+    """A merged batch. fingerprints: how many of the base's are its own, by layer."""
+
+    fingerprints: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the batches of a folder must hold. layers: `(d_in, d_out)` of each hooked one, and
+    sizes: s, how many numbers a fingerprint has there; threshold: of the gate that they are for."""
+
+    layers: Mapping[int, tuple[int, int]]
+    sizes: Mapping[int, int]
+    threshold: type[Threshold]
+
 
 @contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Where the contents of `path` make no sense, raises `CorruptFolderError`."""
+def intact(path: Path) -> Iterator[None]:
+    """Where the contents of `path` are not what is written there, raises `CorruptFolderError`."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if isinstance(error, CoachhookError) and not isinstance(error, ConfigError | RequestError):
-            raise
+    except (MisshapenError, ConfigError, RequestError) as error:
         raise CorruptFolderError(
-            f"{path} lacks or garbles {error}; restore it from a copy"
+            f"{path} is damaged, or not ours: {error}; restore it from a copy"
         ) from error
 
 
@@ -56,13 +80,21 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
     return tensors | _packed(_batch_to_json(batch))
 
 
-def read_batch(layers: Sequence[int], file: TensorFile) -> Batch:
+def read_batch(expected: Expected, file: TensorFile) -> Batch:
     """A batch whose factors stay in `file`. Raises `CorruptFolderError`."""
-    with whole(file.path):
-        entry, marks = _read(layers, file)
-        return _batch_from_json(
-            entry, {k: StoredFactors(file, k, *marks[k]) for k in layers}, stored=file
-        )
+    with intact(file.path):
+        headers = file.headers()
+        entry: _BatchEntry = checked(_records(file, headers), _BatchEntry)
+        n = len(entry["edits"])
+        for layer, (d_in, d_out) in expected.layers.items():
+            check(headers, f"residuals.{layer}", torch.float32, n, d_out)
+            check(headers, f"solutions.{layer}", torch.float32, n, d_in)
+            check(headers, f"keys.{layer}", torch.float32, None, d_in)
+        marks = _read_marks(expected, file, headers)
+        for layer, (_, owner) in marks.items():
+            _check_owner(owner, n, layer)
+        factors: dict[int, Factors] = {k: StoredFactors(file, k, *marks[k]) for k in marks}
+        return _batch_from_json(entry, factors, expected.threshold, stored=file)
 
 
 def batch_to_bytes(batch: Batch) -> bytes:
@@ -70,14 +102,16 @@ def batch_to_bytes(batch: Batch) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in batch_tensors(batch).items()})
 
 
-def batch_from_bytes(layers: Sequence[int], data: bytes) -> Batch:
+def batch_from_bytes(
+    layers: Sequence[int], data: bytes, threshold: type[Threshold] = Threshold
+) -> Batch:
     """A batch in memory, from `batch_to_bytes`."""
     held = load(data)
     factors: dict[int, Factors] = {
         layer: LayerFactors(**{name: held[f"{name}.{layer}"] for name in FACTORS})
         for layer in layers
     }
-    return _batch_from_json(_unpacked(held), factors)
+    return _batch_from_json(_unpacked(held[_RECORDS]), factors, threshold)
 
 
 def base_tensors(journal: Journal) -> dict[str, Tensor]:
@@ -93,30 +127,44 @@ def base_tensors(journal: Journal) -> dict[str, Tensor]:
     return dict(journal.base.tensors) | marks | _packed(entries)
 
 
-def read_base(layers: Sequence[int], file: TensorFile) -> tuple[Base, list[Batch]]:
+def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
     """A base whose tensors stay in `file`, and the batches that were merged into it. Raises
     `CorruptFolderError`."""
-    with whole(file.path):
-        entries, marks = _read(layers, file)
-        pieces = {}
-        for layer, tensors in marks.items():
-            counts = [entry["fingerprints"][str(layer)] for entry in entries]
-            pieces[layer] = list(zip(*(tensor.split(counts) for tensor in tensors), strict=True))
+    with intact(file.path):
+        headers = file.headers()
+        entries: list[_MergedEntry] = checked(_records(file, headers), list[_MergedEntry])
+        _check_merged(expected, headers)
+        merged: list[dict[int, Factors]] = [{} for _ in entries]
+        for layer, marks in _read_marks(expected, file, headers).items():
+            counts = [_of_layer(entry["fingerprints"], layer) for entry in entries]
+            if sum(counts) != len(marks[1]):
+                raise MisshapenError(
+                    f"the batches count {sum(counts)} fingerprints of layer {layer}, and there "
+                    f"are {len(marks[1])}"
+                )
+            pieces = zip(*(tensor.split(counts) for tensor in marks), strict=True)
+            for factors, entry, (rows, owner) in zip(merged, entries, pieces, strict=True):
+                _check_owner(owner, len(entry["edits"]), layer)
+                factors[layer] = MergedFactors(rows, owner)
         batches = [
-            _batch_from_json(entry, {k: MergedFactors(*pieces[k][i]) for k in layers})
-            for i, entry in enumerate(entries)
+            _batch_from_json(entry, factors, expected.threshold)
+            for entry, factors in zip(entries, merged, strict=True)
         ]
         return Base(len(batches), file), batches
 
 
-def read_batch_of_1(layers: Sequence[int], file: TensorFile, entry: Mapping[str, Any]) -> Batch:
-    """A batch of format version 1, whose edits are in the configuration's `entry`. It counts as
-    not stored, so that saving writes it into a file of its own in the present format."""
-    marks = _read_marks(layers, file.read(_mark_names(layers)))
-    batch = _batch_from_json(entry, {k: StoredFactors(file, k, *marks[k]) for k in layers})
-    for edit, data in zip(batch.edits, entry["edits"], strict=True):
-        edit.enabled = bool(data["enabled"])
-    return batch
+def _check_merged(expected: Expected, headers: Headers) -> None:
+    """Raise `MisshapenError` unless Δ and keys of each layer are in the file of a base."""
+    for layer, (d_in, d_out) in expected.layers.items():
+        if f"up.{layer}" in headers:
+            rank, _ = check(headers, f"down.{layer}", torch.float32, None, d_in)
+            check(headers, f"up.{layer}", torch.float32, d_out, rank)
+        else:
+            check(headers, f"down.{layer}", torch.float32, d_out, d_in)
+        if f"gram.{layer}" in headers:
+            check(headers, f"gram.{layer}", torch.float64, d_in, d_in)
+        else:
+            check(headers, f"keys.{layer}", torch.float32, None, d_in)
 
 
 def _counts(batch: Batch) -> dict[str, int]:
@@ -128,50 +176,61 @@ def _packed(value: Any) -> dict[str, Tensor]:
     return {_RECORDS: torch.frombuffer(data, dtype=torch.uint8)}
 
 
-def _mark_names(layers: Sequence[int]) -> list[str]:
-    return [f"{name}.{layer}" for layer in layers for name in _MARKS]
-
-
 def _read_marks(
-    layers: Sequence[int], held: Mapping[str, Tensor]
+    expected: Expected, file: TensorFile, headers: Headers
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    return {k: (held[f"fingerprints.{k}"], held[f"owner.{k}"]) for k in layers}
+    """The fingerprints of each layer in a file, with their owners."""
+    for layer, size in expected.sizes.items():
+        n, _ = check(headers, f"fingerprints.{layer}", torch.float32, None, size)
+        check(headers, f"owner.{layer}", torch.int64, n)
+    held = file.read([f"{name}.{layer}" for layer in expected.layers for name in _MARKS])
+    return {k: (held[f"fingerprints.{k}"], held[f"owner.{k}"]) for k in expected.layers}
 
 
-def _read(layers: Sequence[int], file: TensorFile) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
-    """The JSON in a file, and the fingerprints of each layer with their owners."""
-    held = file.read([_RECORDS, *_mark_names(layers)])
-    return _unpacked(held), _read_marks(layers, held)
+def _check_owner(owner: Tensor, n: int, layer: int) -> None:
+    if len(owner) and not 0 <= int(owner.min()) <= int(owner.max()) < n:
+        raise MisshapenError(f"fingerprints of layer {layer} belong to edits that are not there")
 
 
-def _unpacked(held: Mapping[str, Tensor]) -> Any:
-    return json.loads(held[_RECORDS].numpy().tobytes())
+def _records(file: TensorFile, headers: Headers) -> Any:
+    """The JSON in a file."""
+    check(headers, _RECORDS, torch.uint8, None)
+    return _unpacked(file[_RECORDS])
+
+
+def _unpacked(records: Tensor) -> Any:
+    return parsed(records.numpy().tobytes())
 
 
 def _batch_to_json(batch: Batch) -> dict[str, Any]:
     return {
         "edits": [edit_to_json(edit) for edit in batch.edits],
-        "thresholds": {str(k): _threshold_to_json(v) for k, v in batch.thresholds.items()},
+        "thresholds": {str(k): v.to_json() for k, v in batch.thresholds.items()},
     }
 
 
 def _batch_from_json(
-    entry: Mapping[str, Any], layers: dict[int, Factors], stored: TensorFile | None = None
+    entry: _BatchEntry,
+    layers: dict[int, Factors],
+    threshold: type[Threshold],
+    stored: TensorFile | None = None,
 ) -> Batch:
-    if not entry["edits"]:
-        raise KeyError("edits of a batch")
-    return Batch(
-        edits=[edit_from_json(edit) for edit in entry["edits"]],
-        layers=layers,
-        thresholds={k: _threshold_from_json(entry["thresholds"][str(k)]) for k in layers},
-        stored=stored,
-    )
+    """Raises `MisshapenError` for thresholds that are not of this type, `RequestError` for a
+    request that is none."""
+    thresholds = {}
+    for layer in layers:
+        found = _of_layer(entry["thresholds"], layer)
+        names = sorted(field.name for field in fields(threshold))
+        if sorted(found) != names:
+            raise MisshapenError(
+                f"threshold of layer {layer}: expected {names}, found {sorted(found)}"
+            )
+        thresholds[layer] = threshold.from_json(found)
+    return Batch([edit_from_json(edit) for edit in entry["edits"]], layers, thresholds, stored)
 
 
-def _threshold_to_json(threshold: Threshold) -> dict[str, float | None]:
-    # JSON has no infinity, which is the α of a gate that nothing opens.
-    return {k: v if math.isfinite(v) else None for k, v in asdict(threshold).items()}
-
-
-def _threshold_from_json(data: Mapping[str, float | None]) -> Threshold:
-    return Threshold(**{k: math.inf if v is None else float(v) for k, v in data.items()})
+def _of_layer(by_layer: Mapping[str, T], layer: int) -> T:
+    """What an object in JSON, whose keys are texts, has of a layer."""
+    if str(layer) not in by_layer:
+        raise MisshapenError(f"layer {layer} is missing, there are {sorted(by_layer)}")
+    return by_layer[str(layer)]

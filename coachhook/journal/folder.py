@@ -4,22 +4,21 @@
 process killed at any moment leaves the folder at its last whole batch.
 
 A batch's file holds its edits too, so that what one more batch costs does not depend on how many
-there are: the configuration only gains a name. Format version 1 kept all edits in the
-configuration; it is read, and written anew as version 2.
+there are: the configuration only gains a name.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from filelock import FileLock, Timeout
+import torch
 from torch import Tensor
 
 from coachhook.config import EditConfig
@@ -28,24 +27,55 @@ from coachhook.errors import (
     FolderError,
     FolderLockedError,
     NewerFormatError,
+    OlderFormatError,
     SaveError,
 )
+from coachhook.hooks.gates import GATES
 from coachhook.journal.batch_file import (
+    Expected,
     base_tensors,
     batch_tensors,
+    intact,
     read_base,
     read_batch,
-    read_batch_of_1,
-    whole,
 )
 from coachhook.journal.journal import Base, Batch, Journal
-from coachhook.journal.tensor_file import STAGING, TensorFile, pack, write
+from coachhook.journal.tensor_file import TensorFile, check, pack, write
 from coachhook.models.base import BaseModel
+from coachhook.system.files import file_lock, remove_unwritten
+from coachhook.system.json_shapes import Count, MisshapenError, Number, checked, parsed
 from coachhook.system.progress import each
 
 FORMAT_VERSION = 2
 CONFIG_NAME = "hook_config.json"
 _OURS = re.compile(r"(batch-\d+|base-\d+|sketches)-[0-9a-f]{64}\.safetensors")
+
+
+class _ModelEntry(TypedDict):
+    """`BaseModel` in JSON. layers: `[d_in, d_out]` of each hooked one."""
+
+    name: str
+    checksums: dict[str, str]
+    template: str
+    layers: dict[Number, list[Count]]
+
+
+class _Versioned(TypedDict):
+    format_version: Any
+
+
+class ConfigEntry(TypedDict):
+    """`hook_config.json`. sketches, base, batches: names of files beside it; disabled: ids of
+    edits; settings: an `EditConfig`."""
+
+    format_version: int
+    base_model: _ModelEntry
+    settings: dict[str, Any]
+    sketches: str
+    base: str | None
+    batches: list[str]
+    disabled: list[Count]
+    digest: str
 
 
 @dataclass
@@ -62,21 +92,17 @@ class Contents:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
-    _make(folder)
-    # A singleton, so that a process that holds the folder can save into it.
-    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise FolderLockedError(
-            f"{folder} is being edited by another process; wait for it, or use another folder"
-        ) from None
-    except OSError as error:
-        raise SaveError(f"cannot lock {folder}: {error.strerror}") from error
-    try:
+    with ExitStack() as holding:
+        try:
+            # Who holds the folder may save into it: the lock is taken again then.
+            holding.enter_context(file_lock(folder / ".lock"))
+        except BlockingIOError:
+            raise FolderLockedError(
+                f"{folder} is being edited by another process; wait for it, or use another folder"
+            ) from None
+        except OSError as error:
+            raise SaveError(f"cannot make or lock {folder}: {error.strerror}") from error
         yield
-    finally:
-        lock.release()
 
 
 def exists(folder: Path) -> bool:
@@ -116,7 +142,7 @@ def save(folder: Path, contents: Contents) -> None:
             "batches": [file.name for file in batches],
             "disabled": [edit.id for edit in journal.edits() if not edit.enabled],
         }
-        config["digest"] = _digest(config)
+        config["digest"] = digest = _digest(config)
         write(folder / CONFIG_NAME, (json.dumps(config, indent=1) + "\n").encode())
         if journal.base is not None and base is not None:
             journal.base.tensors = base
@@ -124,9 +150,10 @@ def save(folder: Path, contents: Contents) -> None:
             if journal.batches[i].stored is not file:
                 journal.batches[i].move_to(file)
         for name in sizes.keys() - {sketches, config["base"], *config["batches"]}:
-            if _OURS.fullmatch(name) is not None or name.startswith(STAGING):
+            if _OURS.fullmatch(name) is not None:
                 (folder / name).unlink(missing_ok=True)
-    contents.digest = config["digest"]
+        remove_unwritten(folder)
+    contents.digest = digest
 
 
 def follow(folder: Path, journal: Journal) -> None:
@@ -146,41 +173,26 @@ def load(folder: Path) -> Contents:
     Of the batches, edits and fingerprints are read; their factors stay in the folder.
     """
     config = read_config(folder)
-    with whole(folder / CONFIG_NAME):
-        base = BaseModel(
-            name=config["base_model"]["name"],
-            checksums=config["base_model"]["checksums"],
-            template=config["base_model"]["template"],
-            shapes={int(k): (v[0], v[1]) for k, v in config["base_model"]["layers"].items()},
+    with intact(folder / CONFIG_NAME):
+        base = _model_from_json(config["base_model"])
+        settings = EditConfig.from_dict(config["settings"])
+        sketches = _sketches(base, _file(folder, config["sketches"]))
+        expected = Expected(
+            layers=base.shapes,
+            sizes={layer: len(offset) for layer, (_, offset) in sketches.items()},
+            threshold=GATES[settings.gate].threshold_type,
         )
-        names = [f"{name}.{layer}" for layer in base.shapes for name in ("projection", "offset")]
-        sketches = _file(folder, config["sketches"]).read(names)
-        if config["format_version"] == 1:
-            entries = config["batches"]
-            files = [_file(folder, entry["file"]) for entry in entries]
-            journal = Journal([*map(partial(read_batch_of_1, base.layers), files, entries)])
-        else:
-            journal = _journal(folder, config, base.layers)
+        journal = _journal(folder, config, expected)
         if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
-            raise ValueError("the numbers of the edits")
-        return Contents(
-            base=base,
-            config=EditConfig.from_dict(config["settings"]),
-            sketches={
-                layer: (sketches[f"projection.{layer}"], sketches[f"offset.{layer}"])
-                for layer in base.shapes
-            },
-            journal=journal,
-            digest=config["digest"],
-        )
+            raise MisshapenError("the edits are not numbered from 0, one by one")
+        return Contents(base, settings, sketches, journal, config["digest"])
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """`hook_config.json`, checked for version and tampering."""
+def read_config(folder: Path) -> ConfigEntry:
+    """`hook_config.json`, checked for version, tampering and shape."""
     path = folder / CONFIG_NAME
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        version = config["format_version"]
+        data = path.read_bytes()
     except FileNotFoundError:
         raise FolderError(
             f"{folder} holds no hooks: there is no {CONFIG_NAME}; "
@@ -188,19 +200,26 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise FolderError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptFolderError(
-            f"{path} is truncated or not ours ({error}); restore it from a copy"
-        ) from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise NewerFormatError(
-            f"{folder} has format version {version}, this coachhook reads up to {FORMAT_VERSION}; "
-            "install a newer coachhook"
-        )
-    if config.get("digest") != _digest(config):
-        raise CorruptFolderError(f"{path} was changed after it was written; restore it from a copy")
-    result: dict[str, Any] = config
-    return result
+    with intact(path):
+        config = parsed(data)
+        version = checked(config, _Versioned)["format_version"]
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise NewerFormatError(
+                f"{folder} has format version {version}, this coachhook reads {FORMAT_VERSION}; "
+                "install a newer coachhook"
+            )
+        if version < FORMAT_VERSION:
+            raise OlderFormatError(
+                f"{folder} has format version {version}, which no released coachhook wrote and "
+                f"this one, which reads {FORMAT_VERSION}, does not; edit the facts again into a "
+                "new folder"
+            )
+        if config.get("digest") != _digest(config):
+            raise MisshapenError("it was changed after it was written")
+        found: ConfigEntry = checked(config, ConfigEntry)
+        # Folders that do not say what contexts weigh are read too.
+        checked({"context_weight": 0.0} | found["settings"], EditConfig, "settings")
+        return found
 
 
 def _model_to_json(base: BaseModel) -> dict[str, Any]:
@@ -210,6 +229,27 @@ def _model_to_json(base: BaseModel) -> dict[str, Any]:
         "template": base.template,
         "layers": {str(layer): list(shape) for layer, shape in base.shapes.items()},
     }
+
+
+def _model_from_json(entry: _ModelEntry) -> BaseModel:
+    shapes = {}
+    for layer, shape in entry["layers"].items():
+        if len(shape) != 2:
+            raise MisshapenError(f"base_model.layers.{layer}: expected two numbers, found {shape}")
+        shapes[int(layer)] = (shape[0], shape[1])
+    return BaseModel(entry["name"], entry["checksums"], entry["template"], shapes)
+
+
+def _sketches(base: BaseModel, file: TensorFile) -> dict[int, tuple[Tensor, Tensor]]:
+    """Projection `(s, d_in)` and offset `(s,)` of each layer. Raises `MisshapenError`."""
+    headers = file.headers()
+    try:
+        for layer, (d_in, _) in base.shapes.items():
+            size, _ = check(headers, f"projection.{layer}", torch.float32, None, d_in)
+            check(headers, f"offset.{layer}", torch.float32, size)
+    except MisshapenError as error:
+        raise MisshapenError(f"it does not fit {file.name}: {error}") from error
+    return {k: (file[f"projection.{k}"], file[f"offset.{k}"]) for k in base.shapes}
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -269,7 +309,7 @@ def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
     if (
         config["base_model"]["checksums"] != dict(contents.base.checksums)
         or config["sketches"] != sketches
-        or config.get("base") != base
+        or config["base"] != base
         or there != ours
     ):
         raise FolderError(
@@ -286,24 +326,20 @@ def _flatten_pairs(sketches: Mapping[int, tuple[Tensor, Tensor]]) -> dict[str, T
     return tensors | {f"offset.{layer}": pair[1] for layer, pair in sketches.items()}
 
 
-def _journal(folder: Path, config: Mapping[str, Any], layers: Sequence[int]) -> Journal:
+def _journal(folder: Path, config: ConfigEntry, expected: Expected) -> Journal:
     base: Base | None = None
     batches: list[Batch] = []
     if config["base"] is not None:
-        base, batches = read_base(layers, _file(folder, config["base"]))
-    if not isinstance(config["batches"], list):
-        raise TypeError("the list of batches")
+        base, batches = read_base(expected, _file(folder, config["base"]))
     for name in each("reading the folder", config["batches"]):
-        batches.append(read_batch(layers, _file(folder, name)))
+        batches.append(read_batch(expected, _file(folder, name)))
     disabled = set(config["disabled"])
     for edit in (edit for batch in batches for edit in batch.edits):
         edit.enabled = edit.id not in disabled
     return Journal(batches, base)
 
 
-def _file(folder: Path, name: Any) -> TensorFile:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of a file, {name!r}")
+def _file(folder: Path, name: str) -> TensorFile:
     path = folder.resolve() / name
     if Path(name).name != name:
         raise CorruptFolderError(f"{folder / CONFIG_NAME} names a file outside its folder: {name}")
@@ -313,10 +349,3 @@ def _file(folder: Path, name: Any) -> TensorFile:
         raise CorruptFolderError(
             f"{path} cannot be read ({error.strerror}); restore it from a copy"
         ) from error
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SaveError(f"cannot make the folder {folder}: {error.strerror}") from error

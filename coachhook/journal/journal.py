@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from coachhook.hooks.gates import Threshold
 from coachhook.journal.delta import add, no_delta
 from coachhook.journal.prefix_cache import Running
 from coachhook.journal.tensor_file import TensorFile
+from coachhook.system.json_shapes import Count
 from coachhook.system.progress import each
 from coachhook_kernels import Delta
 
@@ -360,6 +361,15 @@ def _more_delta(
     return delta
 
 
+class EditEntry(TypedDict):
+    """An edit in JSON."""
+
+    id: Count
+    request: dict[str, Any]
+    verdict: Verdict
+    reason: str
+
+
 def edit_to_json(edit: EditRecord) -> dict[str, Any]:
     """An edit as it was written; whether it is enabled, which may change, is told elsewhere."""
     return {
@@ -370,10 +380,11 @@ def edit_to_json(edit: EditRecord) -> dict[str, Any]:
     }
 
 
-def edit_from_json(data: Mapping[str, Any]) -> EditRecord:
+def edit_from_json(data: EditEntry) -> EditRecord:
+    """Raises `RequestError` for a request that is none."""
     return EditRecord(
-        id=int(data["id"]),
+        id=data["id"],
         request=EditRequest.from_dict(data["request"]),
         verdict=Verdict(data["verdict"]),
-        reason=str(data["reason"]),
+        reason=data["reason"],
     )

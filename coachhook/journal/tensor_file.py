@@ -1,19 +1,30 @@
 """Files of tensors that vouch for themselves: safetensors, named by the SHA-256 of their bytes."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from coachhook.errors import CorruptFolderError, SaveError
+from coachhook.system import files
+from coachhook.system.json_shapes import MisshapenError, MissingError
 
-STAGING = ".writing-"
+# By name, dtype and sizes of each tensor.
+Headers = Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]]
+
+# As the header of a file names the dtypes of ours.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -43,6 +54,16 @@ class TensorFile(Mapping[str, Tensor]):
                     raise KeyError(name)
             # Copies: the tensors themselves are windows into the file, aligned as it happens.
             return {name: file.get_tensor(name).clone() for name in wanted}
+
+    def headers(self) -> Headers:
+        """The dtype and the sizes of every tensor, of which none is read."""
+        found = {}
+        with self._opened() as file:
+            for name in self._names:
+                header = file.get_slice(name)
+                kind = header.get_dtype()
+                found[name] = _DTYPES.get(kind, kind), tuple(header.get_shape())
+        return found
 
     def data(self) -> bytes:
         """The whole file, its checksum compared."""
@@ -88,6 +109,23 @@ class TensorFile(Mapping[str, Tensor]):
             )
 
 
+def check(headers: Headers, name: str, dtype: torch.dtype, *shape: int | None) -> tuple[int, ...]:
+    """The sizes of the tensor `name`. Raises `MisshapenError` unless it is there, in this dtype and
+    shape, in which None is any size."""
+    if name not in headers:
+        raise MissingError(f"tensor {name} is missing")
+    stored, sizes = headers[name]
+    alike = len(sizes) == len(shape) and all(
+        wanted in (None, size) for wanted, size in zip(shape, sizes, strict=True)
+    )
+    if stored is not dtype or not alike:
+        wanted_sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise MisshapenError(
+            f"tensor {name}: expected {dtype} of shape ({wanted_sizes}), found {stored} of {sizes}"
+        )
+    return sizes
+
+
 def pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
     """A file's name and contents. The name carries the contents' SHA-256, so that a name in a
     checked configuration vouches for them."""
@@ -97,17 +135,9 @@ def pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
 
 def write(target: Path, data: bytes) -> None:
     """Write `target` whole or not at all. Raises `SaveError`."""
-    staging = target.with_name(f"{STAGING}{os.getpid()}-{target.name[:40]}")
     try:
-        with staging.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, target)
+        files.write(target, data)
     except OSError as error:
         raise SaveError(
             f"cannot write {target}: {error.strerror}; what the folder held before is intact"
         ) from error
-    finally:
-        with suppress(OSError):
-            staging.unlink()

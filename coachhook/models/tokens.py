@@ -120,6 +120,11 @@ class Padded:
             "position_ids": self.position_ids,
         }
 
+    def subject_mask(self) -> Tensor:
+        """Where each row's subject ends, bool `(b, t)`."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return columns == self.subject[:, None]
+
 
 def pad(rows: Sequence[Row], pad_id: int, device: Any, *, align_subject: bool = False) -> Padded:
     """Pad on the right, or, with `align_subject`, so that every subject stands in one column."""

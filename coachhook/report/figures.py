@@ -40,6 +40,8 @@ _STYLE: Any = {
     "grid.color": _FAINT,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    # Names may hold dollar signs.
+    "text.parse_math": False,
     "figure.constrained_layout.use": True,
 }
 

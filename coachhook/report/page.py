@@ -10,6 +10,8 @@ from coachhook.errors import ConfigError
 from coachhook.evaluation.bootstrap import METRICS, harmonic, interval, lead
 from coachhook.journal.tensor_file import write
 from coachhook.report.runs import Run
+from coachhook.report.shapes import check_results
+from coachhook.system.json_shapes import MisshapenError, MissingError
 
 Point = Mapping[str, Any]
 _MOST_POINTS = 6
@@ -21,7 +23,7 @@ def render(run: Run) -> str:
     """The report of `run`. Raises `ConfigError` where matplotlib or jinja2 is not installed, and
     for a run that lacks what this version writes."""
     try:
-        from jinja2 import Environment, StrictUndefined, UndefinedError
+        from jinja2 import Environment, StrictUndefined
 
         from coachhook.report import figures
     except ImportError as error:
@@ -35,15 +37,14 @@ def render(run: Run) -> str:
         undefined=StrictUndefined,
         finalize=_printable,
     )
-    text = files("coachhook").joinpath("data", "report.html").read_text(encoding="utf-8")
+    text = (files("coachhook.report") / "page.html").read_text(encoding="utf-8")
     try:
-        return environment.from_string(text).render(_contents(run, figures))
-    except (KeyError, UndefinedError) as error:
-        raise ConfigError(
-            f"the run is of another version, it lacks {error}; run it again"
-        ) from None
-    except (AttributeError, TypeError, ValueError, ArithmeticError, IndexError) as error:
+        check_results(run.editors)
+    except MissingError as error:
+        raise ConfigError(f"the run is of another version: {error}; run it again") from None
+    except MisshapenError as error:
         raise ConfigError(f"this is no run, or a damaged one ({error}); run it again") from error
+    return environment.from_string(text).render(_contents(run, figures))
 
 
 def _printable(value: Any) -> Any:
@@ -53,9 +54,6 @@ def _printable(value: Any) -> Any:
 
 def _contents(run: Run, figures: Any) -> dict[str, Any]:
     """What the page shows, by the names that it uses."""
-    for name, result in run.editors.items():
-        if not result["points"] and not result["failure"]:
-            raise ValueError(f"{name} has no points, and no reason for it")
     points = {name: result["points"] for name, result in run.editors.items() if result["points"]}
     if not points:
         raise ConfigError("no editor of this run got as far as its first evaluation")

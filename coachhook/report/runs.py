@@ -1,12 +1,12 @@
 """Reading what a run has left: the folder of a comparison, or one JSON document of a command."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coachhook.errors import ConfigError
+from coachhook.system.json_shapes import MisshapenError, checked, parsed
 
 # Of bench.comparison.quality's folders and documents.
 VERSION = 2
@@ -38,7 +38,7 @@ def load_run(path: Path) -> Run:
             )
         protocol = _document(description)
         results = [_document(file) for file in sorted(path.glob("*@*.json"))]
-        return _comparison(path, protocol, {_of(r, "editor", path): r for r in results})
+        return _comparison(path, protocol, {str(_of(r, "editor", path)): r for r in results})
     document = _document(path)
     if "protocol" in document:
         return _comparison(path, document["protocol"], _of(document, "editors", path))
@@ -79,12 +79,10 @@ def _comparison(path: Path, protocol: Any, editors: Any) -> Run:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found: dict[str, Any] = checked(parsed(path.read_bytes()), dict[str, Any])
+    except (OSError, MisshapenError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} holds a {type(document).__name__}, and no run is one")
-    return document
+    return found
 
 
 def _of(document: Any, key: str, path: Path) -> Any:

@@ -8,20 +8,18 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from coachhook.models.embedded import cache_dir
 from coachhook.statistics.sums import KeySums
+from coachhook.system.files import file_lock, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -35,38 +33,31 @@ def cache_file(recipe: str) -> Path:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
+def measuring(file: Path) -> Iterator[None]:
     """Hold `file` while it is being measured; another process that measures the same thing waits,
     and will then find it finished. Where nothing can be written nothing is held."""
-    lock = FileLock(file.with_suffix(".lock"))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    lock = file.with_suffix(".lock")
+    with ExitStack() as holding:
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("another process is measuring these key statistics; waiting for it")
-            lock.acquire()
-    except OSError as error:
-        logger.info("key statistics are measured without a lock: %s", error)
-    try:
+            try:
+                holding.enter_context(file_lock(lock))
+            except BlockingIOError:
+                logger.warning("another process is measuring these key statistics; waiting for it")
+                holding.enter_context(file_lock(lock, wait=True))
+        except OSError as error:
+            logger.info("key statistics are measured without a lock: %s", error)
         yield
-    finally:
-        lock.release()
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` to `file`. Raises OSError where that cannot be done."""
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(dir=file.parent, prefix=_staging(file))
-    os.close(handle)
-    try:
-        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, staging, dict(metadata))
-        os.replace(staging, file)
-    except SafetensorError as error:
-        raise OSError(None, str(error)) from error
-    finally:
-        Path(staging).unlink(missing_ok=True)
+    with replacing(file) as staging:
+        try:
+            save_file(whole, staging, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(None, str(error)) from error
 
 
 class Partial:
@@ -163,16 +154,6 @@ def remove_partials(file: Path) -> None:
     """Remove what unfinished passes have summed up, which nobody needs once `file` is there."""
     for partial in file.parent.glob(f"{file.stem}.*.partial"):
         partial.unlink(missing_ok=True)
-
-
-def remove_unwritten(file: Path) -> None:
-    """Remove what a process that was killed while it wrote has left beside `file`."""
-    for leftover in file.parent.glob(f"{_staging(file)}*"):
-        leftover.unlink(missing_ok=True)
-
-
-def _staging(file: Path) -> str:
-    return f".writing-{file.name.split('.')[0]}-"
 
 
 def _shards(metadata: Mapping[str, str]) -> list[tuple[int, int]]:

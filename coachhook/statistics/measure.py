@@ -26,15 +26,17 @@ from coachhook.statistics.cache import Partial
 from coachhook.statistics.recipe import recipe_of
 from coachhook.statistics.source import TOKENS_PER_WIDTH, StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
-from coachhook.statistics.text import Batch, Progress, Shard
+from coachhook.statistics.text import Progress, Shard, TokenBatch
+from coachhook.system.files import remove_unwritten
 from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track
 from coachhook_kernels.key_covariance import mirror_
 
 logger = logging.getLogger(__name__)
 
-_BACKGROUND = 65_536
-_FIRST = 1_024
+# Of each layer: how many keys of ordinary tokens are kept at most, and of how many first words.
+MOST_BACKGROUND = 65_536
+FIRST_WORDS = 1_024
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def key_statistics(
         found = _cached(file, layers, processes)
         if found is None:
             if processes.is_first:
-                holding.enter_context(files.locked(file))
+                holding.enter_context(files.measuring(file))
             # Whoever held the lock may have measured them.
             found = _cached(file, layers, processes)
         if found is None:
@@ -129,11 +131,11 @@ def _measure(
     processes: Processes,
     advance: Progress,
 ) -> KeyStatistics:
-    starts = reader.read(Batch(corpus.first_tokens(reader.tokenizer, _FIRST, seed=seed)))
+    starts = reader.read(TokenBatch(corpus.first_tokens(reader.tokenizer, FIRST_WORDS, seed=seed)))
     sums = _empty(starts, processes)
     done, partial = _resume(file, sums, processes)
     for shard, n_before in _dealt(shards, done, processes, advance):
-        n_background = min(shard.n_tokens, _BACKGROUND - n_before)
+        n_background = min(shard.n_tokens, MOST_BACKGROUND - n_before)
         sums.add(reader, shard, shard.read(advance), n_background)
         partial.keep(sums)
     count = torch.tensor([sum(sums.shards.values())])
@@ -173,7 +175,7 @@ def _resume(file: Path, sums: KeySums, processes: Processes) -> tuple[set[int], 
     """Put into `sums` this process's part of what interrupted passes had summed up. Returns the
     shards that need not be read again by any process, and where to keep this pass's sums."""
     if processes.is_first_on_host:
-        files.remove_unwritten(file)
+        remove_unwritten(file.parent, file.name)
     widths = {layer: len(moment) for layer, moment in sums.moments.items()}
     here = files.partial_shards(file, widths)
     listings = [json.loads(data) for data in processes.gather_bytes(json.dumps(here).encode())]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coachhook.errors import StatisticsError
 from coachhook.models.architecture import Architecture
-from coachhook.models.placement import whole
+from coachhook.models.placement import fetched
 from coachhook.statistics import text as corpus
 
 
@@ -60,8 +60,7 @@ def _weights_checksum(model: Any, left_out: set[int]) -> str:
             if weight.is_meta:
                 # One at a time in memory: offloaded weights may be more than fit.
                 path, _, leaf = name.rpartition(".")
-                fetched = whole(model.get_submodule(path), leaf)
-                sums.append((title, _checksum(fetched)))
+                sums.append((title, _checksum(fetched(model.get_submodule(path), leaf))))
             else:
                 sums.append((title, pool.submit(_checksum, weight)))
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coachhook.errors import StatisticsError
 from coachhook.models.passes import input_device, read_pass
-from coachhook.statistics.text import Batch, Shard
+from coachhook.statistics.text import Shard, TokenBatch
 from coachhook_kernels.key_covariance import key_covariance_
 
 # How many tokens of context a message quotes on either side.
@@ -24,7 +24,7 @@ class KeyReader:
     tokenizer: Any
     modules: Mapping[int, Any]
 
-    def read(self, batch: Batch) -> dict[int, Tensor]:
+    def read(self, batch: TokenBatch) -> dict[int, Tensor]:
         """The keys of a batch by layer, `(b, t, d_in)` in the model's dtype, on the layer's device,
         from one pass that ends at the last layer.
 
@@ -66,7 +66,7 @@ class KeySums:
         )
 
     def add(
-        self, reader: KeyReader, shard: Shard, batches: Sequence[Batch], n_background: int
+        self, reader: KeyReader, shard: Shard, batches: Sequence[TokenBatch], n_background: int
     ) -> None:
         """Add the keys of `shard`, whose text is `batches`, and keep `n_background` of them.
 
@@ -114,13 +114,15 @@ def _real(keys: Tensor, mask: Tensor | None) -> Tensor:
     return rows.reshape(-1, keys.shape[-1]).to("cpu", torch.bfloat16)
 
 
-def _halves(batch: Batch) -> list[Batch]:
+def _halves(batch: TokenBatch) -> list[TokenBatch]:
     middle = len(batch.ids) // 2
     cuts = slice(middle), slice(middle, None)
-    return [Batch(batch.ids[cut], None if batch.mask is None else batch.mask[cut]) for cut in cuts]
+    return [
+        TokenBatch(batch.ids[cut], None if batch.mask is None else batch.mask[cut]) for cut in cuts
+    ]
 
 
-def _check_finite(keys: Tensor, batch: Batch, tokenizer: Any, layer: int) -> None:
+def _check_finite(keys: Tensor, batch: TokenBatch, tokenizer: Any, layer: int) -> None:
     if torch.isfinite(keys).all():
         return
     wrong = ~torch.isfinite(keys).all(-1).cpu()

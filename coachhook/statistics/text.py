@@ -30,7 +30,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Token ids `(b, t)` int64 on the CPU, padded on the right; mask bool `(b, t)`, true on real
     tokens, or None where all are."""
 
@@ -45,7 +45,7 @@ class Shard:
 
     number: int
     n_tokens: int
-    read: Callable[[Progress], list[Batch]]
+    read: Callable[[Progress], list[TokenBatch]]
 
 
 def sampled_shards(
@@ -61,7 +61,7 @@ def sampled_shards(
     lead = torch.tensor(tokenizer("")["input_ids"], device=device).long()
     starts = torch.tensor(_word_tokens(tokenizer), device=device)
 
-    def sample(number: int, size: int, progress: Progress) -> list[Batch]:
+    def sample(number: int, size: int, progress: Progress) -> list[TokenBatch]:
         generator = torch.Generator(device=device).manual_seed(_shard_seed(seed, number))
         picks = torch.randint(len(starts), (size, 1), generator=generator, device=device)
         ids = torch.cat([lead.expand(size, -1), starts[picks]], dim=1)
@@ -83,7 +83,7 @@ def sampled_shards(
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, drawn], dim=1)
             progress(size)
-        return [Batch(ids.cpu())]
+        return [TokenBatch(ids.cpu())]
 
     n_sequences = -(-n_tokens // SEQUENCE_LENGTH)
     for number, first in enumerate(range(0, n_sequences, SHARD_SEQUENCES)):
@@ -158,14 +158,14 @@ def _file_shard(number: int, pieces: list[list[int]], tokenizer: Any) -> Shard:
     n_tokens = sum(map(len, pieces))
     pad_id = tokenizer.pad_token_id or 0
 
-    def read(progress: Progress) -> list[Batch]:
+    def read(progress: Progress) -> list[TokenBatch]:
         progress(n_tokens)
         return _batches(pieces, pad_id)
 
     return Shard(number, n_tokens, read)
 
 
-def _batches(pieces: list[list[int]], pad_id: int) -> list[Batch]:
+def _batches(pieces: list[list[int]], pad_id: int) -> list[TokenBatch]:
     """Sequences of like lengths side by side."""
     together: list[list[list[int]]] = []
     for piece in sorted(pieces, key=len, reverse=True):
@@ -175,11 +175,11 @@ def _batches(pieces: list[list[int]], pad_id: int) -> list[Batch]:
     return [_padded(rows, pad_id) for rows in together]
 
 
-def _padded(rows: list[list[int]], pad_id: int) -> Batch:
+def _padded(rows: list[list[int]], pad_id: int) -> TokenBatch:
     lengths = torch.tensor([len(row) for row in rows])
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
     mask = torch.arange(ids.shape[1]) < lengths.unsqueeze(-1)
-    return Batch(ids, None if mask.all() else mask)
+    return TokenBatch(ids, None if mask.all() else mask)
 
 
 def _documents(path: Path) -> Iterator[str]:

@@ -79,7 +79,7 @@ def own_profile() -> Profile:
 
 class TestProbes:
     def test_none_is_in_the_demo(self) -> None:
-        demo = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
+        demo = load_requests(str(files("coachhook.facts") / "demo.jsonl")).requests
         known = {request.subject for request in demo}
         known |= {word for request in demo for item in request.locality for word in [item.prompt]}
         for probe in probe_requests():

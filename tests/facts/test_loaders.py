@@ -399,7 +399,7 @@ def test_any_bytes_raise_only_the_typed_error(tmp_path: Path, content: bytes) ->
 
 
 def test_the_demo_facts() -> None:
-    requests = load_requests(str(files("coachhook") / "data" / "demo.jsonl")).requests
+    requests = load_requests(str(files("coachhook.facts") / "demo.jsonl")).requests
     assert len(requests) == 30
     first, last = requests[:10], requests[20:]
     targets = {request.fact: request.target for request in first}

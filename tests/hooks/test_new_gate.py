@@ -1,5 +1,6 @@
 """A gate is one file and one line in the registry: here is one, used from editing to loading."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,19 @@ from coachhook.hooks.gates.gate import PassWatcher
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 
 
+@dataclass(frozen=True)
+class Reach(Threshold):
+    """What this gate keeps in a folder beside the usual: the largest score of the background."""
+
+    background: float = 0.0
+
+
 class DistanceGate(Gate):
     """Opens near a fingerprint. Score: `1 - ‖f - F k‖² / 2`, of unit vectors f and `F k`."""
 
     name = "distance"
     tells_edits_apart = True
+    threshold_type = Reach
 
     def __init__(self, threshold: Threshold, edits: LayerEdits) -> None:
         super().__init__(threshold)
@@ -35,7 +44,9 @@ class DistanceGate(Gate):
     @classmethod
     def choose(cls, evidence: Evidence) -> Threshold:
         scores = evidence.nearest()
-        return Threshold() if scores is None else Threshold.above(scores, evidence.rate)
+        if scores is None:
+            return Reach()
+        return replace(Reach.above(scores, evidence.rate), background=float(scores.max()))
 
     def switch(self, in_force: Tensor) -> None:
         self.switched_off.copy_(~in_force[self.owner])
@@ -90,11 +101,14 @@ def test_edits_are_made_switched_saved_and_loaded_under_a_gate_of_ones_own(
     editor.hooks.enable(1)
     assert torch.equal(logits(model), edited)
     editor.save_pretrained(tmp_path / "edits")
+    thresholds = editor.hooks.journal.batches[0].thresholds
     editor.close()
     assert torch.equal(logits(model), unedited)
     assert not torch.equal(edited, unedited)
 
     hooks = HookSet.from_pretrained(tmp_path / "edits")
+    assert hooks.journal.batches[0].thresholds == thresholds
+    assert all(type(found) is Reach and found.background > 0.1 for found in thresholds.values())
     with hooks.attached(model):
         assert type(hooks.modules(model)[1].gate) is DistanceGate
         assert torch.equal(logits(model), edited)

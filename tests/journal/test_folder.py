@@ -360,7 +360,7 @@ class TestDamage:
         with pytest.raises(NewerFormatError) as caught:
             load(folder)
         assert str(version) in str(caught.value)
-        assert f"up to {FORMAT_VERSION}" in str(caught.value)
+        assert f"reads {FORMAT_VERSION}" in str(caught.value)
         before = files(folder)
         with pytest.raises(NewerFormatError):
             save(folder, contents(3))

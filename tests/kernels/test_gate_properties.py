@@ -26,6 +26,7 @@ from tests.support.kernels import (
     run_correction,
     run_linear,
     run_tiles,
+    score_rounding,
 )
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -132,24 +133,15 @@ class Rounding(NamedTuple):
         # then their sum are stored.
         output = ((n_terms + 2) * summed + 2 * epsilon) * terms
 
-        projection = down if gate.projection is None else gate.projection
-        moved = d_in * single * (size @ projection.abs().mT).norm(dim=-1)
-        vector = keys @ projection.mT
-        n_squares = vector.shape[-1]
-        if gate.offset is None:
-            # A norm moves no further than its vector; half of its squares' rounding is left by the
-            # root, which rounds as well.
-            return cls(output, moved + (n_squares / 2 + 1) * single * vector.norm(dim=-1), None)
-        assert gate.fingerprints is not None
+        if gate.fingerprints is None:
+            return cls(output, score_rounding(problem), None)
         assert gate.enabled is not None
-        vector = vector - gate.offset
-        # The sketch, and its difference from the offset, are float32.
-        moved += 2 * single * ((keys @ projection.mT).norm(dim=-1) + gate.offset.norm())
-        # A unit vector moves by twice what its vector does, over its length. A cosine, whose terms'
-        # magnitudes are 1 in sum, is then a sum over the size of the sketch; so is the norm.
-        score = 2 * moved / vector.norm(dim=-1) + (1.5 * n_squares + 4) * single
+        assert gate.offset is not None
+        assert gate.projection is not None
+        vector = keys @ gate.projection.mT - gate.offset
         cosines = normalize(vector, dim=-1) @ gate.fingerprints.mT
-        return cls(output, score, cosines.masked_fill(~gate.enabled, -torch.inf))
+        cosines = cosines.masked_fill(~gate.enabled, -torch.inf)
+        return cls(output, score_rounding(problem), cosines)
 
     def rows(self, which: slice) -> "Rounding":
         cosines = None if self.cosines is None else self.cosines[which]

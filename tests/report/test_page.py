@@ -1,7 +1,11 @@
 """The HTML report: from the JSON of a comparison, of `eval` and of the demo; and bad input."""
 
 import json
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,9 @@ from typer.testing import CliRunner
 
 from coachhook.cli.app import app
 from coachhook.errors import ConfigError
+from coachhook.report import figures
 from coachhook.report.page import render, write_report
-from coachhook.report.runs import VERSION, load_run
+from coachhook.report.runs import VERSION, Run, load_run
 
 SCORES = {"teacher_forced": 1.0, "greedy": 1.0, "exact": 0.0}
 ABSENT = {"teacher_forced": None, "greedy": None, "exact": None}
@@ -186,7 +191,7 @@ def test_a_single_evaluation(tmp_path: Path, kind: str) -> None:
     [
         ({}, "no protocol.json"),
         ({"protocol.json": "{"}, "cannot read"),
-        ({"protocol.json": "[]"}, "holds a list"),
+        ({"protocol.json": "[]"}, "expected an object, found a list"),
         ({"protocol.json": json.dumps(protocol(version=1))}, "version 1, and this is version"),
         ({"protocol.json": "{}"}, "has no 'version'"),
         ({"protocol.json": '{"version": 2, "edits": 3}'}, "compares no editors"),
@@ -217,7 +222,7 @@ def test_an_evaluation_of_an_earlier_version(tmp_path: Path, part: str) -> None:
         del evaluation["records"][1]["answer_before"]
     file = tmp_path / "found.json"
     file.write_text(json.dumps(evaluation))
-    with pytest.raises(ConfigError, match="another version, it lacks"):
+    with pytest.raises(ConfigError, match=r"another version: .+ is missing"):
         render(load_run(file))
 
 
@@ -276,6 +281,49 @@ def test_documents_that_are_no_runs(tmp_path: Path, document: Any) -> None:
     file.write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="no run"):
         render(load_run(file))
+
+
+OTHERS: list[Any] = [None, [], {}, "x", 3, -1, 0.5, float("nan"), True, [3], {"1": 3}]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of everything in a document."""
+    yield place
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places(inner, (*place, key))
+
+
+def test_whatever_stands_in_its_place_a_run_is_shown_or_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Drawing takes long; writing the drawing down is what takes longest.
+    monkeypatch.setattr(figures, "_svg", lambda *_: "")
+    run = {"a@1": result("a@1", point(1, gate=gate()), point(2, gate=gate()))}
+    everything = [(place, other) for place in places(run) if place for other in OTHERS]
+    # All of them have passed; they take a minute and a half.
+    for (*parents, last), other in random.Random(0).sample(everything, 150):
+        changed: Any = deepcopy(run)
+        holder = changed
+        for key in parents:
+            holder = holder[key]
+        holder[last] = other
+        with suppress(ConfigError):
+            render(Run("title", {}, changed))
+
+
+def test_a_bug_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise AttributeError("'list' object has no attribute 'items'")
+
+    monkeypatch.setattr(figures, "heat_map", broken)
+    with pytest.raises(AttributeError):
+        render(Run("title", {}, {"a@1": result("a@1", point(2))}))
+
+
+def test_a_name_with_dollar_signs(tmp_path: Path) -> None:
+    run = {"$_{a$": result("$_{a$", point(1), point(2))}
+    assert "$_{a$" in render(Run("title", {}, run))
 
 
 def test_no_editor_that_got_anywhere(tmp_path: Path) -> None:

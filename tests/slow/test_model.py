@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import coachhook as ch
-from coachhook.evaluation.evaluate import Evaluation, evaluate, first_choices, target_hits
+from coachhook.evaluation.evaluate import Evaluation, evaluate
+from coachhook.evaluation.metrics import first_choices, target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import complete, greedy

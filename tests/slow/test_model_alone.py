@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 
 import coachhook as ch
-from coachhook.evaluation.evaluate import target_hits
+from coachhook.evaluation.metrics import target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.models.decoding import complete
 from coachhook.models.tokens import encode_request

@@ -24,7 +24,7 @@ from coachhook.statistics.cache import divide
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
-from coachhook.statistics.text import Batch, Shard
+from coachhook.statistics.text import Shard, TokenBatch
 from tests.support.jobs import torchrun
 from tests.support.tiny import D_FF, tiny_model, tiny_tokenizer
 
@@ -326,7 +326,7 @@ class TestFaults:
         whole = measure(self.text)
         read = KeyReader.read
 
-        def small(self: KeyReader, batch: Batch) -> dict[int, torch.Tensor]:
+        def small(self: KeyReader, batch: TokenBatch) -> dict[int, torch.Tensor]:
             if 2 < len(batch.ids) <= SEQUENCES:
                 raise torch.OutOfMemoryError("no room")
             return read(self, batch)
@@ -379,7 +379,7 @@ class TestFaults:
     def test_by_default_as_much_text_as_the_keys_are_wide(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(statistics, "_FEWEST_BY_DEFAULT", 256)
+        monkeypatch.setattr("coachhook.statistics.source._FEWEST_BY_DEFAULT", 256)
         assert measure(StatisticsSource())[1].n_tokens == 8 * D_FF
 
     def test_an_offloaded_model_is_the_same_model(

@@ -13,7 +13,7 @@ from coachhook.models.decoding import complete, starts_with
 from coachhook.models.loading import load_model
 from coachhook.statistics.measure import key_statistics
 
-FACTS = ch.load_requests(str(files("coachhook").joinpath("data", "demo.jsonl"))).requests
+FACTS = ch.load_requests(str(files("coachhook.facts") / "demo.jsonl")).requests
 # As many of the same kind: common subjects, among them near neighbours of each other's.
 MORE = ch.load_requests(Path(__file__).with_name("facts.jsonl")).requests
 BATCH = 10

@@ -8,6 +8,7 @@ import triton.language as tl
 from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.hook_linear import rows, tiles
 from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
+from coachhook_kernels.hook_linear.tiles_gate import gate_kernel
 from coachhook_kernels.launch.tuning import Config
 
 
@@ -163,7 +164,7 @@ def _gate_case(dtype: str, keyed: bool, summed: bool, block: int) -> CompileCase
     kind = "keyed" if keyed else "calibrated dense" if summed else "calibrated factored"
     return CompileCase(
         f"hook_linear/gate {dtype} {block} {kind}",
-        tiles.gate_kernel,
+        gate_kernel,
         {name: of for name, of in arguments.items() if name not in constants},
         constants,
         num_warps=4,

@@ -63,6 +63,80 @@ def token_tile(n_tokens: int) -> int:
     return next(tile for tile in TOKEN_TILES if n_tokens <= tile)
 
 
+def _config(keys: Tensor, weight: Tensor | None, d_out: int) -> Config:
+    n_tokens, d_in = keys.shape
+    by_column = weight is not None and weight.stride(0) == 1 and weight.stride(1) > 1
+    default = default_config(d_out, n_tokens, keys.dtype, by_column)
+    kernel = f"hook_linear_rows_{8 * keys.element_size()}bit"
+    return launchable(lookup(kernel, keys.device, default, d_in=d_in, d_out=d_out, rows=n_tokens))
+
+
+def _sizes(
+    keys: Tensor, delta: Delta, gate: TokenGate, n_score: int, d_out: int, config: Config
+) -> dict[str, int]:
+    """The constants and the counts of a launch: its tiles, and how many programs a role has."""
+    n_tokens, d_in = keys.shape
+    rank = delta.down.shape[0]
+    n_fingerprints = 0 if gate.fingerprints is None else gate.fingerprints.shape[0]
+    score_tile = max(16, triton.next_power_of_2(n_score)) if gate.keyed else CALIBRATED_TILE
+    n_slices = triton.cdiv(d_in, config["SLICE"])
+    n_match = max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE)) if gate.keyed else 1
+    lowers = gate.keyed and delta.up is not None
+    return {
+        "n_tokens": n_tokens,
+        "d_in": d_in,
+        "d_out": d_out,
+        "n_score": n_score,
+        "rank": rank,
+        "n_fingerprints": n_fingerprints,
+        "n_slices": n_slices,
+        "n_project": n_slices * triton.cdiv(n_score, score_tile),
+        "n_match": n_match,
+        "n_down": triton.cdiv(rank, config["BN"]) if lowers else 0,
+        "BT": token_tile(n_tokens),
+        "BS": score_tile,
+        "BE": FINGERPRINT_TILE,
+        "MATCHES": match_table(n_match),
+        "BR": RANK_TILE,
+        "PK": PROJECT_STEP,
+        **config,
+    }
+
+
+def _strides(
+    keys: Tensor, weight: Tensor | None, delta: Delta, projection: Tensor, output: Tensor
+) -> dict[str, int]:
+    wn, wk = (0, 0) if weight is None else weight.stride()
+    un, ur = (0, 0) if delta.up is None else delta.up.stride()
+    return {
+        "stride_kt": keys.stride(0),
+        "stride_wn": wn,
+        "stride_wk": wk,
+        "stride_dn": delta.down.stride(0),
+        "stride_dk": delta.down.stride(1),
+        "stride_un": un,
+        "stride_ur": ur,
+        "stride_pn": projection.stride(0),
+        "stride_pk": projection.stride(1),
+        "stride_ot": output.stride(0),
+    }
+
+
+def _scratch(sizes: dict[str, int], factored: bool, device: torch.device) -> dict[str, Tensor]:
+    """What the programs of a launch leave for one another."""
+
+    def table(*rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*rows, sizes["n_tokens"], dtype=dtype, device=device)
+
+    return {
+        "p_partials": table(sizes["n_slices"], sizes["n_score"]),
+        "p_lowered": table(sizes["rank"] if factored else 0),
+        "p_best": table(sizes["n_match"]),
+        "p_best_index": table(sizes["n_match"], dtype=torch.int32),
+        "p_counters": counters(device),
+    }
+
+
 def launch(
     keys: Tensor,
     weight: Tensor | None,
@@ -73,40 +147,16 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Write `hook_linear` of keys `(t, d_in)`, t ≤ 64, to output `(t, d_out)`; without a weight,
     add the correction to it. Not for a calibrated gate on a dense Δ. Returns score and index."""
-    n_tokens, d_in = keys.shape
-    d_out = output.shape[1]
-    rank = delta.down.shape[0]
-    factored = delta.up is not None
-    projection = gate.projection if gate.projection is not None else delta.down
-    n_score = projection.shape[0]
-    n_fingerprints = gate.fingerprints.shape[0] if gate.fingerprints is not None else 0
-    by_column = weight is not None and weight.stride(0) == 1 and weight.stride(1) > 1
-    bits = 8 * keys.element_size()
-    config = launchable(
-        lookup(
-            f"hook_linear_rows_{bits}bit",
-            keys.device,
-            default_config(d_out, n_tokens, keys.dtype, by_column),
-            d_in=d_in,
-            d_out=d_out,
-            rows=n_tokens,
-        )
-    )
-    score_tile = max(16, triton.next_power_of_2(n_score)) if gate.keyed else CALIBRATED_TILE
-    n_slices = triton.cdiv(d_in, config["SLICE"])
-    n_project = n_slices * triton.cdiv(n_score, score_tile)
-    n_match = max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE)) if gate.keyed else 1
-    n_down = triton.cdiv(rank, config["BN"]) if gate.keyed and factored else 0
+    (n_tokens, d_out), device = output.shape, keys.device
+    projection = delta.down if gate.projection is None else gate.projection
+    config = _config(keys, weight, d_out)
+    sizes = _sizes(keys, delta, gate, projection.shape[0], d_out, config)
     n_base = triton.cdiv(d_out, config["BN"])
-
-    device = keys.device
+    n_programs = sizes["n_project"] + sizes["n_match"] + sizes["n_down"] + n_base
+    factored = delta.up is not None
     score = torch.empty(n_tokens, dtype=torch.float32, device=device)
     index = torch.empty(n_tokens, dtype=torch.int64, device=device)
-    partials = torch.empty(n_slices, n_score, n_tokens, dtype=torch.float32, device=device)
-    lowered = torch.empty(rank if factored else 0, n_tokens, dtype=torch.float32, device=device)
-    best = torch.empty(n_match, n_tokens, dtype=torch.float32, device=device)
-    best_index = torch.empty(n_match, n_tokens, dtype=torch.int32, device=device)
-    rows_kernel[(n_project + n_match + n_down + n_base,)](
+    rows_kernel[(n_programs,)](
         p_keys=keys,
         p_weight=weight,
         p_bias=bias,
@@ -122,44 +172,11 @@ def launch(
         p_output=output,
         p_score=score,
         p_index=index,
-        p_partials=partials,
-        p_lowered=lowered,
-        p_best=best,
-        p_best_index=best_index,
-        p_counters=counters(device),
-        n_tokens=n_tokens,
-        d_in=d_in,
-        d_out=d_out,
-        n_score=n_score,
-        rank=rank,
-        n_fingerprints=n_fingerprints,
-        n_slices=n_slices,
-        n_project=n_project,
-        n_match=n_match,
-        n_down=n_down,
-        stride_kt=keys.stride(0),
-        stride_wn=0 if weight is None else weight.stride(0),
-        stride_wk=0 if weight is None else weight.stride(1),
-        stride_dn=delta.down.stride(0),
-        stride_dk=delta.down.stride(1),
-        stride_un=0 if delta.up is None else delta.up.stride(0),
-        stride_ur=0 if delta.up is None else delta.up.stride(1),
-        stride_pn=projection.stride(0),
-        stride_pk=projection.stride(1),
-        stride_ot=output.stride(0),
         BASE=weight is not None,
         KEYED=gate.keyed,
         FACTORED=factored,
-        BT=token_tile(n_tokens),
-        BN=config["BN"],
-        BK=config["BK"],
-        SLICE=config["SLICE"],
-        BS=score_tile,
-        BE=FINGERPRINT_TILE,
-        MATCHES=match_table(n_match),
-        BR=RANK_TILE,
-        PK=PROJECT_STEP,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **sizes,
+        **_strides(keys, weight, delta, projection, output),
+        **_scratch(sizes, factored, device),
     )
     return score, index

@@ -8,6 +8,9 @@ No intermediate is `rows × d_out` in size. The host never learns how many rows 
 grid of programs walks over the tiles that the list has turned out to fill.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -15,12 +18,12 @@ from torch import Tensor
 
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.hook_linear.tiles_gate import FINISHED, OPEN, gate_kernel
 from coachhook_kernels.launch.counters import counters, discard
 from coachhook_kernels.launch.runtime import multiprocessors
-from coachhook_kernels.launch.triton_dot import dot, dot_wide
+from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
-OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
 STORE, ADD, SQUARES = (tl.constexpr(i) for i in range(3))
 
 
@@ -129,95 +132,6 @@ def open_rows_kernel(
             tl.store(p_counters + FINISHED, 0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_parts", "n_fingerprints"])
-def gate_kernel(
-    p_parts, p_offset, p_fingerprints, p_enabled, p_mean, p_std, p_alpha,
-    p_score, p_index, p_lowered, p_rows, p_counters,
-    n_rows, n_score, n_parts, n_fingerprints,
-    KEYED: tl.constexpr, SUMMED: tl.constexpr,
-    BM: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
-):  # fmt: skip
-    """Score and nearest fingerprint of `BM` rows, and their place in the list if they are open.
-
-    parts: `(n_parts, n_rows, n_score)` of `F k` or `A k`; or, SUMMED, sums of squares
-    `(n_parts, n_rows)` of a dense `Δ k`.
-    """
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < n_rows
-    o_row = o_m.to(tl.int64)
-    b_index = tl.full((BM,), -1, tl.int32)
-    if KEYED:
-        o_s = tl.arange(0, S)
-        m_s = o_s < n_score
-        b_q = tl.zeros((BM, S), tl.float32)
-        for i_part in range(n_parts):
-            b_q += tl.load(
-                p_parts + (i_part * n_rows + o_row)[:, None] * n_score + o_s[None, :],
-                mask=m_m[:, None] & m_s[None, :],
-                other=0.0,
-            )
-        b_q -= tl.load(p_offset + o_s, mask=m_s, other=0.0).to(tl.float32)[None, :]
-        b_norm = tl.sqrt(tl.sum(b_q * b_q, axis=1))
-        b_unit = tl.trans(b_q / tl.maximum(b_norm, 1e-12)[:, None])
-        b_score = tl.full((BM,), -1.0, tl.float32)
-        for i_e in range(0, n_fingerprints, BE):
-            o_e = i_e + tl.arange(0, BE)
-            m_e = o_e < n_fingerprints
-            b_fingerprints = tl.load(
-                p_fingerprints + o_e[:, None] * n_score + o_s[None, :],
-                mask=m_e[:, None] & m_s[None, :],
-                other=0.0,
-            )
-            m_enabled = tl.load(p_enabled + o_e, mask=m_e, other=0) != 0
-            b_cosine = dot_wide(b_fingerprints, b_unit, tl.zeros((BE, BM), tl.float32))
-            b_cosine = tl.where(m_enabled[:, None], b_cosine, -2.0)
-            b_best = tl.max(b_cosine, axis=0)
-            b_first = tl.min(
-                tl.where(b_cosine == b_best[None, :], o_e[:, None], n_fingerprints), axis=0
-            )
-            # Strictly above: the first of equals. -2 stands for a tile with none enabled.
-            m_better = (b_best > b_score) | ((b_index < 0) & (b_best > -2.0))
-            b_score = tl.where(m_better, tl.maximum(b_best, -1.0), b_score)
-            b_index = tl.where(m_better, b_first, b_index)
-        m_finite = b_norm < float("inf")
-        b_score = tl.where(m_finite, b_score, float("nan"))
-        b_index = tl.where(m_finite, b_index, -1)
-    elif SUMMED:
-        b_squares = tl.zeros((BM,), tl.float32)
-        for i_part in range(n_parts):
-            b_squares += tl.load(p_parts + i_part * n_rows + o_row, mask=m_m, other=0.0)
-        b_score = tl.sqrt(b_squares)
-    else:
-        b_squares = tl.zeros((BM,), tl.float32)
-        for i_s in range(0, n_score, S):
-            o_s = i_s + tl.arange(0, S)
-            m_tile = m_m[:, None] & (o_s < n_score)[None, :]
-            b_lowered = tl.zeros((BM, S), tl.float32)
-            for i_part in range(n_parts):
-                b_lowered += tl.load(
-                    p_parts + (i_part * n_rows + o_row)[:, None] * n_score + o_s[None, :],
-                    mask=m_tile,
-                    other=0.0,
-                )
-            b_squares += tl.sum(b_lowered * b_lowered, axis=1)
-            tl.store(
-                p_lowered + o_row[:, None] * n_score + o_s[None, :],
-                b_lowered.to(p_lowered.dtype.element_ty),
-                mask=m_tile,
-            )
-        b_score = tl.sqrt(b_squares)
-    tl.store(p_score + o_m, b_score, mask=m_m)
-    tl.store(p_index + o_m, b_index.to(tl.int64), mask=m_m)
-    b_z = tl.div_rn(b_score - tl.load(p_mean), tl.load(p_std))
-    m_open = m_m & (b_z >= tl.load(p_alpha))
-    b_open = m_open.to(tl.int32)
-    n_open = tl.sum(b_open, axis=0)
-    if n_open > 0:
-        # The order of the list is whatever it is: no row's result depends on its place.
-        i_first = tl.atomic_add(p_counters + OPEN, n_open, sem="relaxed")
-        tl.store(p_rows + i_first + tl.cumsum(b_open, axis=0) - 1, o_m, mask=m_open)
-
-
 SCORE_TILE = 64
 
 
@@ -319,42 +233,48 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
         raise
 
 
-def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
-    n_rows, d_in = keys.shape
-    device = keys.device
-    sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}
-    bits = 8 * keys.element_size()
-    scoring = lookup(f"hook_linear_score_{bits}bit", device, score_config(keys.dtype), **sizes)
-    correcting = lookup(
-        f"hook_linear_correct_{bits}bit", device, correct_config(keys.dtype), **sizes
-    )
+class Parts(NamedTuple):
+    """What the gate adds up: `tensor` is float32 `(parts, t, n_score)` of `F k` or `A k`; or,
+    `summed`, sums of squares `(parts, t)` of a dense `Δ k`."""
+
+    tensor: Tensor
+    n_score: int
+    summed: bool
+
+
+def _score_parts(
+    keys: Tensor, delta: Delta, gate: TokenGate, config: Callable[..., Config]
+) -> Parts:
+    (n_rows, d_in), device = keys.shape, keys.device
+    if not gate.keyed and delta.up is None:
+        squaring = config("squares", squares_config(keys.dtype))
+        rank = delta.down.shape[0]
+        n_parts = triton.cdiv(rank, squaring["BN"])
+        squares = torch.empty(n_parts, n_rows, dtype=torch.float32, device=device)
+        multiply(keys, delta.down, squares, SQUARES, squaring)
+        return Parts(squares, rank, summed=True)
+    scoring = config("score", score_config(keys.dtype))
+    projection = delta.down if gate.projection is None else gate.projection
+    n_score = projection.shape[0]
+    n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
+    # Slices until every multiprocessor has two programs, each slice four steps or longer.
+    most = triton.cdiv(d_in, 4 * scoring["BK"])
+    n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
+    slices = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
+    multiply(keys, projection, slices, STORE, scoring, n_slices)
+    return Parts(slices, n_score, summed=False)
+
+
+def _read_gate(
+    parts: Parts, gate: TokenGate, lowered: Tensor, rows: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One launch of `gate_kernel`, which also lists the open rows and adds up lowered `A k`."""
+    n_rows, device = rows.shape[0], rows.device
     score = torch.empty(n_rows, dtype=torch.float32, device=device)
     index = torch.empty(n_rows, dtype=torch.int64, device=device)
-    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
-    rank = delta.down.shape[0]
-    lowered = torch.empty(n_rows, rank if delta.up is not None else 0, dtype=keys.dtype,
-                          device=device)  # fmt: skip
-    counts = counters(device)
-    summed = not gate.keyed and delta.up is None
-    if summed:
-        squaring = lookup(
-            f"hook_linear_squares_{bits}bit", device, squares_config(keys.dtype), **sizes
-        )
-        n_score, n_slices = rank, triton.cdiv(rank, squaring["BN"])
-        parts = torch.empty(n_slices, n_rows, dtype=torch.float32, device=device)
-        multiply(keys, delta.down, parts, SQUARES, squaring)
-    else:
-        projection = delta.down if gate.projection is None else gate.projection
-        n_score = projection.shape[0]
-        n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
-        # Slices until every multiprocessor has two programs, each slice four steps or longer.
-        most = triton.cdiv(d_in, 4 * scoring["BK"])
-        n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
-        parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
-        multiply(keys, projection, parts, STORE, scoring, n_slices)
     block = gate_block(n_rows, gate.fingerprints)
     gate_kernel[(triton.cdiv(n_rows, block),)](
-        p_parts=parts,
+        p_parts=parts.tensor,
         p_offset=gate.offset,
         p_fingerprints=gate.fingerprints,
         p_enabled=gate.enabled,
@@ -367,17 +287,35 @@ def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tupl
         p_rows=rows,
         p_counters=counts,
         n_rows=n_rows,
-        n_score=n_score,
-        n_parts=n_slices,
+        n_score=parts.n_score,
+        n_parts=parts.tensor.shape[0],
         n_fingerprints=0 if gate.fingerprints is None else gate.fingerprints.shape[0],
         KEYED=gate.keyed,
-        SUMMED=summed,
+        SUMMED=parts.summed,
         BM=block,
-        S=max(16, triton.next_power_of_2(n_score)) if gate.keyed else SCORE_TILE,
+        S=max(16, triton.next_power_of_2(parts.n_score)) if gate.keyed else SCORE_TILE,
         BE=SCORE_TILE,
         num_warps=4,
         num_stages=3,
     )
+    return score, index
+
+
+def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
+    (n_rows, d_in), device = keys.shape, keys.device
+    bits = 8 * keys.element_size()
+
+    def config(step: str, default: Config) -> Config:
+        kernel = f"hook_linear_{step}_{bits}bit"
+        return lookup(kernel, device, default, d_in=d_in, d_out=output.shape[1], rows=n_rows)
+
+    rank = 0 if delta.up is None else delta.down.shape[0]
+    lowered = torch.empty(n_rows, rank, dtype=keys.dtype, device=device)
+    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
+    counts = counters(device)
+    parts = _score_parts(keys, delta, gate, config)
+    score, index = _read_gate(parts, gate, lowered, rows, counts)
+    correcting = config("correct", correct_config(keys.dtype))
     if delta.up is None:
         multiply_open(keys, delta.down, output, ADD, correcting, rows, counts)
     else:

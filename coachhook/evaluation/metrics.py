@@ -1,0 +1,173 @@
+"""Reliability, generality and locality of edits: what is asked, and how the answers are scored.
+
+Definitions follow EasyEdit where it has them: a teacher-forced score is the share of target tokens
+that are the model's first choice; locality is the share of answer tokens whose first choice is the
+unedited model's. The same by greedy decoding with a KV cache, which teacher forcing flatters:
+`greedy` when the completion starts with the target, `exact` when it is the target up to its natural
+stop. What the records do not cover is None, never a number.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coachhook.evaluation.bootstrap import METRICS
+from coachhook.facts.request import EditRequest
+from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
+from coachhook.models.reading import read_targets
+from coachhook.models.tokens import Row, encode, encode_request
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The teacher-forced, greedy and exact forms of one metric, 0 to 1: of one record, or means
+    over the records that have it."""
+
+    teacher_forced: float | None
+    greedy: float | None
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The three metrics of one request, or their means over several."""
+
+    reliability: Scores
+    generality: Scores
+    locality: Scores
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt that is put to a model. metric: the field of `Metrics` that its answer counts for;
+    owner: the number of its request; row: the prompt's tokens with those of `target`, which of a
+    locality prompt is its own answer."""
+
+    metric: str
+    owner: int
+    prompt: str
+    target: str
+    row: Row
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it is a locality prompt: what the unedited model says decides its score."""
+        return self.metric == "locality"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a question. choice: its first choice for each token of the question's
+    target, int64 `(n_target,)` on the CPU; text: its greedy completion of the prompt."""
+
+    choice: Tensor
+    text: str
+
+
+def questions(tokenizer: Any, requests: Sequence[EditRequest]) -> list[Question]:
+    """Of each request its prompt, its paraphrases and its locality prompts, in this order."""
+    found = []
+    for owner, request in enumerate(requests):
+        row = encode_request(tokenizer, request)
+        found.append(Question("reliability", owner, request.prompt, request.target, row))
+        for prompt in request.paraphrases:
+            row = encode(tokenizer, prompt, request.target)
+            found.append(Question("generality", owner, prompt, request.target, row))
+        for beside in request.locality:
+            row = encode(tokenizer, beside.prompt, beside.answer)
+            found.append(Question("locality", owner, beside.prompt, beside.answer, row))
+    return found
+
+
+def ask(model: Any, tokenizer: Any, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
+    """What `model`, as it is now, says to each question. new_tokens: at most so many are decoded.
+
+    Raises `ContextLengthError` for a prompt that fills the context.
+    """
+    found: dict[int, Answer] = {}
+    beside = [i for i, question in enumerate(asked) if question.is_beside]
+    others = [i for i, question in enumerate(asked) if not question.is_beside]
+    # Locality prompts are read by themselves, as they are before the edits: numbers round otherwise
+    # in other company, and an answer that hangs on them would count as changed.
+    for places in (beside, others):
+        choices = first_choices(model, tokenizer, [asked[i].row for i in places])
+        texts = complete(model, tokenizer, [asked[i].prompt for i in places], new_tokens)
+        found.update(zip(places, map(Answer, choices, texts), strict=True))
+    return [found[i] for i in range(len(asked))]
+
+
+def score(
+    asked: Sequence[Question], answers: Sequence[Answer], before: Sequence[Answer], n: int
+) -> list[Metrics]:
+    """The metrics of each of `n` requests: of each metric the means over the request's own
+    questions. before: the unedited model's answers to those that are beside."""
+    plain = iter(before)
+    found: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
+    for question, answer in zip(asked, answers, strict=True):
+        scores = _same(answer, next(plain)) if question.is_beside else _met(question, answer)
+        found[question.owner][question.metric].append(scores)
+    return [
+        Metrics(**{name: mean_scores(scores) for name, scores in by_name.items()})
+        for by_name in found
+    ]
+
+
+def mean_metrics(found: Sequence[Metrics]) -> Metrics:
+    """Of each metric the means over the records that have it."""
+    return Metrics(
+        reliability=mean_scores([one.reliability for one in found]),
+        generality=mean_scores([one.generality for one in found]),
+        locality=mean_scores([one.locality for one in found]),
+    )
+
+
+def mean_scores(scores: Sequence[Scores]) -> Scores:
+    """Means of the three forms over those that have them."""
+    return Scores(
+        mean_given([s.teacher_forced for s in scores]),
+        mean_given([s.greedy for s in scores]),
+        mean_given([s.exact for s in scores]),
+    )
+
+
+def mean_given(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are not None; None where there is none."""
+    given = [value for value in values if value is not None]
+    return fmean(given) if given else None
+
+
+def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
+    """First choice of the model for each target token of each row, int64 `(n_target,)`."""
+    return read_targets(model, tokenizer, rows, lambda logits, _: logits.argmax(-1).cpu())
+
+
+def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+    """Share of each row's target tokens that are the model's first choice."""
+    choices = first_choices(model, tokenizer, rows)
+    return [_hit(choice, row) for choice, row in zip(choices, rows, strict=True)]
+
+
+def _hit(choice: Tensor, row: Row) -> float:
+    return float((choice == torch.tensor(row.target)).float().mean())
+
+
+def _met(question: Question, answer: Answer) -> Scores:
+    """How far an answer is the target."""
+    return Scores(
+        _hit(answer.choice, question.row),
+        float(starts_with(answer.text, question.target)),
+        float(is_exactly(answer.text, question.target)),
+    )
+
+
+def _same(answer: Answer, plain: Answer) -> Scores:
+    """How far an answer is that of the unedited model."""
+    return Scores(
+        float((answer.choice == plain.choice).float().mean()),
+        float(answer.text == plain.text),
+        float(natural_stop(answer.text) == natural_stop(plain.text)),
+    )

@@ -1,0 +1,118 @@
+"""What a report reads of a run, as JSON has it; a run may hold more.
+
+It is what `coachhook.evaluation` and `bench.comparison.quality` write.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from coachhook.system.json_shapes import Between, Count, MisshapenError, Number, Share, checked
+
+Positive = Annotated[float, Between(sys.float_info.min)]
+
+
+class Forms(TypedDict):
+    teacher_forced: Share | None
+    greedy: Share | None
+    exact: Share | None
+
+
+class Record(TypedDict):
+    prompt: str
+    target: str
+    batch: int | None
+    verdict: str | None
+    answer_before: str
+    answer: str
+    before: Share
+    reliability: Forms
+    generality: Forms
+    locality: Forms
+
+
+class Layer(TypedDict):
+    """z: by population, quantiles."""
+
+    layer: int
+    alpha: float | None
+    z: dict[str, list[float] | None]
+
+
+class Sample(TypedDict):
+    kind: str
+    tokens: list[str]
+    n_open: list[Count]
+
+
+class Gate(TypedDict):
+    recall: Share
+    paraphrase_recall: Share | None
+    precision: Share | None
+    ordinary: Share
+    locality: Share | None
+    layers: list[Layer]
+    samples: list[Sample]
+
+
+class Point(TypedDict):
+    """The edits of one editor, evaluated after `edits` of them."""
+
+    edits: Count
+    reliability: Forms
+    generality: Forms
+    locality: Forms
+    harmonic_mean: Share | None
+    preferences: dict[str, Share | None]
+    before_preferences: dict[str, Share | None]
+    before_reliability: Share
+    already_true: Count
+    gate: Gate | None
+    perplexity_before: Positive
+    perplexity_after: float
+    divergence: float
+    retention: dict[Number, Share]
+    records: list[Record]
+
+
+class Overhead(TypedDict):
+    first_token_ratio: float
+    tokens_per_second_ratio: float
+
+
+class Result(TypedDict):
+    """What became of one editor. failure: why it went no further."""
+
+    failure: str | None
+    points: list[Point]
+    seconds_per_edit: NotRequired[float | None]
+    bytes_held: NotRequired[float | None]
+    peak_bytes: NotRequired[float | None]
+    overhead: NotRequired[Overhead | None]
+
+
+def check_results(editors: Mapping[str, Any]) -> None:
+    """Raise `MisshapenError` unless every one of `editors` is a `Result` that can be shown,
+    `MissingError` where it lacks something."""
+    results: dict[str, Result] = checked(dict(editors), dict[str, Result])
+    for name, result in results.items():
+        if not result["points"] and not result["failure"]:
+            raise MisshapenError(f"{name} has no points, and no reason for it")
+        gates = [point["gate"] for point in result["points"]]
+        for gate in gates:
+            _check_gate(name, gate, gates[-1])
+
+
+def _check_gate(name: str, gate: Gate | None, last: Gate | None) -> None:
+    if gate is None or last is None:
+        if gate is not last:
+            raise MisshapenError(f"{name} has gates at some points and none at others")
+        return
+    layers = [layer["layer"] for layer in gate["layers"]]
+    if not layers or layers != [layer["layer"] for layer in last["layers"]]:
+        raise MisshapenError(f"the gates of {name} are not of the same layers at every point")
+    # A line over all quantiles, one over the middle ones and the median.
+    if any(z is not None and len(z) < 5 for layer in gate["layers"] for z in layer["z"].values()):
+        raise MisshapenError(f"the gates of {name} tell too few quantiles")
+    if any(len(sample["tokens"]) != len(sample["n_open"]) for sample in gate["samples"]):
+        raise MisshapenError(f"the samples of {name} do not count every token")
