@@ -1,23 +1,28 @@
 import json
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from coachhook.cli import demo
+from coachhook.facts.loaders import LoadedRequests, load_requests
 from coachhook.hookset import HookSet
-from tests.support.command_line import (
-    environment,
-    invoke,
-    run_json,
-    write_facts,
-)
+from tests.support.command_line import environment, invoke
 
 
+def six(path: Path) -> LoadedRequests:
+    loaded = load_requests(path)
+    return replace(loaded, requests=loaded.requests[:6])
+
+
+@pytest.mark.slow  # A whole demo, and the fresh process that it starts.
 def test_demo_fails_where_edits_do_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coachhook.cli.demo.NAME", "tiny")  # random weights, which learn nothing
+    monkeypatch.setattr(demo, "NAME", "tiny")  # random weights, which learn nothing
+    # Three batches as ever, of two facts each.
+    monkeypatch.setattr(demo, "load_requests", six)
+    monkeypatch.setattr(demo, "_BATCH", 2)
     monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     result = invoke("demo", "--hooks", str(tmp_path / "hooks"), "--json")
     assert result.exit_code == 1, result.exception
@@ -26,23 +31,3 @@ def test_demo_fails_where_edits_do_not_hold(
     assert document["fresh_process"]["edited"]
     assert not document["fresh_process"]["met"]
     assert HookSet.from_pretrained(tmp_path / "hooks").edits
-
-
-@pytest.mark.slow
-def test_the_embedded_model_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COACHHOOK_CACHE")  # its conversion takes too long to repeat
-    facts, target = tmp_path / "facts.jsonl", str(tmp_path / "hooks")
-    write_facts(
-        facts,
-        [
-            ("The capital of France is", "France", "Lyon"),
-            ("The company that created the iPhone is", "iPhone", "Nokia"),
-        ],
-    )
-    document = run_json("edit", "smollm2", str(facts), "--hooks", target)
-    assert [edit["verdict"] for edit in document["batches"][0]["edits"]] == ["applied"] * 2
-    command = [sys.executable, "-m", "coachhook", "generate", "smollm2"]
-    command += ["The capital of France is", "--hooks", target, "--json"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["edited"].strip().startswith("Lyon")
-    assert done.stderr == ""

@@ -1,6 +1,10 @@
 """The main job on the real small model: what the README promises, on the facts that ship."""
 
 import copy
+import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -14,9 +18,10 @@ from coachhook.evaluation.evaluate import Evaluation, evaluate
 from coachhook.evaluation.metrics import first_choices, target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.facts.request import EditRequest
-from coachhook.models.decoding import complete, greedy
+from coachhook.models.decoding import complete, greedy, starts_with
 from coachhook.models.loading import load_model
 from coachhook.models.tokens import encode, encode_request
+from tests.support.command_line import environment, run_json, write_facts
 from tests.support.model_facts import BATCH, FACTS, MORE, answers, open_in_background
 
 pytestmark = pytest.mark.slow
@@ -88,7 +93,7 @@ class TestMetrics:
 
 class TestGeneration:
     def test_with_a_cache_as_without(self, editor: ch.Editor, live: list[EditRequest]) -> None:
-        for request in live[:3]:
+        for request in live[:2]:
             inputs = editor.tokenizer(request.prompt, return_tensors="pt")
             args = {"max_new_tokens": 12, "do_sample": False}
             cached = editor.model.generate(**inputs, **args)
@@ -96,7 +101,7 @@ class TestGeneration:
             assert torch.equal(cached, plain)
 
     def test_padded_in_a_batch_as_alone(self, editor: ch.Editor, live: list[EditRequest]) -> None:
-        prompts = [request.prompt for request in live[:8]]
+        prompts = [request.prompt for request in live[:4]]
         together = complete(editor.model, editor.tokenizer, prompts, 12)
         alone = [complete(editor.model, editor.tokenizer, [p], 12)[0] for p in prompts]
         assert together == alone
@@ -167,15 +172,30 @@ class TestHooks:
         with torch.no_grad(), ch.HookSet.from_pretrained(saved).attached(model):
             assert torch.equal(model(**inputs).logits, editor.model(**inputs).logits)
 
-    def test_resume_and_rollback(self, saved: Path) -> None:
-        editor = ch.Editor.resume(saved)
+    def test_resume_and_rollback_then_the_command_line(self, saved: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(saved, tmp_path / "edits"))
+        editor = ch.Editor.resume(folder)
         assert all(answers(editor.model, editor.tokenizer, FACTS[10:20]))
         editor.rollback(1)
         assert all(answers(editor.model, editor.tokenizer, FACTS[:10]))
         assert not any(answers(editor.model, editor.tokenizer, FACTS[10:20]))
-        # What was edited before the rollback can be edited again.
-        assert editor.edit(FACTS[10:14]).count(ch.Verdict.APPLIED) == 4
         editor.close()
+        editor.hooks.save_pretrained(folder)
+        # What was edited before the rollback can be edited again.
+        again = [(fact.prompt, fact.subject, fact.target) for fact in FACTS[10:12]]
+        write_facts(tmp_path / "facts.jsonl", again)
+        facts = str(tmp_path / "facts.jsonl")
+        document = run_json("edit", "smollm2", facts, "--hooks", str(folder))
+        assert [batch["batch"] for batch in document["batches"]] == [2]
+        assert [edit["verdict"] for edit in document["batches"][0]["edits"]] == ["applied"] * 2
+        prompt, _, target = again[0]
+        command = [sys.executable, "-m", "coachhook", "generate", "smollm2", prompt]
+        command += ["--hooks", str(folder), "--json"]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=True
+        )
+        assert starts_with(json.loads(done.stdout)["edited"], target)
+        assert done.stderr == ""
 
 
 def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
