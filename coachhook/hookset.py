@@ -30,6 +30,7 @@ from coachhook.journal.compaction import merge
 from coachhook.journal.journal import EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import plainly
 from coachhook.models.placement import device_of, whole
 from coachhook_kernels import Delta
@@ -157,7 +158,7 @@ class HookSet:
     def trace(self, model: Any, tokenizer: Any, text: str) -> Trace:
         """Per token of `text` and hooked layer: score, threshold, whether the gate of the attached
         hooks opened, and which edit fired."""
-        return trace_text(model, tokenizer, self.modules(model), text)
+        return trace_text(LanguageModel(model, tokenizer), self.modules(model), text)
 
     def enable(self, edit: int) -> None:
         """Bring an edit (by id) back into force, on every model the hooks are on."""

@@ -12,6 +12,7 @@ from coachhook.config import EditConfig
 from coachhook.editing.layer_writer import ALIKE, layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
 from coachhook.models.tokens import Row, encode, encode_request
 from coachhook.statistics.measure import KeyStatistics
@@ -43,8 +44,7 @@ class ProbeSketches:
 
 
 def probe_sketches(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     architecture: Architecture,
     statistics: KeyStatistics,
     probes: Sequence[EditRequest],
@@ -53,7 +53,7 @@ def probe_sketches(
     """What every layer of `statistics` makes of the probes, in one pass over their texts."""
     n = len(probes)
     prompts = [
-        encode_request(tokenizer, probe, context, with_target=False)
+        encode_request(lm.tokenizer, probe, context, with_target=False)
         for context in ("{}", *contexts)
         for probe in probes
     ]
@@ -61,12 +61,12 @@ def probe_sketches(
     for i, probe in enumerate(probes):
         for text in probe.paraphrases:
             end = text.rfind(probe.subject) + len(probe.subject)
-            reworded.append(encode(tokenizer, text, subject_end=end))
+            reworded.append(encode(lm.tokenizer, text, subject_end=end))
             reworded_owner.append(i)
-    local = [encode(tokenizer, p.prompt) for probe in probes for p in probe.locality]
-    modules = [architecture.down_projection(model, layer) for layer in statistics]
-    subjects = _read(model, tokenizer, modules, [*prompts, *reworded], every=False)
-    tokens = _read(model, tokenizer, modules, local, every=True)
+    local = [encode(lm.tokenizer, p.prompt) for probe in probes for p in probe.locality]
+    modules = [architecture.down_projection(lm.model, layer) for layer in statistics]
+    subjects = _read(lm, modules, [*prompts, *reworded], every=False)
+    tokens = _read(lm, modules, local, every=True)
     others_prompt = torch.tensor([i for i, row in enumerate(local) for _ in row.ids])
     largest = EditConfig(fingerprint_size=max(SIZES))
     found = {}
@@ -97,12 +97,10 @@ def probe_sketches(
 
 
 def _read(
-    model: Any, tokenizer: Any, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
+    lm: LanguageModel, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
 ) -> list[Tensor]:
     """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
-    found = read_rows(
-        model, tokenizer, rows, modules, lambda _, keys, __: [keys.float()], every=every
-    )
+    found = read_rows(lm, rows, modules, lambda _, keys, __: [keys.float()], every=every)
     return [keys for (keys,) in found]
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import input_device
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_padded
 from coachhook.models.tokens import Padded, encode_request, pad
 
@@ -22,18 +21,18 @@ class Contexts:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
+        cls, lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str]
     ) -> "Contexts":
         rows = [
-            encode_request(tokenizer, request, text, with_target=False)
+            encode_request(lm.tokenizer, request, text, with_target=False)
             for text in ("{}", *contexts)
             for request in requests
         ]
-        return cls(pad(rows, tokenizer.pad_token_id, input_device(model)), len(requests))
+        return cls(pad(rows, lm.pad_id, lm.device), len(requests))
 
     def read(
         self,
-        model: Any,
+        model: nn.Module,
         hooks: Sequence[HookLinear],
         tokens: int,
         *,

@@ -7,10 +7,12 @@ unedited model's. The same by greedy decoding with a KV cache, which teacher for
 stop. What the records do not cover is None, never a number.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from torch import Tensor
 from coachhook.evaluation.bootstrap import METRICS
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_targets
 from coachhook.models.tokens import Row, encode, encode_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,9 @@ class Answer:
     text: str
 
 
-def questions(tokenizer: Any, requests: Sequence[EditRequest]) -> list[Question]:
+def questions(
+    tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest]
+) -> list[Question]:
     """Of each request its prompt, its paraphrases and its locality prompts, in this order."""
     found = []
     for owner, request in enumerate(requests):
@@ -83,8 +91,8 @@ def questions(tokenizer: Any, requests: Sequence[EditRequest]) -> list[Question]
     return found
 
 
-def ask(model: Any, tokenizer: Any, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
-    """What `model`, as it is now, says to each question. new_tokens: at most so many are decoded.
+def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
+    """What the model, as it is now, says to each question. new_tokens: at most so many are decoded.
 
     Raises `ContextLengthError` for a prompt that fills the context.
     """
@@ -94,8 +102,8 @@ def ask(model: Any, tokenizer: Any, asked: Sequence[Question], new_tokens: int) 
     # Locality prompts are read by themselves, as they are before the edits: numbers round otherwise
     # in other company, and an answer that hangs on them would count as changed.
     for places in (beside, others):
-        choices = first_choices(model, tokenizer, [asked[i].row for i in places])
-        texts = complete(model, tokenizer, [asked[i].prompt for i in places], new_tokens)
+        choices = first_choices(lm, [asked[i].row for i in places])
+        texts = complete(lm, [asked[i].prompt for i in places], new_tokens)
         found.update(zip(places, map(Answer, choices, texts), strict=True))
     return [found[i] for i in range(len(asked))]
 
@@ -140,14 +148,14 @@ def mean_given(values: Sequence[float | None]) -> float | None:
     return fmean(given) if given else None
 
 
-def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
+def first_choices(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
     """First choice of the model for each target token of each row, int64 `(n_target,)`."""
-    return read_targets(model, tokenizer, rows, lambda logits, _: logits.argmax(-1).cpu())
+    return read_targets(lm, rows, lambda logits, _: logits.argmax(-1).cpu())
 
 
-def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+def target_hits(lm: LanguageModel, rows: Sequence[Row]) -> list[float]:
     """Share of each row's target tokens that are the model's first choice."""
-    choices = first_choices(model, tokenizer, rows)
+    choices = first_choices(lm, rows)
     return [_hit(choice, row) for choice, row in zip(choices, rows, strict=True)]
 
 

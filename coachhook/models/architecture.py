@@ -78,7 +78,7 @@ class Architecture:
                 "the names, and a template like 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
 
-    def d_in(self, model: Any, layer: int) -> int:
+    def d_in(self, model: nn.Module, layer: int) -> int:
         """Width of the keys of block `layer`."""
         module = self.down_projection(model, layer)
         width = getattr(module, "in_features", None)

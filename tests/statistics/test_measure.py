@@ -26,7 +26,7 @@ from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Batch, Shard
 from tests.support.jobs import torchrun
-from tests.support.tiny import D_FF, tiny_model, tiny_tokenizer
+from tests.support.tiny import D_FF, tiny_lm, tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2)
 LENGTH, SEQUENCES = 16, 8
@@ -44,7 +44,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measure(source: StatisticsSource = SAMPLED, model: Any = None) -> KeyStatistics:
     model = model or tiny_model("llama", seed=7)
-    return key_statistics(model, tiny_tokenizer(), Architecture.of(model), LAYERS, source)
+    return key_statistics(tiny_lm(model), Architecture.of(model), LAYERS, source)
 
 
 def leftovers(tmp_path: Path) -> list[str]:
@@ -187,7 +187,7 @@ JOB = """
 import os, signal, sys, time
 from pathlib import Path
 from safetensors.torch import save_file
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model
 from coachhook.cli import app as cli
 from coachhook.statistics import text as corpus
 from coachhook.errors import StatisticsError
@@ -207,7 +207,7 @@ sources = {
 with joined() as job:
     for name, source in sources.items():
         found = key_statistics(
-            model, tiny_tokenizer(), Architecture.of(model), (1, 2), source, job
+            tiny_lm(model), Architecture.of(model), (1, 2), source, job
         )
         tensors = {}
         for layer, s in found.items():
@@ -215,7 +215,7 @@ with joined() as job:
         save_file(tensors, place / f"{name}-{job.rank}.safetensors")
     other = tiny_model("llama", seed=job.rank)
     try:
-        key_statistics(other, tiny_tokenizer(), Architecture.of(other), (1,), None, job)
+        key_statistics(tiny_lm(other), Architecture.of(other), (1,), None, job)
     except StatisticsError as error:
         (place / f"refused-{job.rank}").write_text(str(error))
 
