@@ -149,9 +149,9 @@ class HookSet:
     def modules(self, model: nn.Module) -> dict[int, HookLinear]:
         """The hook of each layer on `model`. Raises `AttachError` if they are not attached."""
         architecture = Architecture(self.base.template)
-        found = {layer: architecture.down_projection(model, layer) for layer in self.layers}
-        hooks = {k: v for k, v in found.items() if isinstance(v, HookLinear)}
-        if len(hooks) < len(found):
+        modules = {layer: architecture.down_projection(model, layer) for layer in self.layers}
+        hooks = {k: v for k, v in modules.items() if isinstance(v, HookLinear)}
+        if len(hooks) < len(modules):
             raise AttachError("the hooks are not attached to this model; attach them first")
         return hooks
 
@@ -287,12 +287,12 @@ class HookSet:
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
         # One by one: weights may be gathered from processes that share them, or from a disk.
-        found = weight_checksums(gathered(whole(module)) for module in modules)
-        if not set(found.items()) & set(self.base.checksums.items()):
+        checksums = weight_checksums(gathered(whole(module)) for module in modules)
+        if not set(checksums.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "
                 f"{self.base.checksums['bfloat16'][:16]}, but the model's is "
-                f"{found['bfloat16'][:16]}; attach them to the model they were made for "
+                f"{checksums['bfloat16'][:16]}; attach them to the model they were made for "
                 "(with check=False if this is a quantised copy of it)"
             )
 

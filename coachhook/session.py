@@ -105,11 +105,11 @@ class Session:
             return Settings(self.held.config)
         config, given = self.options.config(), self.options.profile
         identity = profiles.identity(model, Architecture.of(model, config.template))
-        found = profiles.find(identity) if given is None else profiles.load(given)
-        if found is None:
+        profile = profiles.find(identity) if given is None else profiles.load(given)
+        if profile is None:
             return Settings(config)
-        path = given or profiles.default_path(identity)
-        return Settings(found.settings.applied(config), found, path, found.identity == identity)
+        path, is_of_model = given or profiles.default_path(identity), profile.identity == identity
+        return Settings(profile.settings.applied(config), profile, path, is_of_model)
 
     def plan(self, lm: LanguageModel, config: EditConfig) -> Plan:
         """What the remaining batches will need; `Plan.check` refuses what cannot fit."""

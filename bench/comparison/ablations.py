@@ -120,7 +120,7 @@ class Values:
         key = (layers[-1], variant.config.values, variant.dtype)
         if key not in self._known:
             with track("target values", len(self._requests)) as advance:
-                found = optimise_values(
+                optimised = optimise_values(
                     lm,
                     Architecture.of(lm.model),
                     layers[-1],
@@ -128,7 +128,7 @@ class Values:
                     variant.config.values,
                     advance,
                 )
-            self._known[key] = dict(zip(self._requests, found.hidden, strict=True))
+            self._known[key] = dict(zip(self._requests, optimised.hidden, strict=True))
         wanted: dict[EditRequest, Any] = self._known[key]
         return wanted
 
@@ -162,12 +162,12 @@ def edited(
                     verdicts[str(verdict)] += report.count(verdict)
                 advance(1)
         seconds = time.perf_counter() - began
-        found = evaluate(lm, editor.hooks, latest(requests))
+        scores = evaluate(lm, editor.hooks, latest(requests))
     return {
         "failure": None,
         "verdicts": verdicts,
         "writing_seconds_per_edit": seconds / len(requests),
-        **found.to_dict(),
+        **scores.to_dict(),
     }
 
 

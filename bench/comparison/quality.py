@@ -175,14 +175,14 @@ def measure(
             peak = max(peak, peak_memory(lm.model.device))
             if number % protocol["every"] == 0 or number == len(batches):
                 so_far = latest(requests[:asked])
-                found = evaluate(lm, subject.edits, so_far, known=known)
+                scores = evaluate(lm, subject.edits, so_far, known=known)
                 first = [
                     record.reliability.teacher_forced or 0.0
-                    for request, record in zip(so_far, found.records, strict=True)
+                    for request, record in zip(so_far, scores.records, strict=True)
                     if request in batches[0][0]
                 ]
                 kept_on = fmean(first) if first else None
-                points.append({"edits": asked, "first_batch": kept_on, **found.to_dict()})
+                points.append({"edits": asked, "first_batch": kept_on, **scores.to_dict()})
             advance(len(batch))
     return {
         "editor": name,
@@ -261,7 +261,7 @@ def target_values(
         architecture, layers = hooked_layers(lm.model, config)
         began = time.perf_counter()
         with track("target values", len(requests)) as advance:
-            found = optimise_values(
+            optimised = optimise_values(
                 lm,
                 architecture,
                 layers[-1],
@@ -270,7 +270,7 @@ def target_values(
                 advance,
             )
         took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        write(path, save({"hidden": found.hidden.contiguous(), "seconds": took}))
+        write(path, save({"hidden": optimised.hidden.contiguous(), "seconds": took}))
     try:
         tensors = load_file(path)
         values = Values(tensors["hidden"], float(tensors["seconds"]))

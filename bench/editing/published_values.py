@@ -53,13 +53,13 @@ def published_value(
     everyone = torch.arange(len(rows) + 1, device=lm.device)
     started = time.perf_counter()
     enough_at: float | None = None
-    found: dict[str, Tensor] = {}
+    unshifted: dict[str, Tensor] = {}
     shift = torch.zeros(lm.model.config.hidden_size, device=lm.device, requires_grad=True)
 
     def move(_: Any, __: Any, output: Any) -> Any:
         hidden = hidden_of(output)
-        if "origin" not in found:
-            found["origin"] = hidden[0, padded.subject[0]].detach().clone()
+        if "origin" not in unshifted:
+            unshifted["origin"] = hidden[0, padded.subject[0]].detach().clone()
         hidden = hidden.clone()
         hidden[everyone, padded.subject] += shift
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -71,8 +71,8 @@ def published_value(
             log_p = lm.model(**padded.inputs(), use_cache=False).logits.float().log_softmax(-1)
             loss = torch.stack([_nll(log_p[i], row) for i, row in enumerate(rows)]).mean()
             last = log_p[-1, len(essence.ids) - 1]
-            before = found.setdefault("before", last.detach().clone())
-            size = found["origin"].norm()
+            before = unshifted.setdefault("before", last.detach().clone())
+            size = unshifted["origin"].norm()
             penalty = kl_div(last, before, log_target=True, reduction="sum")
             decay = (shift.norm() / size) ** 2
             whole = loss + config.kl * penalty + config.decay * decay
@@ -92,7 +92,7 @@ def published_value(
         handle.remove()
     seconds = time.perf_counter() - started
     return PublishedValue(
-        (found["origin"] + shift).detach(),
+        (unshifted["origin"] + shift).detach(),
         loss.item(),
         seconds if enough_at is None else enough_at,
     )

@@ -57,11 +57,11 @@ def measure(
     with torch.inference_mode(False), editor.hooks.off(lm.model):
         for name, config in settings.items():
             started = time.perf_counter()
-            found = optimise_values(lm, architecture, layer, requests, config)
+            optimised = optimise_values(lm, architecture, layer, requests, config)
             seconds = time.perf_counter() - started
             rows[name] = {"seconds_per_edit": seconds / len(requests)}
-            rows[name]["loss"] = found.loss.mean().item()
-            values[name] = found.hidden
+            rows[name]["loss"] = optimised.loss.mean().item()
+            values[name] = optimised.hidden
         started = time.perf_counter()
         published = []
         for request in requests:

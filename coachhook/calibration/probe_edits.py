@@ -40,9 +40,9 @@ class ProbeScores:
     teacher_forced: tuple[float, float, float]
 
     @classmethod
-    def of(cls, found: Metrics) -> "ProbeScores":
+    def of(cls, means: Metrics) -> "ProbeScores":
         """From the means over probes, each of which has all three metrics."""
-        three = found.reliability, found.generality, found.locality
+        three = means.reliability, means.generality, means.locality
         forced = _three([scores.teacher_forced for scores in three])
         return cls(*_three([scores.greedy for scores in three]), forced)
 
@@ -96,8 +96,8 @@ class Probes:
     def scores(self, lm: LanguageModel) -> ProbeScores:
         """Of the model with the probes edited into it."""
         answers = ask(lm, self.asked, self.new_tokens)
-        found = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
-        return ProbeScores.of(found)
+        means = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
+        return ProbeScores.of(means)
 
 
 def _three(shares: Sequence[float | None]) -> tuple[float, float, float]:

@@ -244,12 +244,12 @@ class _Bench:
         """Measure the statistics and sketches of `layers`, as far as they are not known."""
         missing = [layer for layer in layers if layer not in self.statistics]
         if missing:
-            found = key_statistics(self.lm, self.architecture, missing, self.config.statistics)
-            self.statistics |= found
+            measured = key_statistics(self.lm, self.architecture, missing, self.config.statistics)
+            self.statistics |= measured
             self.sketches |= probe_sketches(
                 self.lm,
                 self.architecture,
-                found,
+                measured,
                 self.probes.requests,
                 self.config.values.contexts,
             )
@@ -338,15 +338,15 @@ class _Bench:
         """λ from the leverage of the probes, the gate's floor from their cosines."""
         cosines = [self._at(layer, self.size) for layer in choice.layers]
         leverage = fmean(self.sketches[layer].leverage for layer in choice.layers)
-        found = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
-        most = max(separated.value for separated in found.values())
-        rate = next(rate for rate in _RATES if found[rate].value >= most - _WORTHWHILE)
+        by_rate = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
+        most = max(separated.value for separated in by_rate.values())
+        rate = next(rate for rate in _RATES if by_rate[rate].value >= most - _WORTHWHILE)
         return Settings(
             layers=choice.layers,
             # Two figures are as many as the probes can tell.
             preservation=float(f"{leverage / choice.freedom:.2g}"),
             clamp=choice.clamp,
             fingerprint_size=self.size,
-            resemblance=found[rate].floor,
+            resemblance=by_rate[rate].floor,
             false_alarms=rate,
         )

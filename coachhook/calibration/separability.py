@@ -69,7 +69,7 @@ def probe_sketches(
     tokens = _read(lm, modules, local, every=True)
     others_prompt = torch.tensor([i for i, row in enumerate(local) for _ in row.ids])
     largest = EditConfig(fingerprint_size=max(SIZES))
-    found = {}
+    sketches = {}
     for i, (layer, measured) in enumerate(statistics.items()):
         projection, offset = layer_sketch(measured, largest, measured.moment.device)
 
@@ -82,7 +82,7 @@ def probe_sketches(
         marks = torch.cat([keys[0], *([keys[1:].mean(0)] if len(keys) > 1 else [])])
         # ‖F k‖² is kᵀ (λ C₀)⁻¹ k on average over the random projection.
         spread = (keys[0] @ projection.T).square().sum(-1).mean()
-        found[layer] = ProbeSketches(
+        sketches[layer] = ProbeSketches(
             marks=sketch(marks),
             owner=torch.arange(len(marks)) % n,
             reworded=sketch(subjects[i][len(prompts) :]),
@@ -93,15 +93,15 @@ def probe_sketches(
             first=sketch(measured.first),
             leverage=largest.preservation * float(spread),
         )
-    return found
+    return sketches
 
 
 def _read(
     lm: LanguageModel, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
 ) -> list[Tensor]:
     """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
-    found = read_rows(lm, rows, modules, lambda _, keys, __: [keys.float()], every=every)
-    return [keys for (keys,) in found]
+    by_module = read_rows(lm, rows, modules, lambda _, keys, __: [keys.float()], every=every)
+    return [keys for (keys,) in by_module]
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ def separation(layers: Sequence[Cosines], rate: float) -> Separation:
     reworded = torch.cat([layer.reworded for layer in layers])
     others = torch.cat([layer.others for layer in layers])
     ceiling = max(_ceiling(layer.background, rate) for layer in layers)
-    found = []
+    candidates = []
     for floor in _FLOORS:
         if floor >= ceiling or floor == _FLOORS[-1]:
             recall = float((reworded >= floor).float().mean())
             firing = float((others.amax(1) >= floor).float().mean())
-            found.append(Separation(floor, ceiling, recall, firing))
-    best = max(found, key=lambda s: s.value).value
-    equal = [s for s in found if s.value > best - 1e-9]
+            candidates.append(Separation(floor, ceiling, recall, firing))
+    best = max(candidates, key=lambda s: s.value).value
+    equal = [s for s in candidates if s.value > best - 1e-9]
     return equal[len(equal) // 2]
 
 

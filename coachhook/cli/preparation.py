@@ -46,9 +46,9 @@ def statistics(
             statistics_plan(Sizes.of(lm.model, architecture), hooked, source),
             shown=processes.is_first and not as_json,
         )
-        found = key_statistics(lm, architecture, hooked, source, processes)
+        measured = key_statistics(lm, architecture, hooked, source, processes)
         if processes.is_first:
-            document = {"model": model, "plan": plan, "layers": statistics_entries(found)}
+            document = {"model": model, "plan": plan, "layers": statistics_entries(measured)}
             show(document, statistics_view, as_json=as_json)
 
 

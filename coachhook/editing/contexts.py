@@ -52,7 +52,7 @@ class Contexts:
                 hook.open_at = at[rows].to(hook.down.device)
 
         try:
-            found, output = read_padded(
+            by_hook, output = read_padded(
                 model,
                 self.padded,
                 at,
@@ -65,4 +65,4 @@ class Contexts:
         finally:
             for hook in temporary:
                 hook.open_at = None
-        return [made for (made,) in found], output
+        return [made for (made,) in by_hook], output

@@ -27,8 +27,8 @@ def refuse_sinks(
         return
     modules = hooks.modules(lm.model)
     keys, _ = contexts.read(lm.model, list(modules.values()), hooks.config.values.tokens)
-    for layer, found in zip(modules, keys, strict=True):
-        marks = writers[layer].fingerprint(found[starts].float())
+    for layer, at_layer in zip(modules, keys, strict=True):
+        marks = writers[layer].fingerprint(at_layer[starts].float())
         sinks = writers[layer].sinks(marks).tolist()
         for i, sink in zip(starts, sinks, strict=True):
             if sink:

@@ -56,8 +56,8 @@ class _Evidence:
             return read(keys, mask[rows].to(keys.device))
 
         tokens = self.settings.values.tokens
-        (found,), _ = self.contexts.read(self.model, [self.hook], tokens, what=some)
-        return found[: self.contexts.n_requests]
+        (readings,), _ = self.contexts.read(self.model, [self.hook], tokens, what=some)
+        return readings[: self.contexts.n_requests]
 
 
 def threshold(

@@ -56,7 +56,7 @@ def optimise_values(
     # Alike in length, so that little of a pass is padding.
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
     waiting = [order[place] for place in processes.share(len(requests))]
-    found: dict[str, Tensor] = {}
+    optimised: dict[str, Tensor] = {}
     with eval_mode(lm.model), torch.no_grad():
         together = partial(_together, lm, architecture, layer, config)
         window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
@@ -69,12 +69,12 @@ def optimise_values(
                         f"the target value of {requests[i].prompt[:80]!r} is not finite; the model "
                         "gives numbers that its dtype does not hold: load it in a wider one"
                     )
-                found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
-    found = processes.gather(found)
+                optimised[f"hidden.{i}"], optimised[f"loss.{i}"] = hidden.clone(), loss.clone()
+    optimised = processes.gather(optimised)
     everyone = range(len(requests))
     return TargetValues(
-        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(lm.device),
-        torch.stack([found[f"loss.{i}"] for i in everyone]).to(lm.device),
+        torch.stack([optimised[f"hidden.{i}"] for i in everyone]).to(lm.device),
+        torch.stack([optimised[f"loss.{i}"] for i in everyone]).to(lm.device),
     )
 
 

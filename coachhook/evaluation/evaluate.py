@@ -227,4 +227,4 @@ def _retention(records: Sequence[RecordScores]) -> dict[int, float]:
     for record in records:
         if record.batch is not None and record.reliability.teacher_forced is not None:
             scores.setdefault(record.batch, []).append(record.reliability.teacher_forced)
-    return {number: fmean(found) for number, found in sorted(scores.items())}
+    return {number: fmean(of_batch) for number, of_batch in sorted(scores.items())}

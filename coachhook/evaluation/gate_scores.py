@@ -116,19 +116,19 @@ class _Reading:
     z: Tensor
 
 
-def _at_subjects(found: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
+def _at_subjects(readings: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
     """The subjects' last tokens alone."""
     ends = [slice(row.subject, row.subject + 1) for row in rows]
-    pairs = zip(found, ends, strict=True)
+    pairs = zip(readings, ends, strict=True)
     return _joined([_Reading(read.is_open[:, end], read.z[:, end]) for read, end in pairs])
 
 
-def _joined(found: Sequence[_Reading]) -> _Reading:
-    if not found:
+def _joined(readings: Sequence[_Reading]) -> _Reading:
+    if not readings:
         return _Reading(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0))
     return _Reading(
-        torch.cat([read.is_open for read in found], dim=1),
-        torch.cat([read.z for read in found], dim=1),
+        torch.cat([read.is_open for read in readings], dim=1),
+        torch.cat([read.z for read in readings], dim=1),
     )
 
 
@@ -136,8 +136,8 @@ def _spread(z: Tensor) -> list[float] | None:
     z = z[z.isfinite()]
     if not len(z):
         return None
-    found: list[float] = z.quantile(torch.tensor(QUANTILES)).tolist()
-    return found
+    quantiles: list[float] = z.quantile(torch.tensor(QUANTILES)).tolist()
+    return quantiles
 
 
 def _samples(
@@ -151,11 +151,11 @@ def _samples(
         texts.append(("edited", request.prompt))
         texts += [("paraphrased", paraphrase) for paraphrase in request.paraphrases[:1]]
         texts += [("beside", beside.prompt) for beside in request.locality[:1]]
-    found = []
+    samples = []
     for kind, shown in texts:
         trace = hooks.trace(*lm, shown)
-        found.append(Sample(kind, trace.tokens, trace.is_open.sum(0).tolist()))
-    return found
+        samples.append(Sample(kind, trace.tokens, trace.is_open.sum(0).tolist()))
+    return samples
 
 
 def _read(lm: LanguageModel, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:

@@ -78,17 +78,17 @@ def questions(
     tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest]
 ) -> list[Question]:
     """Of each request its prompt, its paraphrases and its locality prompts, in this order."""
-    found = []
+    asked = []
     for owner, request in enumerate(requests):
         row = encode_request(tokenizer, request)
-        found.append(Question("reliability", owner, request.prompt, request.target, row))
+        asked.append(Question("reliability", owner, request.prompt, request.target, row))
         for prompt in request.paraphrases:
             row = encode(tokenizer, prompt, request.target)
-            found.append(Question("generality", owner, prompt, request.target, row))
+            asked.append(Question("generality", owner, prompt, request.target, row))
         for beside in request.locality:
             row = encode(tokenizer, beside.prompt, beside.answer)
-            found.append(Question("locality", owner, beside.prompt, beside.answer, row))
-    return found
+            asked.append(Question("locality", owner, beside.prompt, beside.answer, row))
+    return asked
 
 
 def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
@@ -96,7 +96,7 @@ def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[A
 
     Raises `ContextLengthError` for a prompt that fills the context.
     """
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     beside = [i for i, question in enumerate(asked) if question.is_beside]
     others = [i for i, question in enumerate(asked) if not question.is_beside]
     # Locality prompts are read by themselves, as they are before the edits: numbers round otherwise
@@ -104,8 +104,8 @@ def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[A
     for places in (beside, others):
         choices = first_choices(lm, [asked[i].row for i in places])
         texts = complete(lm, [asked[i].prompt for i in places], new_tokens)
-        found.update(zip(places, map(Answer, choices, texts), strict=True))
-    return [found[i] for i in range(len(asked))]
+        answers.update(zip(places, map(Answer, choices, texts), strict=True))
+    return [answers[i] for i in range(len(asked))]
 
 
 def score(
@@ -114,22 +114,22 @@ def score(
     """The metrics of each of `n` requests: of each metric the means over the request's own
     questions. before: the unedited model's answers to those that are beside."""
     plain = iter(before)
-    found: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
+    by_request: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
     for question, answer in zip(asked, answers, strict=True):
         scores = _same(answer, next(plain)) if question.is_beside else _met(question, answer)
-        found[question.owner][question.metric].append(scores)
+        by_request[question.owner][question.metric].append(scores)
     return [
         Metrics(**{name: mean_scores(scores) for name, scores in by_name.items()})
-        for by_name in found
+        for by_name in by_request
     ]
 
 
-def mean_metrics(found: Sequence[Metrics]) -> Metrics:
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
     """Of each metric the means over the records that have it."""
     return Metrics(
-        reliability=mean_scores([one.reliability for one in found]),
-        generality=mean_scores([one.generality for one in found]),
-        locality=mean_scores([one.locality for one in found]),
+        reliability=mean_scores([one.reliability for one in metrics]),
+        generality=mean_scores([one.generality for one in metrics]),
+        locality=mean_scores([one.locality for one in metrics]),
     )
 
 

@@ -68,20 +68,20 @@ def preferences(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Pref
         above = [float(next(likelihoods) > next(likelihoods)) for _ in some]
         return mean_given(above)
 
-    found = []
+    preferred = []
     for rows in wanted:
         shares = {name: share(some) for name, some in rows.items()}
         names = ("efficacy", "paraphrase", "neighbourhood")
-        found.append(Preferences(*(shares.get(name) for name in names)))
-    return found
+        preferred.append(Preferences(*(shares.get(name) for name in names)))
+    return preferred
 
 
-def mean_preferences(found: Sequence[Preferences]) -> Preferences:
+def mean_preferences(preferred: Sequence[Preferences]) -> Preferences:
     """Means over the records that have each score."""
     return Preferences(
-        mean_given([f.efficacy for f in found]),
-        mean_given([f.paraphrase for f in found]),
-        mean_given([f.neighbourhood for f in found]),
+        mean_given([f.efficacy for f in preferred]),
+        mean_given([f.paraphrase for f in preferred]),
+        mean_given([f.neighbourhood for f in preferred]),
     )
 
 

@@ -48,8 +48,8 @@ def complete(lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> 
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         steps = min(max_new_tokens, *(room[i] for i in group))
         decode = partial(_decoded, lm, torch.tensor(ids), torch.tensor(mask), steps)
-        found = in_parts(decode, len(group), len(group))
-        for i, text in zip(group, chain.from_iterable(found), strict=True):
+        parts = in_parts(decode, len(group), len(group))
+        for i, text in zip(group, chain.from_iterable(parts), strict=True):
             texts[i] = text
     return texts
 

@@ -92,7 +92,7 @@ def read_targets(
 ) -> list[T]:
     """`read` of each row, given the logits `(n_target, v)` that predict its target (teacher
     forcing). Raises `NotEnoughMemoryError` if one row is too much."""
-    found: dict[int, T] = {}
+    results: dict[int, T] = {}
 
     def some(group: Sequence[int], part: slice) -> None:
         places = group[part]
@@ -105,11 +105,11 @@ def read_targets(
         states = torch.cat([states[end - row.n_target : end] for states, row, end in spans])
         logits = logits_of(lm.model, states).split([row.n_target for row in chosen])
         for i, row, its in zip(places, chosen, logits, strict=True):
-            found[i] = read(its, row)
+            results[i] = read(its, row)
 
     for group in _alike(rows):
         in_parts(partial(some, group), len(group), len(group))
-    return [found[i] for i in range(len(rows))]
+    return [results[i] for i in range(len(rows))]
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[int]]:

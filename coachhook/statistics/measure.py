@@ -95,22 +95,22 @@ def key_statistics(
                 "of them the same"
             )
         file = files.cache_file(recipe)
-        found = _cached(file, layers, processes)
-        if found is None:
+        statistics = _cached(file, layers, processes)
+        if statistics is None:
             if processes.is_first:
                 holding.enter_context(files.measuring(file))
             # Whoever held the lock may have measured them.
-            found = _cached(file, layers, processes)
-        if found is None:
+            statistics = _cached(file, layers, processes)
+        if statistics is None:
             shards = _shards(lm, source, n_tokens)
             with track("key statistics", n_tokens, shown=processes.is_first) as advance:
                 reader = KeyReader(lm, modules)
-                found = _measure(reader, shards, source.seed, file, processes, advance)
+                statistics = _measure(reader, shards, source.seed, file, processes, advance)
             if processes.is_first_on_host:
-                _save(file, found)
+                _save(file, statistics)
             processes.everyone(True)
             files.remove_partials(file)
-    return found
+    return statistics
 
 
 def _shards(lm: LanguageModel, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:
@@ -217,10 +217,10 @@ def _cached(file: Path, layers: Sequence[int], processes: Processes) -> KeyStati
 
 def _save(file: Path, statistics: KeyStatistics) -> None:
     tensors = {}
-    for layer, found in statistics.items():
-        tensors[f"moment.{layer}"] = found.moment
-        tensors[f"background.{layer}"] = found.background
-        tensors[f"first.{layer}"] = found.first
+    for layer, of_layer in statistics.items():
+        tensors[f"moment.{layer}"] = of_layer.moment
+        tensors[f"background.{layer}"] = of_layer.background
+        tensors[f"first.{layer}"] = of_layer.first
     n_tokens = next(iter(statistics.values())).n_tokens
     try:
         files.write(file, tensors, {"n_tokens": str(n_tokens)})

@@ -64,9 +64,9 @@ def _weights_checksum(model: nn.Module, left_out: set[int]) -> str:
             else:
                 sums.append((title, pool.submit(_checksum, weight)))
     digest = hashlib.sha256()
-    for title, found in sums:
+    for title, checksum in sums:
         digest.update(title.encode())
-        digest.update(found if isinstance(found, bytes) else found.result())
+        digest.update(checksum if isinstance(checksum, bytes) else checksum.result())
     return digest.hexdigest()
 
 

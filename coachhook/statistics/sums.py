@@ -41,10 +41,10 @@ class KeyReader:
         if batch.mask is not None:
             inputs["attention_mask"] = batch.mask.to(device, torch.long)
         keys, _ = read_pass(self.lm.model, inputs, inputs_of=list(self.modules.values()))
-        found = dict(zip(self.modules, keys, strict=True))
-        for layer, rows in found.items():
+        by_layer = dict(zip(self.modules, keys, strict=True))
+        for layer, rows in by_layer.items():
             _check_finite(rows, batch, self.lm.tokenizer, layer)
-        return found
+        return by_layer
 
 
 @dataclass
@@ -89,10 +89,10 @@ class KeySums:
                     raise
                 waiting.extend(reversed(_halves(batch)))
                 continue
-            for layer, found in keys.items():
-                _add(self.moments[layer], found, batch.mask)
+            for layer, of_layer in keys.items():
+                _add(self.moments[layer], of_layer, batch.mask)
                 if n_background > 0:
-                    kept[layer].append(_real(found, batch.mask)[:n_background])
+                    kept[layer].append(_real(of_layer, batch.mask)[:n_background])
             n_background -= batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
         self.shards[shard.number] = shard.n_tokens
         for layer, rows in kept.items():
