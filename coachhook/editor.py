@@ -1,12 +1,14 @@
 """`Editor`: batch after batch of facts into one model, with an account of which of them took."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +28,19 @@ from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, LayerFactors, Verdict
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.models.base import BaseModel, weight_checksums
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model, prepare_tokenizer
 from coachhook.models.passes import eval_mode, plainly
 from coachhook.models.placement import device_of, fetched
-from coachhook.models.tokens import check_length, context_length, encode_request
+from coachhook.models.tokens import check_length, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.storage.batch_file import batch_from_bytes, batch_to_bytes
 from coachhook.system.hardware import arithmetic_device
 from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +74,7 @@ class Editor:
         statistics: KeyStatistics,
         processes: Processes = ALONE,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self._lm = LanguageModel(model, tokenizer)
         self.hooks = hooks
         self._processes = processes
         self._writers = _writers(model, hooks, statistics) if processes.is_first else {}
@@ -85,25 +90,23 @@ class Editor:
         config: EditConfig | None = None,
         statistics: KeyStatistics | None = None,
         processes: Processes = ALONE,
-    ) -> "Editor":
+    ) -> Editor:
         """An editor without edits for `model`: "smollm2", a folder, a hub id, or a loaded model
         with its `tokenizer`. Key statistics are measured unless cached or given."""
         config = config or EditConfig()
-        given, (model, tokenizer) = model, _loaded(model, tokenizer)
-        architecture = Architecture.of(model, config.template)
-        n_blocks = len(architecture.blocks(model))
+        lm = _loaded(model, tokenizer)
+        architecture = Architecture.of(lm.model, config.template)
+        n_blocks = len(architecture.blocks(lm.model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         if statistics is None:
-            statistics = key_statistics(
-                model, tokenizer, architecture, layers, config.statistics, processes
-            )
-        modules = {layer: architecture.down_projection(model, layer) for layer in layers}
+            statistics = key_statistics(lm, architecture, layers, config.statistics, processes)
+        modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
         base = BaseModel(
-            name=_name_of(given),
+            name=_name_of(model),
             checksums=weight_checksums(fetched(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
-                layer: (statistics[layer].moment.shape[0], model.config.hidden_size)
+                layer: (statistics[layer].moment.shape[0], lm.model.config.hidden_size)
                 for layer in layers
             },
         )
@@ -111,7 +114,7 @@ class Editor:
         for layer in layers:
             device = arithmetic_device(config.inverse_device, device_of(modules[layer]))
             sketches[layer] = layer_sketch(statistics[layer], config, device)
-        return cls(model, tokenizer, HookSet(base, config, sketches), statistics, processes)
+        return cls(*lm, HookSet(base, config, sketches), statistics, processes)
 
     @classmethod
     @plainly()
@@ -123,21 +126,29 @@ class Editor:
         *,
         statistics: KeyStatistics | None = None,
         processes: Processes = ALONE,
-    ) -> "Editor":
+    ) -> Editor:
         """The editor that wrote `directory`, ready for its next batch.
 
         The model is loaded by the name in the folder unless it is given.
         """
         hooks = HookSet.from_pretrained(directory)
-        model, tokenizer = _loaded(hooks.base.name if model is None else model, tokenizer)
+        lm = _loaded(hooks.base.name if model is None else model, tokenizer)
         # Before the statistics, which take a while.
-        hooks.check_base(model)
+        hooks.check_base(lm.model)
         architecture = Architecture(hooks.base.template)
         if statistics is None:
             statistics = key_statistics(
-                model, tokenizer, architecture, hooks.layers, hooks.config.statistics, processes
+                lm, architecture, hooks.layers, hooks.config.statistics, processes
             )
-        return cls(model, tokenizer, hooks, statistics, processes)
+        return cls(*lm, hooks, statistics, processes)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._lm.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self._lm.tokenizer
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`.
@@ -172,7 +183,7 @@ class Editor:
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
         with eval_mode(self.model):
             if self._processes.is_first:
-                refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, batch.edits)
+                refuse_sinks(self._lm, self.hooks, self._writers, batch.edits)
             self._share_verdicts(batch.edits)
             usable = [i for i, e in enumerate(batch.edits) if e.verdict is not Verdict.REFUSED]
             wanted = None
@@ -220,7 +231,7 @@ class Editor:
         """Take the hooks off the model, which is then bit for bit what it was."""
         self.hooks.detach(self.model)
 
-    def __enter__(self) -> "Editor":
+    def __enter__(self) -> Editor:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,7 +239,7 @@ class Editor:
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Raise `RequestError` or its kinds where a request does not fit tokenizer or context."""
-        limit = context_length(self.model)
+        limit = self._lm.context_length
         for request in requests:
             for context in ("{}", *self.hooks.config.values.contexts):
                 row = encode_request(self.tokenizer, request, context)
@@ -239,7 +250,7 @@ class Editor:
         first tokens share. Another prompt, with words before the subject, may do."""
         records = [EditRecord(i, request) for i, request in enumerate(requests)]
         with eval_mode(self.model):
-            refuse_sinks(self.model, self.tokenizer, self.hooks, self._writers, records)
+            refuse_sinks(self._lm, self.hooks, self._writers, records)
         return [record.request for record in records if record.verdict is Verdict.REFUSED]
 
     def _forget_inverses(self) -> None:
@@ -251,8 +262,7 @@ class Editor:
         shown = self._processes.is_first
         with track("target values", len(requests), shown=shown) as advance:
             return optimise_values(
-                self.model,
-                self.tokenizer,
+                self._lm,
                 Architecture(hooks.base.template),
                 hooks.layers[-1],
                 requests,
@@ -284,8 +294,8 @@ class Editor:
         if values is None:
             self._write_nothing(batch)
             return
-        write_batch(self.model, self.tokenizer, self.hooks, self._writers, batch, values)
-        judge(self.model, self.tokenizer, self.hooks, batch)
+        write_batch(self._lm, self.hooks, self._writers, batch, values)
+        judge(self._lm, self.hooks, batch)
 
     def _write_nothing(self, batch: Batch) -> None:
         """A batch of refused requests: in the journal, without any effect."""
@@ -303,7 +313,7 @@ def _name_of(model: Any) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
 
 
-def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _loaded(model: Any, tokenizer: Any) -> LanguageModel:
     if isinstance(model, str | Path):
         return load_model(model)
     if not hasattr(model, "config"):
@@ -318,7 +328,7 @@ def _loaded(model: Any, tokenizer: Any) -> tuple[Any, Any]:
         )
     if tokenizer is None:
         raise ModelError("a model that is already loaded needs its tokenizer as well; pass both")
-    return model, prepare_tokenizer(tokenizer)
+    return LanguageModel(model, prepare_tokenizer(tokenizer))
 
 
 def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:

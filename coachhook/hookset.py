@@ -29,6 +29,7 @@ from coachhook.journal.compaction import merge
 from coachhook.journal.journal import EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import plainly
 from coachhook.models.placement import device_of, fetched
 from coachhook.storage import folder
@@ -148,16 +149,16 @@ class HookSet:
     def modules(self, model: nn.Module) -> dict[int, HookLinear]:
         """The hook of each layer on `model`. Raises `AttachError` if they are not attached."""
         architecture = Architecture(self.base.template)
-        found = {layer: architecture.down_projection(model, layer) for layer in self.layers}
-        hooks = {k: v for k, v in found.items() if isinstance(v, HookLinear)}
-        if len(hooks) < len(found):
+        modules = {layer: architecture.down_projection(model, layer) for layer in self.layers}
+        hooks = {k: v for k, v in modules.items() if isinstance(v, HookLinear)}
+        if len(hooks) < len(modules):
             raise AttachError("the hooks are not attached to this model; attach them first")
         return hooks
 
     def trace(self, model: Any, tokenizer: Any, text: str) -> Trace:
         """Per token of `text` and hooked layer: score, threshold, whether the gate of the attached
         hooks opened, and which edit fired."""
-        return trace_text(model, tokenizer, self.modules(model), text)
+        return trace_text(LanguageModel(model, tokenizer), self.modules(model), text)
 
     def enable(self, edit: int) -> None:
         """Bring an edit (by id) back into force, on every model the hooks are on."""
@@ -286,12 +287,12 @@ class HookSet:
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
         # One by one: weights may be gathered from processes that share them, or from a disk.
-        found = weight_checksums(gathered(fetched(module)) for module in modules)
-        if not set(found.items()) & set(self.base.checksums.items()):
+        checksums = weight_checksums(gathered(fetched(module)) for module in modules)
+        if not set(checksums.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "
                 f"{self.base.checksums['bfloat16'][:16]}, but the model's is "
-                f"{found['bfloat16'][:16]}; attach them to the model they were made for "
+                f"{checksums['bfloat16'][:16]}; attach them to the model they were made for "
                 "(with check=False if this is a quantised copy of it)"
             )
 

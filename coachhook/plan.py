@@ -4,10 +4,12 @@ Moments, inverses and background keys are counted exactly. Activations are estim
 of values kept per token below are rules of thumb, and right within a factor of two.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +26,9 @@ from coachhook.statistics.measure import FIRST_WORDS, MOST_BACKGROUND
 from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.text import SEQUENCE_LENGTH, SHARD_SEQUENCES
 from coachhook.system.hardware import arithmetic_device, free_bytes, matmul_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _HOST = torch.device("cpu")
 # Bytes of each of a layer's d_in² numbers: the float32 moment; one triangle of the inverse.
@@ -90,7 +95,7 @@ class Plan:
     def seconds(self) -> float:
         return sum(part.seconds for part in self.parts)
 
-    def check(self) -> "Plan":
+    def check(self) -> Plan:
         """The plan itself. Raises `NotEnoughMemoryError`, with the arithmetic, if it cannot fit."""
         for device, free in self.free.items():
             needed = self.needed(device)
@@ -149,7 +154,7 @@ class Sizes:
     device: torch.device
 
     @classmethod
-    def of(cls, model: Any, architecture: Architecture) -> "Sizes":
+    def of(cls, model: PreTrainedModel, architecture: Architecture) -> Sizes:
         """The sizes of `model`, which may be offloaded in part or stand on the meta device."""
         config = model.config.get_text_config()
         blocks = architecture.blocks(model)
@@ -218,7 +223,7 @@ def edit_plan(
     sizes: Sizes,
     layers: Sequence[int],
     config: EditConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     requests: Sequence[EditRequest],
     batch_size: int,
     earlier: int = 0,
@@ -266,7 +271,7 @@ def calibration_plan(
     sizes: Sizes,
     layers: Sequence[int],
     source: StatisticsSource,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     probes: Sequence[EditRequest],
     trials: int,
 ) -> Plan:
@@ -291,8 +296,12 @@ class _Texts:
 
     @classmethod
     def of(
-        cls, tokenizer: Any, requests: Sequence[EditRequest], config: EditConfig, batch: int
-    ) -> "_Texts":
+        cls,
+        tokenizer: PreTrainedTokenizerFast,
+        requests: Sequence[EditRequest],
+        config: EditConfig,
+        batch: int,
+    ) -> _Texts:
         some = requests[:: -(-len(requests) // _SAMPLE)]
         rows = [
             encode_request(tokenizer, request, context)

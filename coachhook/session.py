@@ -1,7 +1,7 @@
 """One run of edits into a folder: which facts remain, with which settings, batch after batch.
 
     with opened(folder, requests, batch_size=10) as session:
-        for report in session.edit(session.editor("smollm2")):
+        for report in session.edit(session.editor(load_model("smollm2"))):
             ...
 
 Each batch is saved before the next one starts, so that the same call goes on where a run was cut
@@ -9,11 +9,13 @@ short. Nothing is printed here: the command line, the demo and the benchmark sho
 given.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coachhook.calibration import profiles
 from coachhook.config import EditConfig
@@ -23,10 +25,14 @@ from coachhook.facts.remaining import remaining
 from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hookset import HookSet
 from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.models.language_model import LanguageModel
 from coachhook.plan import Plan, Sizes, edit_plan
 from coachhook.statistics.source import StatisticsSource
 from coachhook.storage import folder
 from coachhook.system.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Session:
         """The requests that remain, in order."""
         return [request for batch in self.batches for request in batch]
 
-    def settings(self, model: Any) -> Settings:
+    def settings(self, model: PreTrainedModel) -> Settings:
         """The settings to edit `model` with: those of the folder, or in a new one those of a
         profile, the given one or the model's own.
 
@@ -99,29 +105,28 @@ class Session:
             return Settings(self.held.config)
         config, given = self.options.config(), self.options.profile
         identity = profiles.identity(model, Architecture.of(model, config.template))
-        found = profiles.find(identity) if given is None else profiles.load(given)
-        if found is None:
+        profile = profiles.find(identity) if given is None else profiles.load(given)
+        if profile is None:
             return Settings(config)
-        path = given or profiles.default_path(identity)
-        return Settings(found.settings.applied(config), found, path, found.identity == identity)
+        path, is_of_model = given or profiles.default_path(identity), profile.identity == identity
+        return Settings(profile.settings.applied(config), profile, path, is_of_model)
 
-    def plan(self, model: Any, tokenizer: Any, config: EditConfig) -> Plan:
+    def plan(self, lm: LanguageModel, config: EditConfig) -> Plan:
         """What the remaining batches will need; `Plan.check` refuses what cannot fit."""
-        architecture = Architecture.of(model, config.template)
-        n_blocks = len(architecture.blocks(model))
+        architecture = Architecture.of(lm.model, config.template)
+        n_blocks = len(architecture.blocks(lm.model))
         layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         earlier = 0 if self.held is None else len(self.held.edits)
-        sizes, batch_size = Sizes.of(model, architecture), len(self.batches[0])
-        return edit_plan(sizes, layers, config, tokenizer, self.requests, batch_size, earlier)
+        sizes, batch_size = Sizes.of(lm.model, architecture), len(self.batches[0])
+        return edit_plan(sizes, layers, config, lm.tokenizer, self.requests, batch_size, earlier)
 
-    def editor(self, model: Any, tokenizer: Any = None, config: EditConfig | None = None) -> Editor:
+    def editor(self, lm: LanguageModel, config: EditConfig | None = None) -> Editor:
         """An editor that goes on from what the folder holds, or starts with `config` (by default
-        with the options alone). model, tokenizer: see `Editor.from_pretrained`."""
+        with the options alone)."""
         if self.held is not None:
-            return Editor.resume(self.directory, model, tokenizer, processes=self.processes)
-        return Editor.from_pretrained(
-            model, tokenizer, config=config or self.options.config(), processes=self.processes
-        )
+            return Editor.resume(self.directory, *lm, processes=self.processes)
+        config = config or self.options.config()
+        return Editor.from_pretrained(*lm, config=config, processes=self.processes)
 
     def edit(self, editor: Editor) -> Iterator[BatchReport]:
         """Edit and save batch after batch; each report comes when its batch is on disk.

@@ -18,8 +18,9 @@ from coachhook.errors import (
 from coachhook.facts.request import EditRequest
 from coachhook.hookset import HookSet
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.session import Options, opened
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 FACTS = [
     EditRequest("They all moved to {}", subject, target)
@@ -48,7 +49,7 @@ def test_each_batch_is_saved_before_its_report(tmp_path: Path, tokenizer: Any) -
     with opened(tmp_path, FACTS, 3, SMALL) as session:
         assert session.held is None
         assert [len(batch) for batch in session.batches] == [3, 1]
-        with session.editor(tiny_model("llama"), tokenizer) as editor:
+        with session.editor(LanguageModel(tiny_model("llama"), tokenizer)) as editor:
             reports = session.edit(editor)
             assert not (tmp_path / "hook_config.json").exists()
             assert next(reports).number == 1
@@ -56,7 +57,7 @@ def test_each_batch_is_saved_before_its_report(tmp_path: Path, tokenizer: Any) -
     # What was cut short goes on.
     with opened(tmp_path, FACTS, 3) as session:
         assert session.requests == FACTS[3:]
-        with session.editor(tiny_model("llama"), tokenizer) as editor:
+        with session.editor(LanguageModel(tiny_model("llama"), tokenizer)) as editor:
             assert [report.number for report in session.edit(editor)] == [2]
     with opened(tmp_path, FACTS, 3) as session:
         assert session.batches == []
@@ -66,7 +67,7 @@ def test_nothing_is_edited_where_one_request_is_unusable(tmp_path: Path, tokeniz
     long = EditRequest("so " * 200 + "{}", "Rome", TARGETS[0])
     with (
         opened(tmp_path, [FACTS[0], long], 1, SMALL) as session,
-        session.editor(tiny_model("llama"), tokenizer) as editor,
+        session.editor(LanguageModel(tiny_model("llama"), tokenizer)) as editor,
     ):
         with pytest.raises(ContextLengthError):
             session.edit(editor)
@@ -108,5 +109,5 @@ def test_settings_come_from_a_profile(tmp_path: Path) -> None:
         settings = session.settings(model)
         assert settings.is_of_model
         assert settings.config.layers == (0, 1)
-        plan = session.plan(model, tiny_tokenizer(), settings.config)
+        plan = session.plan(tiny_lm(model), settings.config)
         assert {part.name for part in plan.parts} >= {"moments", "target values"}

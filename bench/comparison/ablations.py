@@ -35,6 +35,7 @@ from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.remaining import latest
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture, default_layers
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model
 from coachhook.system.progress import track
 
@@ -114,21 +115,20 @@ class Values:
         self._requests = requests
         self._known: dict[Any, Any] = {}
 
-    def of(self, model: Any, tokenizer: Any, variant: Variant) -> dict[EditRequest, Any]:
-        layers = variant.config.layers or default_layers(model.config.num_hidden_layers)
+    def of(self, lm: LanguageModel, variant: Variant) -> dict[EditRequest, Any]:
+        layers = variant.config.layers or default_layers(lm.model.config.num_hidden_layers)
         key = (layers[-1], variant.config.values, variant.dtype)
         if key not in self._known:
             with track("target values", len(self._requests)) as advance:
-                found = optimise_values(
-                    model,
-                    tokenizer,
-                    Architecture.of(model),
+                optimised = optimise_values(
+                    lm,
+                    Architecture.of(lm.model),
                     layers[-1],
                     self._requests,
                     variant.config.values,
                     advance,
                 )
-            self._known[key] = dict(zip(self._requests, found.hidden, strict=True))
+            self._known[key] = dict(zip(self._requests, optimised.hidden, strict=True))
         wanted: dict[EditRequest, Any] = self._known[key]
         return wanted
 
@@ -149,10 +149,10 @@ def measure(
 def edited(
     variant: Variant, model_name: str, requests: Sequence[EditRequest], values: Values
 ) -> dict[str, Any]:
-    model, tokenizer = load_model(model_name, dtype=variant.dtype)
-    wanted = values.of(model, tokenizer, variant)
+    lm = load_model(model_name, dtype=variant.dtype)
+    wanted = values.of(lm, variant)
     batches = [latest(batch) for batch in in_batches(requests, variant.batch_size)]
-    with ch.Editor.from_pretrained(model, tokenizer, config=variant.config) as editor:
+    with ch.Editor.from_pretrained(*lm, config=variant.config) as editor:
         began = time.perf_counter()
         verdicts = dict.fromkeys(map(str, ch.Verdict), 0)
         with track(f"{variant.group} {variant.name}", len(batches)) as advance:
@@ -162,12 +162,12 @@ def edited(
                     verdicts[str(verdict)] += report.count(verdict)
                 advance(1)
         seconds = time.perf_counter() - began
-        found = evaluate(model, tokenizer, editor.hooks, latest(requests))
+        scores = evaluate(lm, editor.hooks, latest(requests))
     return {
         "failure": None,
         "verdicts": verdicts,
         "writing_seconds_per_edit": seconds / len(requests),
-        **found.to_dict(),
+        **scores.to_dict(),
     }
 
 

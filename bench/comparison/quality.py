@@ -56,6 +56,7 @@ from coachhook.evaluation.ordinary_text import ordinary_text
 from coachhook.facts.remaining import latest
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import greedy
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model
 from coachhook.report.runs import VERSION
 from coachhook.system.progress import track
@@ -123,13 +124,13 @@ def compare(
     """Each editor's result; those that `place` has are read."""
     config = ch.EditConfig.from_dict(protocol["config"])
     with run_folder(place, protocol):
-        model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
+        lm = load_model(protocol["model"], dtype=torch.float32)
         # What does not fit the model is told before the work of hours.
-        known = before_edits(model, tokenizer, requests)
-        values = target_values(model, tokenizer, requests, config, place)
-        with ch.Editor.from_pretrained(model, tokenizer, config=config) as engine:
+        known = before_edits(lm, requests)
+        values = target_values(lm, requests, config, place)
+        with ch.Editor.from_pretrained(*lm, config=config) as engine:
             sinks = frozenset(engine.sinks(requests))
-        del model, engine
+        del lm, engine
         measured = partial(measure, protocol, requests, values, known, sinks)
         return {name: kept(place / f"{name}.json", partial(measured, name)) for name in names}
 
@@ -149,9 +150,9 @@ def measure(
     gc.collect()
     # Adapters and fine-tuning draw and train; nothing else depends on it.
     torch.manual_seed(0)
-    model, tokenizer = load_model(protocol["model"], dtype=torch.float32)
+    lm = load_model(protocol["model"], dtype=torch.float32)
     config = ch.EditConfig.from_dict(protocol["config"])
-    subject = make_editor(name, Setting.of(model, tokenizer, config, sinks))
+    subject = make_editor(name, Setting.of(lm, config, sinks))
     ahead = values.seconds / len(requests) if takes_values(name) else 0.0
     row_of = {request: i for i, request in enumerate(requests)}
     batches = consecutive(requests, protocol["batch_size"])
@@ -160,7 +161,7 @@ def measure(
     failure, asked, peak = None, 0, 0
     with track(name, len(requests)) as advance:
         for number, (batch, wanted) in enumerate(batches, 1):
-            peak_memory(model.device)
+            peak_memory(lm.model.device)
             began = time.perf_counter()
             try:
                 subject.edit(wanted, values.hidden[[row_of[request] for request in wanted]])
@@ -171,17 +172,17 @@ def measure(
                 break
             asked += len(batch)
             seconds.append(time.perf_counter() - began + ahead * len(batch))
-            peak = max(peak, peak_memory(model.device))
+            peak = max(peak, peak_memory(lm.model.device))
             if number % protocol["every"] == 0 or number == len(batches):
                 so_far = latest(requests[:asked])
-                found = evaluate(model, tokenizer, subject.edits, so_far, known=known)
+                scores = evaluate(lm, subject.edits, so_far, known=known)
                 first = [
                     record.reliability.teacher_forced or 0.0
-                    for request, record in zip(so_far, found.records, strict=True)
+                    for request, record in zip(so_far, scores.records, strict=True)
                     if request in batches[0][0]
                 ]
                 kept_on = fmean(first) if first else None
-                points.append({"edits": asked, "first_batch": kept_on, **found.to_dict()})
+                points.append({"edits": asked, "first_batch": kept_on, **scores.to_dict()})
             advance(len(batch))
     return {
         "editor": name,
@@ -191,28 +192,28 @@ def measure(
         "batch_seconds": seconds,
         "bytes_held": subject.held(),
         "peak_bytes": peak,
-        "overhead": overhead(model, tokenizer, subject.edits),
+        "overhead": overhead(lm, subject.edits),
         "points": points,
     }
 
 
-def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
+def overhead(lm: LanguageModel, edits: Edits) -> dict[str, Any]:
     """Seconds to the first token after `_PROMPT` tokens, and tokens a second of greedy decoding,
     with the edits and without: medians of `_ROUNDS` turns; ratio: of the speeds, within turns."""
-    ids = tokenizer(ordinary_text(), return_tensors="pt")["input_ids"].to(model.device)
+    ids = lm.tokenizer(ordinary_text(), return_tensors="pt")["input_ids"].to(lm.model.device)
     prompt = ids[:, :_PROMPT]
     mask = torch.ones_like(prompt)
 
     def first_token() -> None:
         with torch.no_grad():
-            model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
+            lm.model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
 
     # By turn; a model may come to an end before it is cut off.
     decoded = {"unedited": 0, "edited": 0}
     turn = ""
 
     def decode() -> None:
-        decoded[turn] = greedy(model, tokenizer, prompt[:, :8], mask[:, :8], _DECODED).shape[1]
+        decoded[turn] = greedy(lm, prompt[:, :8], mask[:, :8], _DECODED).shape[1]
 
     with ExitStack() as state:
 
@@ -221,12 +222,12 @@ def overhead(model: Any, tokenizer: Any, edits: Edits) -> dict[str, Any]:
             turn = name
             state.close()
             if name == "unedited":
-                state.enter_context(edits.off(model))
+                state.enter_context(edits.off(lm.model))
 
         def turns(step: Callable[[], None]) -> dict[str, Timings]:
             steps = {"unedited": step, "edited": step}
-            take_turns(steps, 1, model.device, before)
-            return take_turns(steps, _ROUNDS, model.device, before)
+            take_turns(steps, 1, lm.model.device, before)
+            return take_turns(steps, _ROUNDS, lm.model.device, before)
 
         first, decoding = turns(first_token), turns(decode)
     return {
@@ -246,8 +247,7 @@ def consecutive(
 
 
 def target_values(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     requests: Sequence[EditRequest],
     config: ch.EditConfig,
     place: Path,
@@ -258,12 +258,11 @@ def target_values(
     """
     path = place / "values.safetensors"
     if not path.exists():
-        architecture, layers = hooked_layers(model, config)
+        architecture, layers = hooked_layers(lm.model, config)
         began = time.perf_counter()
         with track("target values", len(requests)) as advance:
-            found = optimise_values(
-                model,
-                tokenizer,
+            optimised = optimise_values(
+                lm,
                 architecture,
                 layers[-1],
                 requests,
@@ -271,7 +270,7 @@ def target_values(
                 advance,
             )
         took = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        write(path, save({"hidden": found.hidden.contiguous(), "seconds": took}))
+        write(path, save({"hidden": optimised.hidden.contiguous(), "seconds": took}))
     try:
         tensors = load_file(path)
         values = Values(tensors["hidden"], float(tensors["seconds"]))

@@ -28,6 +28,8 @@ from bench.harness.run_folder import damaged, write
 from bench.harness.script import Count, Facts, First, Json, Run, run_script
 from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.remaining import latest, remaining
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.loading import load_model
 from coachhook.session import Options, opened
 from coachhook.system.progress import track
 
@@ -69,7 +71,7 @@ def edit_all(
     with opened(place / "edits", requests, batch_size, Options(gate=gate)) as session:
         if session.held is not None:
             check_same_run(session.held, in_batches(remaining([], requests), batch_size), place)
-        editor = session.editor(model)
+        editor = session.editor(load_model(model))
         done = len(editor.hooks.journal.batches)
         # A batch may have been saved and not noted, or noted and then rolled back.
         log = (noted(lines) + [{}] * done)[:done]
@@ -123,7 +125,8 @@ def outcome(
     wanted = set(latest(requests))
     # Where a correction was refused, an earlier edit of its fact is still in force.
     live = [edit.request for edit in journal.live() if edit.request in wanted]
-    scores = evaluate(editor.model, editor.tokenizer, editor.hooks, live)
+    lm = LanguageModel(editor.model, editor.tokenizer)
+    scores = evaluate(lm, editor.hooks, live)
     held = scores.reliability.teacher_forced or 0.0
     # The first batches, weighted by how many of their facts are in force.
     in_force = {id(request) for request in live}

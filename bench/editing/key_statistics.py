@@ -23,7 +23,7 @@ from bench.harness.script import Json, Threads, run_script
 from bench.harness.timing import take_turns
 from coachhook.models.architecture import Architecture, default_layers
 from coachhook.models.loading import load_model
-from coachhook.models.passes import input_device, read_pass
+from coachhook.models.passes import read_pass
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import SEQUENCE_LENGTH, Shard, TokenBatch
 
@@ -34,20 +34,19 @@ SEQUENCES = 32
 def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
     """Tokens a second of both, medians over the rounds; `statistics_overhead` is the median over
     the rounds of the statistics' speed over the bare pass's, so that 1 would be free."""
-    loaded, tokenizer = load_model(model)
-    architecture = Architecture.of(loaded)
-    layers = default_layers(len(architecture.blocks(loaded)))
-    modules = {layer: architecture.down_projection(loaded, layer) for layer in layers}
-    reader = KeyReader(loaded, tokenizer, modules)
+    lm = load_model(model)
+    architecture = Architecture.of(lm.model)
+    layers = default_layers(len(architecture.blocks(lm.model)))
+    modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
+    reader = KeyReader(lm, modules)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(tokenizer), (SEQUENCES, SEQUENCE_LENGTH), generator=generator)
+    ids = torch.randint(len(lm.tokenizer), (SEQUENCES, SEQUENCE_LENGTH), generator=generator)
     shard = Shard(0, ids.numel(), lambda _: [TokenBatch(ids)])
-    device = input_device(loaded)
     sums = KeySums.like(reader.read(TokenBatch(ids)))
     cpu_seconds: dict[str, list[float]] = {"bare": [], "statistics": []}
 
     def bare() -> None:
-        read_pass(loaded, {"input_ids": ids.to(device)}, inputs_of=[modules[layers[-1]]])
+        read_pass(lm.model, {"input_ids": ids.to(lm.device)}, inputs_of=[modules[layers[-1]]])
 
     def with_statistics() -> None:
         sums.add(reader, shard, shard.read(lambda _: None), shard.n_tokens)
@@ -62,7 +61,7 @@ def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
 
     bare()
     steps = {"bare": counted("bare", bare), "statistics": counted("statistics", with_statistics)}
-    timings = take_turns(steps, rounds, device)
+    timings = take_turns(steps, rounds, lm.device)
     ratio, spread = timings["bare"].over(timings["statistics"])
     cpu = [a / b for a, b in zip(*cpu_seconds.values(), strict=True)]
     return {

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 import coachhook as ch
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import hidden_of
 from coachhook.models.tokens import Row, encode, encode_request, pad
 from coachhook.statistics.text import SEQUENCE_LENGTH, sampled_shards
@@ -30,38 +31,35 @@ class PublishedValue:
     seconds_to_enough: float
 
 
-def sampled_prefixes(
-    model: Any, tokenizer: Any, number: int, tokens: int, seed: int
-) -> tuple[str, ...]:
+def sampled_prefixes(lm: LanguageModel, number: int, tokens: int, seed: int) -> tuple[str, ...]:
     """Contexts such as "<ten sampled tokens>. {}"."""
     wanted = number * SEQUENCE_LENGTH
-    (shard,) = sampled_shards(model, tokenizer, wanted, seed=seed, device=model.device)
+    (shard,) = sampled_shards(lm, wanted, seed=seed)
     (batch,) = shard.read(lambda _: None)
-    texts = [tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in batch.ids]
+    texts = [lm.tokenizer.decode(row[:tokens], skip_special_tokens=True) for row in batch.ids]
     return tuple(f"{text.replace('{', '(').replace('}', ')')}. {{}}" for text in texts)
 
 
 def published_value(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     block: Any,
     request: ch.EditRequest,
     config: ch.ValueConfig,
 ) -> PublishedValue:
     """The value of one request at the output of `block`."""
-    rows = [encode_request(tokenizer, request, text) for text in ("{}", *config.contexts)]
-    essence = encode(tokenizer, f"{request.subject} is a", subject_end=len(request.subject))
-    padded = pad([*rows, essence], tokenizer.pad_token_id, model.device)
-    everyone = torch.arange(len(rows) + 1, device=model.device)
+    rows = [encode_request(lm.tokenizer, request, text) for text in ("{}", *config.contexts)]
+    essence = encode(lm.tokenizer, f"{request.subject} is a", subject_end=len(request.subject))
+    padded = pad([*rows, essence], lm.pad_id, lm.device)
+    everyone = torch.arange(len(rows) + 1, device=lm.device)
     started = time.perf_counter()
     enough_at: float | None = None
-    found: dict[str, Tensor] = {}
-    shift = torch.zeros(model.config.hidden_size, device=model.device, requires_grad=True)
+    unshifted: dict[str, Tensor] = {}
+    shift = torch.zeros(lm.model.config.hidden_size, device=lm.device, requires_grad=True)
 
     def move(_: Any, __: Any, output: Any) -> Any:
         hidden = hidden_of(output)
-        if "origin" not in found:
-            found["origin"] = hidden[0, padded.subject[0]].detach().clone()
+        if "origin" not in unshifted:
+            unshifted["origin"] = hidden[0, padded.subject[0]].detach().clone()
         hidden = hidden.clone()
         hidden[everyone, padded.subject] += shift
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -70,11 +68,11 @@ def published_value(
     optimiser = None
     try:
         for step in range(1, config.steps + 1):
-            log_p = model(**padded.inputs(), use_cache=False).logits.float().log_softmax(-1)
+            log_p = lm.model(**padded.inputs(), use_cache=False).logits.float().log_softmax(-1)
             loss = torch.stack([_nll(log_p[i], row) for i, row in enumerate(rows)]).mean()
             last = log_p[-1, len(essence.ids) - 1]
-            before = found.setdefault("before", last.detach().clone())
-            size = found["origin"].norm()
+            before = unshifted.setdefault("before", last.detach().clone())
+            size = unshifted["origin"].norm()
             penalty = kl_div(last, before, log_target=True, reduction="sum")
             decay = (shift.norm() / size) ** 2
             whole = loss + config.kl * penalty + config.decay * decay
@@ -94,7 +92,7 @@ def published_value(
         handle.remove()
     seconds = time.perf_counter() - started
     return PublishedValue(
-        (found["origin"] + shift).detach(),
+        (unshifted["origin"] + shift).detach(),
         loss.item(),
         seconds if enough_at is None else enough_at,
     )

@@ -20,6 +20,7 @@ from bench.editing.published_values import published_value, sampled_prefixes
 from coachhook.editing.values import optimise_values
 from coachhook.evaluation.metrics import target_hits
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.tokens import encode_request
 
 PREFIXES = 6
@@ -38,12 +39,12 @@ def measure(
     editor: without edits. steps: of the published procedure. `values_speedup_if_it_stopped` is
     against the published procedure up to the step at which ours would have stopped it.
     """
-    model, tokenizer = editor.model, editor.tokenizer
+    lm = LanguageModel(editor.model, editor.tokenizer)
     architecture = Architecture(editor.hooks.base.template)
     layer = editor.hooks.layers[-1]
-    block = architecture.blocks(model)[layer]
+    block = architecture.blocks(lm.model)[layer]
     ours = editor.hooks.config.values
-    prefixes = sampled_prefixes(model, tokenizer, PREFIXES, PREFIX_TOKENS, seed=0)
+    prefixes = sampled_prefixes(lm, PREFIXES, PREFIX_TOKENS, seed=0)
     theirs = replace(ours, contexts=prefixes, gain=1.0, steps=steps)
     every_step = replace(theirs, enough=-math.inf)
     settings = {
@@ -53,18 +54,18 @@ def measure(
     }
     rows: dict[str, dict[str, Any]] = {}
     values: dict[str, Tensor] = {}
-    with torch.inference_mode(False), editor.hooks.off(model):
+    with torch.inference_mode(False), editor.hooks.off(lm.model):
         for name, config in settings.items():
             started = time.perf_counter()
-            found = optimise_values(model, tokenizer, architecture, layer, requests, config)
+            optimised = optimise_values(lm, architecture, layer, requests, config)
             seconds = time.perf_counter() - started
             rows[name] = {"seconds_per_edit": seconds / len(requests)}
-            rows[name]["loss"] = found.loss.mean().item()
-            values[name] = found.hidden
+            rows[name]["loss"] = optimised.loss.mean().item()
+            values[name] = optimised.hidden
         started = time.perf_counter()
         published = []
         for request in requests:
-            published.append(published_value(model, tokenizer, block, request, theirs))
+            published.append(published_value(lm, block, request, theirs))
             progress(1)
         seconds = time.perf_counter() - started
     rows["published"] = {"seconds_per_edit": seconds / len(requests)}
@@ -85,7 +86,7 @@ def measure(
 def reliability(editor: ch.Editor, requests: Sequence[ch.EditRequest], values: Tensor) -> float:
     """Share of target tokens that are first choices once `values` are written, and only then."""
     editor.edit(requests, values)
-    rows = [encode_request(editor.tokenizer, request) for request in requests]
-    hits = target_hits(editor.model, editor.tokenizer, rows)
+    lm = LanguageModel(editor.model, editor.tokenizer)
+    hits = target_hits(lm, [encode_request(lm.tokenizer, request) for request in requests])
     editor.rollback(0)
     return fmean(hits)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, harmonic_mean
-from typing import Any
 
 from coachhook.errors import ContextLengthError
 from coachhook.evaluation.metrics import (
@@ -20,7 +19,8 @@ from coachhook.evaluation.metrics import (
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import BEYOND_TARGET
-from coachhook.models.tokens import context_length, encode_request
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.tokens import encode_request
 
 
 def probe_requests() -> list[EditRequest]:
@@ -40,9 +40,9 @@ class ProbeScores:
     teacher_forced: tuple[float, float, float]
 
     @classmethod
-    def of(cls, found: Metrics) -> "ProbeScores":
+    def of(cls, means: Metrics) -> "ProbeScores":
         """From the means over probes, each of which has all three metrics."""
-        three = found.reliability, found.generality, found.locality
+        three = means.reliability, means.generality, means.locality
         forced = _three([scores.teacher_forced for scores in three])
         return cls(*_three([scores.greedy for scores in three]), forced)
 
@@ -70,16 +70,16 @@ class Probes:
     new_tokens: int
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any, contexts: Sequence[str]) -> "Probes":
-        """The probes that fit the context of `model`, which is unedited still.
+    def of(cls, lm: LanguageModel, contexts: Sequence[str]) -> "Probes":
+        """The probes that fit the context of the model, which is unedited still.
 
         Raises `ContextLengthError` if none does.
         """
-        limit = context_length(model)
+        limit = lm.context_length
         requests = []
         for probe in probe_requests():
-            rows = [encode_request(tokenizer, probe, text) for text in contexts]
-            rows += [question.row for question in questions(tokenizer, [probe])]
+            rows = [encode_request(lm.tokenizer, probe, text) for text in contexts]
+            rows += [question.row for question in questions(lm.tokenizer, [probe])]
             if limit is None or max(len(row.ids) for row in rows) + BEYOND_TARGET <= limit:
                 requests.append(probe)
         if not requests:
@@ -87,17 +87,17 @@ class Probes:
                 f"the model's context of {limit} tokens is too short for every probe edit; "
                 "set layers and λ by hand (EditConfig)"
             )
-        asked = questions(tokenizer, requests)
+        asked = questions(lm.tokenizer, requests)
         beside = [question for question in asked if question.is_beside]
         longest = max(question.row.n_target for question in asked if not question.is_beside)
         new_tokens = longest + BEYOND_TARGET
-        return cls(requests, asked, ask(model, tokenizer, beside, new_tokens), new_tokens)
+        return cls(requests, asked, ask(lm, beside, new_tokens), new_tokens)
 
-    def scores(self, model: Any, tokenizer: Any) -> ProbeScores:
-        """Of `model` with the probes edited into it."""
-        answers = ask(model, tokenizer, self.asked, self.new_tokens)
-        found = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
-        return ProbeScores.of(found)
+    def scores(self, lm: LanguageModel) -> ProbeScores:
+        """Of the model with the probes edited into it."""
+        answers = ask(lm, self.asked, self.new_tokens)
+        means = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
+        return ProbeScores.of(means)
 
 
 def _three(shares: Sequence[float | None]) -> tuple[float, float, float]:

@@ -7,11 +7,13 @@ Each trial changes one setting of the best so far; trials that end at the same l
 clamp share their target values.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -31,11 +33,15 @@ from coachhook.editing.values import optimise_values
 from coachhook.editor import Editor
 from coachhook.errors import ConfigError
 from coachhook.models.architecture import Architecture, check_layers
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import eval_mode
 from coachhook.plan import MOST_HOOKED, Sizes, statistics_plan
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.statistics.source import StatisticsSource
 from coachhook.system.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MINUTES = 6.0
 # Above the middle of the depth a value has too little left to act on
@@ -102,7 +108,10 @@ def candidate_layers(n_blocks: int, most: int = _MOST_CANDIDATES) -> tuple[int, 
 
 
 def layers_to_read(
-    model: Any, architecture: Architecture, layers: Sequence[int] | None, source: StatisticsSource
+    model: PreTrainedModel,
+    architecture: Architecture,
+    layers: Sequence[int] | None,
+    source: StatisticsSource,
 ) -> tuple[int, ...]:
     """`layers`, or as many candidates as half of the free memory holds the statistics of."""
     n_blocks = len(architecture.blocks(model))
@@ -116,15 +125,14 @@ def layers_to_read(
 
 
 def calibrate(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     *,
     layers: Sequence[int] | None = None,
     template: str | None = None,
     source: StatisticsSource | None = None,
     minutes: float = MINUTES,
 ) -> Calibration:
-    """Find settings for `model`; those that `layers` fixes are not searched.
+    """Find settings for `lm`; those that `layers` fixes are not searched.
 
     minutes: about how long the search may take; it always makes one trial. Raises `ConfigError`
     for a budget below 0, and what `key_statistics` and `Probes.of` raise.
@@ -133,12 +141,12 @@ def calibrate(
         raise ConfigError(f"the budget is a number of minutes from 0 on, not {minutes}")
     started = time.monotonic()
     config = EditConfig(template=template, statistics=source or StatisticsSource())
-    architecture = Architecture.of(model, template)
-    candidates = layers_to_read(model, architecture, layers, config.statistics)
+    architecture = Architecture.of(lm.model, template)
+    candidates = layers_to_read(lm.model, architecture, layers, config.statistics)
     fixed = None if layers is None else candidates
-    with eval_mode(model):
-        probes = Probes.of(model, tokenizer, config.values.contexts)
-        bench = _Bench(model, tokenizer, architecture, config, probes)
+    with eval_mode(lm.model):
+        probes = Probes.of(lm, config.values.contexts)
+        bench = _Bench(lm, architecture, config, probes)
         bench.read(candidates)
         figures = bench.figures()
         trials: list[Trial] = []
@@ -154,8 +162,8 @@ def calibrate(
     best = max(trials, key=lambda trial: trial.scores.rank)
     seconds = time.monotonic() - started
     profile = Profile(
-        identity=identity(model, architecture),
-        model=str(model.config._name_or_path or type(model).__name__),
+        identity=identity(lm.model, architecture),
+        model=str(lm.model.config._name_or_path or type(lm.model).__name__),
         settings=best.settings,
         figures={
             **asdict(best.scores),
@@ -176,9 +184,7 @@ class _Choice:
     clamp: float = 1.0
 
 
-def _search(
-    bench: "_Bench", fixed: tuple[int, ...] | None, trials: list[Trial]
-) -> Iterator[_Choice]:
+def _search(bench: _Bench, fixed: tuple[int, ...] | None, trials: list[Trial]) -> Iterator[_Choice]:
     """Choices worth a trial, from coarse to fine. Each that was yielded is in `trials` when the
     next is asked for; the search ends when nothing can be better."""
     tried: list[_Choice] = []
@@ -222,13 +228,12 @@ class _Bench:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any,
+        lm: LanguageModel,
         architecture: Architecture,
         config: EditConfig,
         probes: Probes,
     ) -> None:
-        self.model, self.tokenizer, self.architecture = model, tokenizer, architecture
+        self.lm, self.architecture = lm, architecture
         self.config, self.probes = config, probes
         self.statistics: KeyStatistics = {}
         self.sketches: dict[int, ProbeSketches] = {}
@@ -239,22 +244,19 @@ class _Bench:
         """Measure the statistics and sketches of `layers`, as far as they are not known."""
         missing = [layer for layer in layers if layer not in self.statistics]
         if missing:
-            found = key_statistics(
-                self.model, self.tokenizer, self.architecture, missing, self.config.statistics
-            )
-            self.statistics |= found
+            measured = key_statistics(self.lm, self.architecture, missing, self.config.statistics)
+            self.statistics |= measured
             self.sketches |= probe_sketches(
-                self.model,
-                self.tokenizer,
+                self.lm,
                 self.architecture,
-                found,
+                measured,
                 self.probes.requests,
                 self.config.values.contexts,
             )
 
     def keep(self, layers: Sequence[int]) -> None:
         """Measure `layers`, as far as the model has them, and forget what was read of others."""
-        n_blocks = len(self.architecture.blocks(self.model))
+        n_blocks = len(self.architecture.blocks(self.lm.model))
         wanted = [layer for layer in layers if layer < n_blocks]
         self.statistics = {k: v for k, v in self.statistics.items() if k in wanted}
         self.read(wanted)
@@ -285,7 +287,7 @@ class _Bench:
         """Where hooks may end, latest first: there keys still tell subjects apart, and later ones
         know more. At most three, further apart in deeper models."""
         usable = [layer for layer in self.sketches if self.acceptable(layer)]
-        apart = max(1, round(len(self.architecture.blocks(self.model)) / 15))
+        apart = max(1, round(len(self.architecture.blocks(self.lm.model)) / 15))
         lasts = [usable[-1]]
         for layer in reversed(usable):
             if len(lasts) < 3 and layer <= lasts[-1] - apart:
@@ -315,19 +317,16 @@ class _Bench:
         config = settings.applied(self.config)
         values = self._target_values(choice, config)
         statistics = {layer: self.statistics[layer] for layer in choice.layers}
-        with Editor.from_pretrained(
-            self.model, self.tokenizer, config=config, statistics=statistics
-        ) as editor:
+        with Editor.from_pretrained(*self.lm, config=config, statistics=statistics) as editor:
             editor.edit(self.probes.requests, values)
-            scores = self.probes.scores(self.model, self.tokenizer)
+            scores = self.probes.scores(self.lm)
         return Trial(settings, scores, time.monotonic() - started)
 
     def _target_values(self, choice: _Choice, config: EditConfig) -> Tensor:
         key = (choice.layers[-1], choice.clamp)
         if key not in self._values:
             self._values[key] = optimise_values(
-                self.model,
-                self.tokenizer,
+                self.lm,
                 self.architecture,
                 choice.layers[-1],
                 self.probes.requests,
@@ -339,15 +338,15 @@ class _Bench:
         """λ from the leverage of the probes, the gate's floor from their cosines."""
         cosines = [self._at(layer, self.size) for layer in choice.layers]
         leverage = fmean(self.sketches[layer].leverage for layer in choice.layers)
-        found = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
-        most = max(separated.value for separated in found.values())
-        rate = next(rate for rate in _RATES if found[rate].value >= most - _WORTHWHILE)
+        by_rate = {rate: separation(cosines, rate / len(cosines)) for rate in _RATES}
+        most = max(separated.value for separated in by_rate.values())
+        rate = next(rate for rate in _RATES if by_rate[rate].value >= most - _WORTHWHILE)
         return Settings(
             layers=choice.layers,
             # Two figures are as many as the probes can tell.
             preservation=float(f"{leverage / choice.freedom:.2g}"),
             clamp=choice.clamp,
             fingerprint_size=self.size,
-            resemblance=found[rate].floor,
+            resemblance=by_rate[rate].floor,
             false_alarms=rate,
         )

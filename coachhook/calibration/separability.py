@@ -12,6 +12,7 @@ from coachhook.config import EditConfig
 from coachhook.editing.layer_writer import ALIKE, layer_sketch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
 from coachhook.models.tokens import Row, encode, encode_request
 from coachhook.statistics.measure import KeyStatistics
@@ -43,8 +44,7 @@ class ProbeSketches:
 
 
 def probe_sketches(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     architecture: Architecture,
     statistics: KeyStatistics,
     probes: Sequence[EditRequest],
@@ -53,7 +53,7 @@ def probe_sketches(
     """What every layer of `statistics` makes of the probes, in one pass over their texts."""
     n = len(probes)
     prompts = [
-        encode_request(tokenizer, probe, context, with_target=False)
+        encode_request(lm.tokenizer, probe, context, with_target=False)
         for context in ("{}", *contexts)
         for probe in probes
     ]
@@ -61,15 +61,15 @@ def probe_sketches(
     for i, probe in enumerate(probes):
         for text in probe.paraphrases:
             end = text.rfind(probe.subject) + len(probe.subject)
-            reworded.append(encode(tokenizer, text, subject_end=end))
+            reworded.append(encode(lm.tokenizer, text, subject_end=end))
             reworded_owner.append(i)
-    local = [encode(tokenizer, p.prompt) for probe in probes for p in probe.locality]
-    modules = [architecture.down_projection(model, layer) for layer in statistics]
-    subjects = _read(model, tokenizer, modules, [*prompts, *reworded], every=False)
-    tokens = _read(model, tokenizer, modules, local, every=True)
+    local = [encode(lm.tokenizer, p.prompt) for probe in probes for p in probe.locality]
+    modules = [architecture.down_projection(lm.model, layer) for layer in statistics]
+    subjects = _read(lm, modules, [*prompts, *reworded], every=False)
+    tokens = _read(lm, modules, local, every=True)
     others_prompt = torch.tensor([i for i, row in enumerate(local) for _ in row.ids])
     largest = EditConfig(fingerprint_size=max(SIZES))
-    found = {}
+    sketches = {}
     for i, (layer, measured) in enumerate(statistics.items()):
         projection, offset = layer_sketch(measured, largest, measured.moment.device)
 
@@ -82,7 +82,7 @@ def probe_sketches(
         marks = torch.cat([keys[0], *([keys[1:].mean(0)] if len(keys) > 1 else [])])
         # ‖F k‖² is kᵀ (λ C₀)⁻¹ k on average over the random projection.
         spread = (keys[0] @ projection.T).square().sum(-1).mean()
-        found[layer] = ProbeSketches(
+        sketches[layer] = ProbeSketches(
             marks=sketch(marks),
             owner=torch.arange(len(marks)) % n,
             reworded=sketch(subjects[i][len(prompts) :]),
@@ -93,17 +93,15 @@ def probe_sketches(
             first=sketch(measured.first),
             leverage=largest.preservation * float(spread),
         )
-    return found
+    return sketches
 
 
 def _read(
-    model: Any, tokenizer: Any, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
+    lm: LanguageModel, modules: Sequence[Any], rows: Sequence[Row], *, every: bool
 ) -> list[Tensor]:
     """Keys of each module at the rows' subjects, or at every token: float32 `(…, d_in)`."""
-    found = read_rows(
-        model, tokenizer, rows, modules, lambda _, keys, __: [keys.float()], every=every
-    )
-    return [keys for (keys,) in found]
+    by_module = read_rows(lm, rows, modules, lambda _, keys, __: [keys.float()], every=every)
+    return [keys for (keys,) in by_module]
 
 
 @dataclass(frozen=True)
@@ -161,14 +159,14 @@ def separation(layers: Sequence[Cosines], rate: float) -> Separation:
     reworded = torch.cat([layer.reworded for layer in layers])
     others = torch.cat([layer.others for layer in layers])
     ceiling = max(_ceiling(layer.background, rate) for layer in layers)
-    found = []
+    candidates = []
     for floor in _FLOORS:
         if floor >= ceiling or floor == _FLOORS[-1]:
             recall = float((reworded >= floor).float().mean())
             firing = float((others.amax(1) >= floor).float().mean())
-            found.append(Separation(floor, ceiling, recall, firing))
-    best = max(found, key=lambda s: s.value).value
-    equal = [s for s in found if s.value > best - 1e-9]
+            candidates.append(Separation(floor, ceiling, recall, firing))
+    best = max(candidates, key=lambda s: s.value).value
+    equal = [s for s in candidates if s.value > best - 1e-9]
     return equal[len(equal) // 2]
 
 

@@ -18,14 +18,16 @@ from coachhook.cli.views.evaluation import (
     evaluation_view,
     side_by_side_view,
 )
-from coachhook.editor import Editor
 from coachhook.errors import CoachhookError, FolderError
 from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.loaders import load_requests
 from coachhook.facts.request import EditRequest
+from coachhook.hookset import HookSet
 from coachhook.journal.journal import Verdict
 from coachhook.models.decoding import complete, starts_with
 from coachhook.models.embedded import NAME
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.loading import load_model
 from coachhook.session import opened
 from coachhook.storage import folder
 
@@ -52,16 +54,15 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     tell(say, f"{len(requests)} facts for {NAME}, {_BATCH} a batch, go to {directory}")
     batches = []
     with opened(directory, requests, _BATCH) as session:
-        editor = session.editor(NAME)
+        lm = load_model(NAME)
+        editor = session.editor(lm)
         for report in session.edit(editor):
             batches.append(batch_document(report.number, report.edits))
             tell(batch_view, batches[-1])
     live = editor.hooks.journal.live()
-    completions = _side_by_side(editor, [edit.request for edit in live])
+    completions = _side_by_side(lm, editor.hooks, [edit.request for edit in live])
     tell(side_by_side_view, completions)
-    metrics = evaluate(
-        editor.model, editor.tokenizer, editor.hooks, [edit.request for edit in live]
-    ).to_dict()
+    metrics = evaluate(lm, editor.hooks, [edit.request for edit in live]).to_dict()
     tell(evaluation_view, metrics)
     asked = next((edit for edit in live if edit.verdict is Verdict.APPLIED), live[0]).request
     tell(say, "\na fresh process loads the folder and generates with a KV cache:")
@@ -79,12 +80,14 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     return bool(fresh["met"])
 
 
-def _side_by_side(editor: Editor, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
+def _side_by_side(
+    lm: LanguageModel, hooks: HookSet, requests: Sequence[EditRequest]
+) -> list[dict[str, Any]]:
     """Greedy completions of the requests' prompts without and with the edits."""
     prompts = [request.prompt for request in requests]
-    with editor.hooks.off(editor.model):
-        before = complete(editor.model, editor.tokenizer, prompts, _NEW_TOKENS)
-    after = complete(editor.model, editor.tokenizer, prompts, _NEW_TOKENS)
+    with hooks.off(lm.model):
+        before = complete(lm, prompts, _NEW_TOKENS)
+    after = complete(lm, prompts, _NEW_TOKENS)
     return [
         {
             "prompt": request.prompt,

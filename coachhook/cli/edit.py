@@ -67,14 +67,14 @@ def edit(
         }
         if session.batches:
             check_weights(model)
-            loaded, tokenizer = load_model(model)
-            settings = session.settings(loaded)
+            lm = load_model(model)
+            settings = session.settings(lm.model)
             if processes.is_first and session.held is None:
                 tell_settings(settings)
             shown = processes.is_first and not as_json
-            plan = session.plan(loaded, tokenizer, settings.config)
+            plan = session.plan(lm, settings.config)
             document["plan"] = checked(plan, shown=shown)
-            editor = session.editor(loaded, tokenizer, settings.config)
+            editor = session.editor(lm, settings.config)
             for report in session.edit(editor):
                 batch = batch_document(report.number, report.edits)
                 document["batches"].append(batch)

@@ -16,6 +16,7 @@ from coachhook.facts.remaining import latest
 
 if TYPE_CHECKING:
     from coachhook.hookset import HookSet
+    from coachhook.models.language_model import LanguageModel
 
 
 def evaluate(
@@ -30,8 +31,8 @@ def evaluate(
 
     requests = latest(usable(facts, skip_invalid=False))
     page = None if text is None else page_of(text)
-    loaded, tokenizer, hookset = with_hooks(model, hooks)
-    result = measure(loaded, tokenizer, hookset, requests, page)
+    lm, hookset = with_hooks(model, hooks)
+    result = measure(lm, hookset, requests, page)
     show(result.to_dict(), evaluation_view, as_json=as_json)
 
 
@@ -45,29 +46,28 @@ def generate(
 ) -> None:
     """Complete a prompt greedily, without and with the edits."""
     from coachhook.models.decoding import complete
-    from coachhook.models.tokens import context_length
 
     if not prompt:
         raise RequestError("the prompt is empty; give at least one word")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise RequestError("the prompt is not UTF-8 text; set the terminal to UTF-8")
-    loaded, tokenizer, hookset = with_hooks(model, hooks)
-    length, limit = len(tokenizer(prompt)["input_ids"]), context_length(loaded)
+    lm, hookset = with_hooks(model, hooks)
+    length, limit = len(lm.tokenizer(prompt)["input_ids"]), lm.context_length
     if limit is not None and length + max_new_tokens > limit:
         raise ContextLengthError(
             f"the prompt has {length} tokens, which with {max_new_tokens} new ones do not fit the "
             f"model's context of {limit}; shorten it, or ask for fewer"
         )
-    with hookset.off(loaded):
-        (unedited,) = complete(loaded, tokenizer, [prompt], max_new_tokens)
-    (edited,) = complete(loaded, tokenizer, [prompt], max_new_tokens)
+    with hookset.off(lm.model):
+        (unedited,) = complete(lm, [prompt], max_new_tokens)
+    (edited,) = complete(lm, [prompt], max_new_tokens)
     document: dict[str, Any] = {"prompt": prompt, "unedited": unedited, "edited": edited}
     if trace:
-        found = hookset.trace(loaded, tokenizer, prompt + edited)
-        named = sorted(set(found.edit[found.is_open].tolist()) - {-1})
+        read = hookset.trace(*lm, prompt + edited)
+        named = sorted(set(read.edit[read.is_open].tolist()) - {-1})
         document |= {
             "gate": hookset.config.gate,
-            "trace": found.to_dict(),
+            "trace": read.to_dict(),
             "edits": {i: fact(hookset.edits[i].request) for i in named},
         }
     show(document, completion_view, as_json=as_json)
@@ -81,12 +81,12 @@ def page_of(text: Path) -> str:
         raise ConfigError(f"cannot read text from {text}: {error}") from error
 
 
-def with_hooks(name: str, directory: Path) -> tuple[Any, Any, HookSet]:
-    """A model with the hooks of a folder on it, its tokenizer, and the hooks."""
+def with_hooks(name: str, directory: Path) -> tuple[LanguageModel, HookSet]:
+    """A model with the hooks of a folder on it, and the hooks."""
     from coachhook.hookset import HookSet
     from coachhook.models.loading import load_model
 
     hookset = HookSet.from_pretrained(directory)
-    model, tokenizer = load_model(name)
-    hookset.attach(model)
-    return model, tokenizer, hookset
+    lm = load_model(name)
+    hookset.attach(lm.model)
+    return lm, hookset

@@ -38,17 +38,17 @@ def statistics(
     source = StatisticsSource(None if text is None else str(text.resolve()), tokens)
     check_weights(model)
     with joined() as processes:
-        loaded, tokenizer = load_model(model)
-        architecture = Architecture.of(loaded, template)
-        n_blocks = len(architecture.blocks(loaded))
+        lm = load_model(model)
+        architecture = Architecture.of(lm.model, template)
+        n_blocks = len(architecture.blocks(lm.model))
         hooked = check_layers(chosen or default_layers(n_blocks), n_blocks)
         plan = checked(
-            statistics_plan(Sizes.of(loaded, architecture), hooked, source),
+            statistics_plan(Sizes.of(lm.model, architecture), hooked, source),
             shown=processes.is_first and not as_json,
         )
-        found = key_statistics(loaded, tokenizer, architecture, hooked, source, processes)
+        measured = key_statistics(lm, architecture, hooked, source, processes)
         if processes.is_first:
-            document = {"model": model, "plan": plan, "layers": statistics_entries(found)}
+            document = {"model": model, "plan": plan, "layers": statistics_entries(measured)}
             show(document, statistics_view, as_json=as_json)
 
 
@@ -81,15 +81,13 @@ def calibrate(
     chosen = None if layers is None else parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))
     check_weights(model)
-    loaded, tokenizer = load_model(model)
-    architecture = Architecture.of(loaded, template)
-    read = layers_to_read(loaded, architecture, chosen, source)
-    sizes = Sizes.of(loaded, architecture)
-    needed = calibration_plan(sizes, read, source, tokenizer, probe_requests(), MOST_TRIALS)
+    lm = load_model(model)
+    architecture = Architecture.of(lm.model, template)
+    read = layers_to_read(lm.model, architecture, chosen, source)
+    sizes = Sizes.of(lm.model, architecture)
+    needed = calibration_plan(sizes, read, source, lm.tokenizer, probe_requests(), MOST_TRIALS)
     plan = checked(needed, shown=not as_json)
-    result = search(
-        loaded, tokenizer, layers=chosen, template=template, source=source, minutes=budget
-    )
+    result = search(lm, layers=chosen, template=template, source=source, minutes=budget)
     path = output or profiles.default_path(result.profile.identity)
     profiles.save(result.profile, path)
     if not result.took:

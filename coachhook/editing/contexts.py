@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import input_device
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_padded
 from coachhook.models.tokens import Padded, encode_request, pad
 
@@ -22,18 +21,18 @@ class Contexts:
 
     @classmethod
     def of(
-        cls, model: Any, tokenizer: Any, requests: Sequence[EditRequest], contexts: Sequence[str]
+        cls, lm: LanguageModel, requests: Sequence[EditRequest], contexts: Sequence[str]
     ) -> "Contexts":
         rows = [
-            encode_request(tokenizer, request, text, with_target=False)
+            encode_request(lm.tokenizer, request, text, with_target=False)
             for text in ("{}", *contexts)
             for request in requests
         ]
-        return cls(pad(rows, tokenizer.pad_token_id, input_device(model)), len(requests))
+        return cls(pad(rows, lm.pad_id, lm.device), len(requests))
 
     def read(
         self,
-        model: Any,
+        model: nn.Module,
         hooks: Sequence[HookLinear],
         tokens: int,
         *,
@@ -53,7 +52,7 @@ class Contexts:
                 hook.open_at = at[rows].to(hook.down.device)
 
         try:
-            found, output = read_padded(
+            by_hook, output = read_padded(
                 model,
                 self.padded,
                 at,
@@ -66,4 +65,4 @@ class Contexts:
         finally:
             for hook in temporary:
                 hook.open_at = None
-        return [made for (made,) in found], output
+        return [made for (made,) in by_hook], output

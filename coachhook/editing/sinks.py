@@ -1,12 +1,12 @@
 """Requests whose subject is an attention sink, and is refused before any work."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from coachhook.editing.contexts import Contexts
 from coachhook.editing.layer_writer import LayerWriter
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import EditRecord, Verdict
+from coachhook.models.language_model import LanguageModel
 
 SINK_REASON = (
     "the subject is the first token of the prompt, where every text has the same key (an attention "
@@ -15,21 +15,20 @@ SINK_REASON = (
 
 
 def refuse_sinks(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     hooks: HookSet,
     writers: dict[int, LayerWriter],
     edits: Sequence[EditRecord],
 ) -> None:
     """Refuse edits whose subject is a text's first token with the key that first tokens share."""
-    contexts = Contexts.of(model, tokenizer, [edit.request for edit in edits], ())
+    contexts = Contexts.of(lm, [edit.request for edit in edits], ())
     starts = (contexts.padded.subject == 0).nonzero().squeeze(-1).tolist()
     if not starts:
         return
-    modules = hooks.modules(model)
-    keys, _ = contexts.read(model, list(modules.values()), hooks.config.values.tokens)
-    for layer, found in zip(modules, keys, strict=True):
-        marks = writers[layer].fingerprint(found[starts].float())
+    modules = hooks.modules(lm.model)
+    keys, _ = contexts.read(lm.model, list(modules.values()), hooks.config.values.tokens)
+    for layer, at_layer in zip(modules, keys, strict=True):
+        marks = writers[layer].fingerprint(at_layer[starts].float())
         sinks = writers[layer].sinks(marks).tolist()
         for i, sink in zip(starts, sinks, strict=True):
             if sink:

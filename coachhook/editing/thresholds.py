@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.config import EditConfig
 from coachhook.editing.contexts import Contexts
@@ -20,7 +19,7 @@ class _Evidence:
     """See `coachhook.hooks.gates.gate.Evidence`."""
 
     hooks: HookSet
-    model: Any
+    model: nn.Module
     layer: int
     hook: HookLinear
     writer: LayerWriter
@@ -57,13 +56,13 @@ class _Evidence:
             return read(keys, mask[rows].to(keys.device))
 
         tokens = self.settings.values.tokens
-        (found,), _ = self.contexts.read(self.model, [self.hook], tokens, what=some)
-        return found[: self.contexts.n_requests]
+        (readings,), _ = self.contexts.read(self.model, [self.hook], tokens, what=some)
+        return readings[: self.contexts.n_requests]
 
 
 def threshold(
     hooks: HookSet,
-    model: Any,
+    model: nn.Module,
     layer: int,
     hook: HookLinear,
     writer: LayerWriter,

@@ -7,10 +7,12 @@ hooked block. A pass then starts behind that block, over the tokens from the sub
 logits only where a target is predicted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,8 +23,12 @@ from transformers import DynamicCache
 from coachhook.config import ValueConfig
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import SENTENCE_ENDS
-from coachhook.models.passes import final_hidden, hidden_of, input_device, logits_of, run_to
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import final_hidden, hidden_of, logits_of, run_to
 from coachhook.models.tokens import Row, encode, encode_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # What one more pass costs, in tokens (launches, small products).
 _PASS_COST = {"cpu": 24, "cuda": 512}
@@ -32,7 +38,7 @@ _FLOAT16_SCALE = 1024.0
 
 
 def contexts_of(
-    tokenizer: Any, requests: Sequence[EditRequest], config: ValueConfig
+    tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest], config: ValueConfig
 ) -> list[list[Row]]:
     """The rows of n requests: their bare prompts, their prompts in each context, and last, as in
     MEMIT, "{subject} is a": what else the model knows of the subject should stay."""
@@ -47,7 +53,9 @@ def contexts_of(
     return [*scored, essence]
 
 
-def _scored(tokenizer: Any, request: EditRequest, context: str, stop: str) -> Row:
+def _scored(
+    tokenizer: PreTrainedTokenizerFast, request: EditRequest, context: str, stop: str
+) -> Row:
     """The row of a prompt and its target, with `stop` behind it where that is one more token and
     leaves the target's own as they are (")" and "." may be one)."""
     row = encode_request(tokenizer, request, context)
@@ -79,7 +87,7 @@ class ShiftedRows:
     hidden: Tensor
     past: list[tuple[Tensor, Tensor]]
 
-    def part(self, rows: Tensor, width: int) -> "ShiftedRows":
+    def part(self, rows: Tensor, width: int) -> ShiftedRows:
         """The rows selected by index, and the first `width` columns from the subject on."""
         by_row = ("owner", "gain", "weight", "length")
         by_token = ("ids", "positions", "labels", "hidden")
@@ -91,7 +99,7 @@ class ShiftedRows:
             past=[(_picked(keys, rows), _picked(values, rows)) for keys, values in self.past],
         )
 
-    def buckets(self, active: Tensor) -> list["ShiftedRows"]:
+    def buckets(self, active: Tensor) -> list[ShiftedRows]:
         """The rows of `active` `(n,)` requests, in parts of similar length: those that cost least,
         padding and passes counted."""
         rows = active[self.owner].nonzero().squeeze(-1)
@@ -118,11 +126,11 @@ class ShiftedRows:
 
 
 def prepare(
-    model: Any, blocks: Any, layer: int, pad_id: int, groups: Sequence[Sequence[Row]], gain: float
+    lm: LanguageModel, blocks: Any, layer: int, groups: Sequence[Sequence[Row]], gain: float
 ) -> tuple[ShiftedRows, Any]:
     """The rows of `contexts_of`, and what block `layer`, the last hooked one, returned for them."""
     rows = [row for group in groups for row in group]
-    device, n = input_device(model), len(groups[0])
+    device, n = lm.device, len(groups[0])
     shared = [_shared_length(group) for group in groups for _ in group]
     heads = [_Piece(group[0].ids[: _shared_length(group)], 0) for group in groups]
     lefts = [_Piece(r.ids[k : r.subject], k) for r, k in zip(rows, shared, strict=True)]
@@ -130,14 +138,14 @@ def prepare(
     ends = [len(row.ids) - bool(row.n_target) for row in rows]
     rights = [_Piece(r.ids[r.subject : e], r.subject) for r, e in zip(rows, ends, strict=True)]
 
-    past, mask = _extend(model, [], None, heads, pad_id)
+    past, mask = _extend(lm, [], None, heads)
     of_group = torch.arange(len(rows), device=device) // n
     past = [(_picked(keys, of_group), _picked(values, of_group)) for keys, values in past]
-    past, mask = _extend(model, past, mask[of_group], lefts, pad_id)
-    ids, positions, real = _rectangle(rights, pad_id, device)
+    past, mask = _extend(lm, past, mask[of_group], lefts)
+    ids, positions, real = _rectangle(rights, lm.pad_id, device)
     mask = torch.cat([mask, real], dim=1)
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
-    result = run_to(blocks[layer], model, {**inputs, **_cached(past)})
+    result = run_to(blocks[layer], lm.model, {**inputs, **_cached(past)})
     # Blocks up to the hooked one are not run again, but the first tells a cache's length.
     past = [
         (keys, values) if index > layer else (keys[:, :1, :, :1], values[:, :1, :, :1])
@@ -168,7 +176,7 @@ def prepare(
 
 
 def score(
-    model: Any,
+    model: PreTrainedModel,
     rows: ShiftedRows,
     shift: Tensor,
     injected: list[Tensor],
@@ -278,18 +286,17 @@ def _cached(past: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
 
 
 def _extend(
-    model: Any,
+    lm: LanguageModel,
     past: list[tuple[Tensor, Tensor]],
     mask: Tensor | None,
     pieces: Sequence[_Piece],
-    pad_id: int,
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Keys and values of `past` and of one piece a row behind it, and the mask of both."""
-    ids, positions, real = _rectangle(pieces, pad_id, input_device(model), right_aligned=True)
+    ids, positions, real = _rectangle(pieces, lm.pad_id, lm.device, right_aligned=True)
     mask = real if mask is None else torch.cat([mask, real], dim=1)
     if ids.shape[1] == 0:
         return past, mask
     inputs = _cached(past)
-    final_hidden(model, input_ids=ids, position_ids=positions, attention_mask=mask, **inputs)
+    final_hidden(lm.model, input_ids=ids, position_ids=positions, attention_mask=mask, **inputs)
     layers = inputs["past_key_values"].layers
     return [(layer.keys, layer.values) for layer in layers], mask

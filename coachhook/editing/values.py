@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from coachhook.editing.value_rows import contexts_of, prepare, score
 from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
-from coachhook.models.passes import eval_mode, input_device, is_out_of_memory, starting_after
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import eval_mode, is_out_of_memory, starting_after
 from coachhook.models.tokens import Row
 from coachhook.system.processes import ALONE, Processes
 
@@ -35,8 +35,7 @@ class TargetValues:
 
 
 def optimise_values(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     architecture: Architecture,
     layer: int,
     requests: Sequence[EditRequest],
@@ -51,16 +50,16 @@ def optimise_values(
     share of the requests, and all return the values of all. Raises `NotEnoughMemoryError` if one
     request alone is too many.
     """
-    groups = contexts_of(tokenizer, requests, config)
+    groups = contexts_of(lm.tokenizer, requests, config)
     # The tokens of a request's rows, padded to the longest.
     sizes = [len(groups) * max(len(group[i].ids) for group in groups) for i in range(len(requests))]
     # Alike in length, so that little of a pass is padding.
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
     waiting = [order[place] for place in processes.share(len(requests))]
-    found: dict[str, Tensor] = {}
-    with eval_mode(model), torch.no_grad():
-        together = partial(_together, model, tokenizer.pad_token_id, architecture, layer, config)
-        window = getattr(model.config.get_text_config(), "sliding_window", None)
+    optimised: dict[str, Tensor] = {}
+    with eval_mode(lm.model), torch.no_grad():
+        together = partial(_together, lm, architecture, layer, config)
+        window = getattr(lm.model.config.get_text_config(), "sliding_window", None)
         for chosen, values in _in_groups(
             together, groups, sizes, waiting, config.tokens, window, progress
         ):
@@ -70,12 +69,12 @@ def optimise_values(
                         f"the target value of {requests[i].prompt[:80]!r} is not finite; the model "
                         "gives numbers that its dtype does not hold: load it in a wider one"
                     )
-                found[f"hidden.{i}"], found[f"loss.{i}"] = hidden.clone(), loss.clone()
-    found = processes.gather(found)
+                optimised[f"hidden.{i}"], optimised[f"loss.{i}"] = hidden.clone(), loss.clone()
+    optimised = processes.gather(optimised)
     everyone = range(len(requests))
     return TargetValues(
-        torch.stack([found[f"hidden.{i}"] for i in everyone]).to(input_device(model)),
-        torch.stack([found[f"loss.{i}"] for i in everyone]).to(input_device(model)),
+        torch.stack([optimised[f"hidden.{i}"] for i in everyone]).to(lm.device),
+        torch.stack([optimised[f"loss.{i}"] for i in everyone]).to(lm.device),
     )
 
 
@@ -134,8 +133,7 @@ def _how_many(sizes: Sequence[int], tokens: int) -> int:
 
 
 def _together(
-    model: Any,
-    pad_id: int,
+    lm: LanguageModel,
     architecture: Architecture,
     layer: int,
     config: ValueConfig,
@@ -144,22 +142,22 @@ def _together(
 ) -> TargetValues:
     """The values of n requests; each leaves when it has converged."""
     n = len(groups[0])
-    blocks = architecture.blocks(model)
-    rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
+    blocks = architecture.blocks(lm.model)
+    rows, template = prepare(lm, blocks, layer, groups, config.gain)
     origin = rows.hidden[:n, 0].float()
     size = origin.norm(dim=-1, keepdim=True)
     rate = config.rate * size / origin.shape[1] ** 0.5
     shift = torch.zeros_like(origin)
     mean, square = torch.zeros_like(shift), torch.zeros_like(shift)
     loss = size.new_full((n,), torch.inf)
-    reference = size.new_full((n, model.get_output_embeddings().weight.shape[0]), torch.nan)
+    reference = size.new_full((n, lm.model.get_output_embeddings().weight.shape[0]), torch.nan)
     active = torch.ones_like(loss, dtype=torch.bool)
     parts = rows.buckets(active)
     with starting_after(blocks, layer, template) as injected:
         for step in range(1, config.steps + 1):
             nll, gradient = torch.zeros_like(loss), torch.zeros_like(shift)
             for part in parts:
-                more = score(model, part, shift, injected, config.kl, reference)
+                more = score(lm.model, part, shift, injected, config.kl, reference)
                 nll, gradient = nll + more[0], gradient + more[1]
             loss[active] = nll[active]
             done = active & (nll < config.enough)

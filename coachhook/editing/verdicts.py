@@ -1,21 +1,20 @@
 """Verdicts: whether an edit that was written took, from greedy decoding and from its gates."""
 
-from typing import Any
-
 from coachhook.editing.contexts import Contexts
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, Verdict
 from coachhook.models.decoding import BEYOND_TARGET, complete, starts_with
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.tokens import encode_request
 
 
-def judge(model: Any, tokenizer: Any, hooks: HookSet, batch: Batch) -> None:
+def judge(lm: LanguageModel, hooks: HookSet, batch: Batch) -> None:
     """Give every edit of `batch`, the last of the attached hooks' journal, its verdict."""
     requests = [edit.request for edit in batch.edits]
-    longest = max(encode_request(tokenizer, request).n_target for request in requests)
+    longest = max(encode_request(lm.tokenizer, request).n_target for request in requests)
     prompts = [request.prompt for request in requests]
-    answers = complete(model, tokenizer, prompts, longest + BEYOND_TARGET)
-    closed, unwritten = _gates_at_subjects(model, tokenizer, hooks, batch)
+    answers = complete(lm, prompts, longest + BEYOND_TARGET)
+    closed, unwritten = _gates_at_subjects(lm, hooks, batch)
     for i, edit in enumerate(batch.edits):
         if edit.verdict is not Verdict.REFUSED:
             everywhere = len(unwritten[i]) == len(hooks.layers)
@@ -23,15 +22,15 @@ def judge(model: Any, tokenizer: Any, hooks: HookSet, batch: Batch) -> None:
 
 
 def _gates_at_subjects(
-    model: Any, tokenizer: Any, hooks: HookSet, batch: Batch
+    lm: LanguageModel, hooks: HookSet, batch: Batch
 ) -> tuple[list[list[int]], list[list[int]]]:
     """For each edit, the layers whose gate stays closed at its subject, and those that it was not
     written to."""
     requests = [edit.request for edit in batch.edits]
-    contexts = Contexts.of(model, tokenizer, requests, ())
-    modules = hooks.modules(model)
+    contexts = Contexts.of(lm, requests, ())
+    modules = hooks.modules(lm.model)
     opened, _ = contexts.read(
-        model,
+        lm.model,
         list(modules.values()),
         hooks.config.values.tokens,
         what=lambda hook, keys, _: hook.read(keys).is_open,

@@ -5,8 +5,6 @@ output of the last one, and keys and residual are collected again after each
 (csrc_notes/method.md, "Spreading over layers").
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -20,11 +18,11 @@ from coachhook.hooks.layer import HookState
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, LayerFactors, Verdict
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 
 
 def write_batch(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     hooks: HookSet,
     writers: dict[int, LayerWriter],
     batch: Batch,
@@ -38,9 +36,9 @@ def write_batch(
     architecture = Architecture(hooks.base.template)
     accepted = [i for i, edit in enumerate(batch.edits) if edit.verdict is not Verdict.REFUSED]
     requests = [batch.edits[i].request for i in accepted]
-    contexts = Contexts.of(model, tokenizer, requests, hooks.config.values.contexts)
-    modules = hooks.modules(model)
-    last_block = architecture.blocks(model)[hooks.layers[-1]]
+    contexts = Contexts.of(lm, requests, hooks.config.values.contexts)
+    modules = hooks.modules(lm.model)
+    last_block = architecture.blocks(lm.model)[hooks.layers[-1]]
     rate = hooks.config.false_alarms / len(hooks.layers)
     tokens = hooks.config.values.tokens
     values = values.cpu()
@@ -50,7 +48,7 @@ def write_batch(
         for done, layer in enumerate(hooks.layers):
             hook, writer = modules[layer], writers[layer]
             (keys,), reached = contexts.read(
-                model, [hook], tokens, block=last_block, temporary=list(modules.values())
+                lm.model, [hook], tokens, block=last_block, temporary=list(modules.values())
             )
             assert reached is not None
             missing = (values - reached[: len(requests)]) / (len(hooks.layers) - done)
@@ -62,7 +60,9 @@ def write_batch(
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
             batch.thresholds[layer] = Threshold()
             hooks.refresh([layer])
-            batch.thresholds[layer] = threshold(hooks, model, layer, hook, writer, contexts, rate)
+            batch.thresholds[layer] = threshold(
+                hooks, lm.model, layer, hook, writer, contexts, rate
+            )
             hooks.refresh([layer])
             hook.state = HookState.VALIDATED
     finally:

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Protocol
 
+from torch import nn
+
 from coachhook.errors import ConfigError
 from coachhook.evaluation.bootstrap import harmonic_of
 from coachhook.evaluation.gate_scores import GateScores, gate_scores
@@ -25,8 +27,9 @@ from coachhook.evaluation.preferences import Preferences, mean_preferences, pref
 from coachhook.facts.request import EditRequest
 from coachhook.hookset import HookSet
 from coachhook.models.decoding import complete
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import eval_mode
-from coachhook.models.tokens import Row, check_length, context_length, encode_request
+from coachhook.models.tokens import Row, check_length, encode_request
 from coachhook.system.progress import track
 
 _NEW_TOKENS = 20
@@ -35,7 +38,7 @@ _NEW_TOKENS = 20
 class Edits(Protocol):
     """Edits on a model, of whatever kind: a `HookSet`, or weights that were changed."""
 
-    def off(self, model: Any) -> AbstractContextManager[Any]:
+    def off(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The unedited model inside the block."""
         ...
 
@@ -101,20 +104,18 @@ class Before:
     beside: list[Answer]
 
 
-def before_edits(
-    model: Any, tokenizer: Any, requests: Sequence[EditRequest]
-) -> dict[EditRequest, Before]:
-    """What `model`, without edits, says of `requests`: the same for every state of the edits.
+def before_edits(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[EditRequest, Before]:
+    """What the model, without edits, says of `requests`: the same for every state of the edits.
 
     Raises `ContextLengthError` for a prompt that does not fit.
     """
-    own = [encode_request(tokenizer, request) for request in requests]
-    beside = [question for question in questions(tokenizer, requests) if question.is_beside]
-    _check(model, [*own, *(question.row for question in beside)])
-    hits = target_hits(model, tokenizer, own)
-    answers = complete(model, tokenizer, [request.prompt for request in requests], _NEW_TOKENS)
-    preferred = preferences(model, tokenizer, requests)
-    said = iter(ask(model, tokenizer, beside, _NEW_TOKENS))
+    own = [encode_request(lm.tokenizer, request) for request in requests]
+    beside = [question for question in questions(lm.tokenizer, requests) if question.is_beside]
+    _check(lm, [*own, *(question.row for question in beside)])
+    hits = target_hits(lm, own)
+    answers = complete(lm, [request.prompt for request in requests], _NEW_TOKENS)
+    preferred = preferences(lm, requests)
+    said = iter(ask(lm, beside, _NEW_TOKENS))
     return {
         request: Before(hits[i], answers[i], preferred[i], [next(said) for _ in request.locality])
         for i, request in enumerate(requests)
@@ -122,37 +123,36 @@ def before_edits(
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     edits: Edits,
     requests: Sequence[EditRequest],
     text: str | None = None,
     known: Mapping[EditRequest, Before] | None = None,
 ) -> Evaluation:
-    """Evaluate `model`, on which `edits` are, on `requests`; `text` is ordinary text for perplexity
+    """Evaluate `lm`, on which `edits` are, on `requests`; `text` is ordinary text for perplexity
     and false alarms (by default a page that comes with the package). known: what `before_edits`
     says of them, if it was asked before."""
     if not requests:
         raise ConfigError("there is nothing to evaluate: the list of requests is empty")
     text = ordinary_text() if text is None else text
-    asked = questions(tokenizer, requests)
-    _check(model, [question.row for question in asked])
-    with eval_mode(model), track("evaluating", 4) as advance:
+    asked = questions(lm.tokenizer, requests)
+    _check(lm, [question.row for question in asked])
+    with eval_mode(lm.model), track("evaluating", 4) as advance:
 
         def step(result: Any) -> Any:
             advance(1)
             return result
 
         if known is None:
-            with edits.off(model):
-                known = step(before_edits(model, tokenizer, requests))
+            with edits.off(lm.model):
+                known = step(before_edits(lm, requests))
         before = [known[request] for request in requests]
-        answers = step(ask(model, tokenizer, asked, _NEW_TOKENS))
-        preferred = step(preferences(model, tokenizer, requests))
-        words = step(compare_text(model, tokenizer, text, edits.off))
+        answers = step(ask(lm, asked, _NEW_TOKENS))
+        preferred = step(preferences(lm, requests))
+        words = step(compare_text(lm, text, edits.off))
         gate = None
         if isinstance(edits, HookSet):
-            gate = gate_scores(model, tokenizer, edits, requests, text)
+            gate = gate_scores(lm, edits, requests, text)
 
     plain = [answer for b in before for answer in b.beside]
     metrics = score(asked, answers, plain, len(requests))
@@ -216,9 +216,9 @@ def _records(
     ]
 
 
-def _check(model: Any, rows: Sequence[Row]) -> None:
+def _check(lm: LanguageModel, rows: Sequence[Row]) -> None:
     for row in rows:
-        check_length(row, context_length(model), "a prompt to evaluate")
+        check_length(row, lm.context_length, "a prompt to evaluate")
 
 
 def _retention(records: Sequence[RecordScores]) -> dict[int, float]:
@@ -227,4 +227,4 @@ def _retention(records: Sequence[RecordScores]) -> dict[int, float]:
     for record in records:
         if record.batch is not None and record.reliability.teacher_forced is not None:
             scores.setdefault(record.batch, []).append(record.reliability.teacher_forced)
-    return {number: fmean(found) for number, found in sorted(scores.items())}
+    return {number: fmean(of_batch) for number, of_batch in sorted(scores.items())}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +11,9 @@ from coachhook.evaluation.ordinary_text import pieces
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.layer import HookLinear
 from coachhook.hookset import HookSet
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
-from coachhook.models.tokens import Row, context_length, encode, tokenize
+from coachhook.models.tokens import Row, encode, tokenize
 
 # Enough to draw where a population lies; the extremes say what an outlier does.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -63,32 +63,32 @@ class GateScores:
 
 
 def gate_scores(
-    model: Any, tokenizer: Any, hooks: HookSet, requests: Sequence[EditRequest], text: str
+    lm: LanguageModel, hooks: HookSet, requests: Sequence[EditRequest], text: str
 ) -> GateScores:
-    """Read the gates of `hooks`, attached to `model`, over the texts of `requests` and `text`."""
+    """Read the gates of `hooks`, attached to the model, over the texts of `requests` and `text`."""
     prompts, reworded = [], []
     for request in requests:
         end = request.subject_span[1]
-        prompts.append(encode(tokenizer, request.prompt, subject_end=end))
+        prompts.append(encode(lm.tokenizer, request.prompt, subject_end=end))
         for paraphrase in request.paraphrases:
             if request.subject in paraphrase:
                 end = paraphrase.rfind(request.subject) + len(request.subject)
-                reworded.append(encode(tokenizer, paraphrase, subject_end=end))
-    ordinary = [Row(tuple(piece), len(piece) - 1) for piece in pieces(model, tokenizer, text)]
-    local = [encode(tokenizer, p.prompt) for r in requests for p in r.locality]
-    at_prompts = _read(model, tokenizer, hooks, prompts)
-    at_reworded = _read(model, tokenizer, hooks, reworded)
-    at_local = _read(model, tokenizer, hooks, local)
+                reworded.append(encode(lm.tokenizer, paraphrase, subject_end=end))
+    ordinary = [Row(tuple(piece), len(piece) - 1) for piece in pieces(lm, text)]
+    local = [encode(lm.tokenizer, p.prompt) for r in requests for p in r.locality]
+    at_prompts = _read(lm, hooks, prompts)
+    at_reworded = _read(lm, hooks, reworded)
+    at_local = _read(lm, hooks, local)
     readings = {
         "edited": _at_subjects(at_prompts, prompts),
         "paraphrased": _at_subjects(at_reworded, reworded),
         "beside": _joined(at_local),
-        "ordinary": _joined(_read(model, tokenizer, hooks, ordinary)),
+        "ordinary": _joined(_read(lm, hooks, ordinary)),
     }
     opened = {name: reading.is_open for name, reading in readings.items()}
     total = float(_joined([*at_prompts, *at_reworded, *at_local]).is_open.sum())
     right = float(opened["edited"].sum() + opened["paraphrased"].sum())
-    alphas = [float(module.gate.alpha) for module in hooks.modules(model).values()]
+    alphas = [float(module.gate.alpha) for module in hooks.modules(lm.model).values()]
     return GateScores(
         recall=float(opened["edited"].float().mean()),
         paraphrase_recall=float(opened["paraphrased"].float().mean()) if reworded else None,
@@ -104,7 +104,7 @@ def gate_scores(
             )
             for i, (layer, alpha) in enumerate(zip(hooks.layers, alphas, strict=True))
         ],
-        samples=_samples(model, tokenizer, hooks, requests, text),
+        samples=_samples(lm, hooks, requests, text),
     )
 
 
@@ -116,19 +116,19 @@ class _Reading:
     z: Tensor
 
 
-def _at_subjects(found: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
+def _at_subjects(readings: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
     """The subjects' last tokens alone."""
     ends = [slice(row.subject, row.subject + 1) for row in rows]
-    pairs = zip(found, ends, strict=True)
+    pairs = zip(readings, ends, strict=True)
     return _joined([_Reading(read.is_open[:, end], read.z[:, end]) for read, end in pairs])
 
 
-def _joined(found: Sequence[_Reading]) -> _Reading:
-    if not found:
+def _joined(readings: Sequence[_Reading]) -> _Reading:
+    if not readings:
         return _Reading(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0))
     return _Reading(
-        torch.cat([read.is_open for read in found], dim=1),
-        torch.cat([read.z for read in found], dim=1),
+        torch.cat([read.is_open for read in readings], dim=1),
+        torch.cat([read.z for read in readings], dim=1),
     )
 
 
@@ -136,29 +136,29 @@ def _spread(z: Tensor) -> list[float] | None:
     z = z[z.isfinite()]
     if not len(z):
         return None
-    found: list[float] = z.quantile(torch.tensor(QUANTILES)).tolist()
-    return found
+    quantiles: list[float] = z.quantile(torch.tensor(QUANTILES)).tolist()
+    return quantiles
 
 
 def _samples(
-    model: Any, tokenizer: Any, hooks: HookSet, requests: Sequence[EditRequest], text: str
+    lm: LanguageModel, hooks: HookSet, requests: Sequence[EditRequest], text: str
 ) -> list[Sample]:
-    spans = tokenize(tokenizer, text)[1][
-        : min(_SHOWN_TOKENS, context_length(model) or _SHOWN_TOKENS)
+    spans = tokenize(lm.tokenizer, text)[1][
+        : min(_SHOWN_TOKENS, lm.context_length or _SHOWN_TOKENS)
     ]
     texts = [("ordinary", text[: spans[-1][1]])]
     for request in requests[:_SHOWN]:
         texts.append(("edited", request.prompt))
         texts += [("paraphrased", paraphrase) for paraphrase in request.paraphrases[:1]]
         texts += [("beside", beside.prompt) for beside in request.locality[:1]]
-    found = []
+    samples = []
     for kind, shown in texts:
-        trace = hooks.trace(model, tokenizer, shown)
-        found.append(Sample(kind, trace.tokens, trace.is_open.sum(0).tolist()))
-    return found
+        trace = hooks.trace(*lm, shown)
+        samples.append(Sample(kind, trace.tokens, trace.is_open.sum(0).tolist()))
+    return samples
 
 
-def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:
+def _read(lm: LanguageModel, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:
     """What the gates say of all tokens of each row."""
     if not rows:
         return []
@@ -167,8 +167,8 @@ def _read(model: Any, tokenizer: Any, hooks: HookSet, rows: Sequence[Row]) -> li
         reading = hook.read(keys)
         return reading.is_open, reading.z.float()
 
-    modules = list(hooks.modules(model).values())
-    by_layer = read_rows(model, tokenizer, rows, modules, gates, every=True)
+    modules = list(hooks.modules(lm.model).values())
+    by_layer = read_rows(lm, rows, modules, gates, every=True)
     lengths = [len(row.ids) for row in rows]
     is_open, z = (torch.stack(layers) for layers in zip(*by_layer, strict=True))
     pairs = zip(is_open.split(lengths, dim=1), z.split(lengths, dim=1), strict=True)

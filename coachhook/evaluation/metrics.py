@@ -7,10 +7,12 @@ unedited model's. The same by greedy decoding with a KV cache, which teacher for
 stop. What the records do not cover is None, never a number.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from torch import Tensor
 from coachhook.evaluation.bootstrap import METRICS
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_targets
 from coachhook.models.tokens import Row, encode, encode_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -68,36 +74,38 @@ class Answer:
     text: str
 
 
-def questions(tokenizer: Any, requests: Sequence[EditRequest]) -> list[Question]:
+def questions(
+    tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest]
+) -> list[Question]:
     """Of each request its prompt, its paraphrases and its locality prompts, in this order."""
-    found = []
+    asked = []
     for owner, request in enumerate(requests):
         row = encode_request(tokenizer, request)
-        found.append(Question("reliability", owner, request.prompt, request.target, row))
+        asked.append(Question("reliability", owner, request.prompt, request.target, row))
         for prompt in request.paraphrases:
             row = encode(tokenizer, prompt, request.target)
-            found.append(Question("generality", owner, prompt, request.target, row))
+            asked.append(Question("generality", owner, prompt, request.target, row))
         for beside in request.locality:
             row = encode(tokenizer, beside.prompt, beside.answer)
-            found.append(Question("locality", owner, beside.prompt, beside.answer, row))
-    return found
+            asked.append(Question("locality", owner, beside.prompt, beside.answer, row))
+    return asked
 
 
-def ask(model: Any, tokenizer: Any, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
-    """What `model`, as it is now, says to each question. new_tokens: at most so many are decoded.
+def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
+    """What the model, as it is now, says to each question. new_tokens: at most so many are decoded.
 
     Raises `ContextLengthError` for a prompt that fills the context.
     """
-    found: dict[int, Answer] = {}
+    answers: dict[int, Answer] = {}
     beside = [i for i, question in enumerate(asked) if question.is_beside]
     others = [i for i, question in enumerate(asked) if not question.is_beside]
     # Locality prompts are read by themselves, as they are before the edits: numbers round otherwise
     # in other company, and an answer that hangs on them would count as changed.
     for places in (beside, others):
-        choices = first_choices(model, tokenizer, [asked[i].row for i in places])
-        texts = complete(model, tokenizer, [asked[i].prompt for i in places], new_tokens)
-        found.update(zip(places, map(Answer, choices, texts), strict=True))
-    return [found[i] for i in range(len(asked))]
+        choices = first_choices(lm, [asked[i].row for i in places])
+        texts = complete(lm, [asked[i].prompt for i in places], new_tokens)
+        answers.update(zip(places, map(Answer, choices, texts), strict=True))
+    return [answers[i] for i in range(len(asked))]
 
 
 def score(
@@ -106,22 +114,22 @@ def score(
     """The metrics of each of `n` requests: of each metric the means over the request's own
     questions. before: the unedited model's answers to those that are beside."""
     plain = iter(before)
-    found: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
+    by_request: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
     for question, answer in zip(asked, answers, strict=True):
         scores = _same(answer, next(plain)) if question.is_beside else _met(question, answer)
-        found[question.owner][question.metric].append(scores)
+        by_request[question.owner][question.metric].append(scores)
     return [
         Metrics(**{name: mean_scores(scores) for name, scores in by_name.items()})
-        for by_name in found
+        for by_name in by_request
     ]
 
 
-def mean_metrics(found: Sequence[Metrics]) -> Metrics:
+def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
     """Of each metric the means over the records that have it."""
     return Metrics(
-        reliability=mean_scores([one.reliability for one in found]),
-        generality=mean_scores([one.generality for one in found]),
-        locality=mean_scores([one.locality for one in found]),
+        reliability=mean_scores([one.reliability for one in metrics]),
+        generality=mean_scores([one.generality for one in metrics]),
+        locality=mean_scores([one.locality for one in metrics]),
     )
 
 
@@ -140,14 +148,14 @@ def mean_given(values: Sequence[float | None]) -> float | None:
     return fmean(given) if given else None
 
 
-def first_choices(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Tensor]:
+def first_choices(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
     """First choice of the model for each target token of each row, int64 `(n_target,)`."""
-    return read_targets(model, tokenizer, rows, lambda logits, _: logits.argmax(-1).cpu())
+    return read_targets(lm, rows, lambda logits, _: logits.argmax(-1).cpu())
 
 
-def target_hits(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+def target_hits(lm: LanguageModel, rows: Sequence[Row]) -> list[float]:
     """Share of each row's target tokens that are the model's first choice."""
-    choices = first_choices(model, tokenizer, rows)
+    choices = first_choices(lm, rows)
     return [_hit(choice, row) for choice, row in zip(choices, rows, strict=True)]
 
 

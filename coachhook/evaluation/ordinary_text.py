@@ -1,19 +1,24 @@
 """What the edits do to ordinary text: perplexity, and divergence from the unedited model."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 from coachhook.errors import ConfigError
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import final_hidden, input_device, logits_of
-from coachhook.models.tokens import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _PIECE = 256
 
@@ -35,13 +40,13 @@ def ordinary_text() -> str:
     return (files("coachhook.evaluation") / "ordinary.txt").read_text(encoding="utf-8")
 
 
-def pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:
+def pieces(lm: LanguageModel, text: str) -> list[list[int]]:
     """`text` in tokens, cut into pieces that the model reads one at a time.
 
     Raises `ConfigError` if it has fewer than two tokens.
     """
-    ids = tokenizer(text)["input_ids"]
-    size = min(_PIECE, context_length(model) or _PIECE)
+    ids = lm.tokenizer(text)["input_ids"]
+    size = min(_PIECE, lm.context_length or _PIECE)
     parts = [ids[i : i + size] for i in range(0, len(ids), size)]
     parts = [part for part in parts if len(part) > 1]
     if not parts:
@@ -49,27 +54,27 @@ def pieces(model: Any, tokenizer: Any, text: str) -> list[list[int]]:
     return parts
 
 
-def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+def perplexity(lm: LanguageModel, text: str) -> float:
     """Perplexity of `text`. Raises `ConfigError` if it has fewer than two tokens."""
     total, count = 0.0, 0
-    for ids in pieces(model, tokenizer, text):
-        following, log_p = _predictions(model, ids)
+    for ids in pieces(lm, text):
+        following, log_p = _predictions(lm.model, ids)
         total -= float(log_p.gather(-1, following).sum())
         count += len(following)
     return math.exp(total / count)
 
 
-def compare_text(model: Any, tokenizer: Any, text: str, off: Off) -> TextScores:
+def compare_text(lm: LanguageModel, text: str, off: Off) -> TextScores:
     """`text` as the model reads it with its edits, and inside `off(model)` without them.
 
     Raises `ConfigError` if it has fewer than two tokens.
     """
     before = after = divergence = 0.0
     count = 0
-    for ids in pieces(model, tokenizer, text):
-        following, edited = _predictions(model, ids)
-        with off(model):
-            _, plain = _predictions(model, ids)
+    for ids in pieces(lm, text):
+        following, edited = _predictions(lm.model, ids)
+        with off(lm.model):
+            _, plain = _predictions(lm.model, ids)
         before -= float(plain.gather(-1, following).sum())
         after -= float(edited.gather(-1, following).sum())
         divergence += float(kl_div(edited, plain, log_target=True, reduction="sum"))
@@ -77,7 +82,7 @@ def compare_text(model: Any, tokenizer: Any, text: str, off: Off) -> TextScores:
     return TextScores(math.exp(before / count), math.exp(after / count), divergence / count)
 
 
-def _predictions(model: Any, ids: list[int]) -> tuple[Tensor, Tensor]:
+def _predictions(model: PreTrainedModel, ids: list[int]) -> tuple[Tensor, Tensor]:
     """The tokens that follow `(t, 1)`, and log-probabilities of all tokens there `(t, v)`."""
     piece = torch.tensor([ids], device=input_device(model))
     with torch.no_grad():

@@ -1,16 +1,22 @@
 """Which of two answers the model finds likelier: CounterFact's scores."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coachhook.evaluation.metrics import mean_given
 from coachhook.facts.request import EditRequest
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_targets
-from coachhook.models.tokens import Row, check_length, context_length, encode, encode_request
+from coachhook.models.tokens import Row, check_length, encode, encode_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,9 @@ class Preferences:
     neighbourhood: float | None
 
 
-def preference_rows(tokenizer: Any, request: EditRequest) -> dict[str, list[tuple[Row, Row]]]:
+def preference_rows(
+    tokenizer: PreTrainedTokenizerFast, request: EditRequest
+) -> dict[str, list[tuple[Row, Row]]]:
     """By score, what is compared: pairs of rows, the first of which should be the likelier."""
     if request.truth is None or request.truth == request.target:
         return {}
@@ -47,41 +55,41 @@ def preference_rows(tokenizer: Any, request: EditRequest) -> dict[str, list[tupl
     }
 
 
-def preferences(model: Any, tokenizer: Any, requests: Sequence[EditRequest]) -> list[Preferences]:
-    """Of each request, as `model` is now. Raises `ContextLengthError` for a prompt that does not
+def preferences(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Preferences]:
+    """Of each request, as the model is now. Raises `ContextLengthError` for a prompt that does not
     fit with one of its answers."""
-    wanted = [preference_rows(tokenizer, request) for request in requests]
+    wanted = [preference_rows(lm.tokenizer, request) for request in requests]
     pairs = [pair for rows in wanted for some in rows.values() for pair in some]
     for row in (row for pair in pairs for row in pair):
-        check_length(row, context_length(model), "a prompt to evaluate")
-    likelihoods = iter(mean_log_likelihoods(model, tokenizer, [row for p in pairs for row in p]))
+        check_length(row, lm.context_length, "a prompt to evaluate")
+    likelihoods = iter(mean_log_likelihoods(lm, [row for p in pairs for row in p]))
 
     def share(some: Sequence[tuple[Row, Row]]) -> float | None:
         above = [float(next(likelihoods) > next(likelihoods)) for _ in some]
         return mean_given(above)
 
-    found = []
+    preferred = []
     for rows in wanted:
         shares = {name: share(some) for name, some in rows.items()}
         names = ("efficacy", "paraphrase", "neighbourhood")
-        found.append(Preferences(*(shares.get(name) for name in names)))
-    return found
+        preferred.append(Preferences(*(shares.get(name) for name in names)))
+    return preferred
 
 
-def mean_preferences(found: Sequence[Preferences]) -> Preferences:
+def mean_preferences(preferred: Sequence[Preferences]) -> Preferences:
     """Means over the records that have each score."""
     return Preferences(
-        mean_given([f.efficacy for f in found]),
-        mean_given([f.paraphrase for f in found]),
-        mean_given([f.neighbourhood for f in found]),
+        mean_given([f.efficacy for f in preferred]),
+        mean_given([f.paraphrase for f in preferred]),
+        mean_given([f.neighbourhood for f in preferred]),
     )
 
 
-def mean_log_likelihoods(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[float]:
+def mean_log_likelihoods(lm: LanguageModel, rows: Sequence[Row]) -> list[float]:
     """Mean over each row's target tokens of their log-likelihood, nats."""
 
     def mean(logits: Tensor, row: Row) -> float:
         target = torch.tensor(row.target, device=logits.device)
         return float(logits.float().log_softmax(-1).gather(-1, target[:, None]).mean())
 
-    return read_targets(model, tokenizer, rows, mean)
+    return read_targets(lm, rows, mean)

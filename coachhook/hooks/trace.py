@@ -10,7 +10,8 @@ from torch import Tensor
 
 from coachhook.errors import RequestError
 from coachhook.hooks.layer import HookLinear
-from coachhook.models.passes import eval_mode, input_device
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import eval_mode
 from coachhook.models.reading import read_padded
 from coachhook.models.tokens import Row, pad
 
@@ -52,19 +53,19 @@ class Trace:
         }
 
 
-def trace_text(model: Any, tokenizer: Any, hooks: dict[int, HookLinear], text: str) -> Trace:
+def trace_text(lm: LanguageModel, hooks: dict[int, HookLinear], text: str) -> Trace:
     """Read `text` with the hooks at work, and report their gates. See `HookSet.trace`."""
     if not text:
         raise RequestError("there is nothing to trace: the text is empty")
-    encoded = tokenizer(text, return_offsets_mapping=True)
+    encoded = lm.tokenizer(text, return_offsets_mapping=True)
     ids = tuple(encoded["input_ids"])
     # A single row: there is nothing to pad.
-    padded = pad([Row(ids, len(ids) - 1)], 0, input_device(model))
-    with eval_mode(model):
-        by_layer, _ = read_padded(model, padded, padded.mask.bool(), list(hooks.values()), _read)
+    padded = pad([Row(ids, len(ids) - 1)], 0, lm.device)
+    with eval_mode(lm.model):
+        by_layer, _ = read_padded(lm.model, padded, padded.mask.bool(), list(hooks.values()), _read)
     score, z, is_open, edit = (torch.stack(layers) for layers in zip(*by_layer, strict=True))
     tokens = [
-        text[start:end] or tokenizer.convert_ids_to_tokens(token)
+        text[start:end] or lm.tokenizer.convert_ids_to_tokens(token)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
     gates = [hook.gate for hook in hooks.values()]

@@ -36,17 +36,17 @@ class Architecture:
         Raises `ArchitectureError` when neither leads to the model's down-projections.
         """
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        found = template or DOWN_PROJECTIONS.get(kind)
-        if found is None:
+        chosen = template or DOWN_PROJECTIONS.get(kind)
+        if chosen is None:
             raise ArchitectureError(
                 f"architecture {kind!r} is not known (known: {', '.join(sorted(DOWN_PROJECTIONS))}"
                 "); name its down-projection with a template, as 'model.layers.{}.mlp.down_proj'"
             )
-        if found.count("{}") != 1 or ".{}." not in found:
+        if chosen.count("{}") != 1 or ".{}." not in chosen:
             raise ArchitectureError(
-                f"module template {found!r} must contain '.{{}}.' once, for the layer number"
+                f"module template {chosen!r} must contain '.{{}}.' once, for the layer number"
             )
-        architecture = cls(found)
+        architecture = cls(chosen)
         architecture.down_projection(model, 0)
         return architecture
 
@@ -78,7 +78,7 @@ class Architecture:
                 "the names, and a template like 'model.layers.{}.mlp.down_proj' says which to use"
             ) from None
 
-    def d_in(self, model: Any, layer: int) -> int:
+    def d_in(self, model: nn.Module, layer: int) -> int:
         """Width of the keys of block `layer`."""
         module = self.down_projection(model, layer)
         width = getattr(module, "in_features", None)

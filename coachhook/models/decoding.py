@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any
 from unicodedata import east_asian_width
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from coachhook.errors import ContextLengthError
-from coachhook.models.passes import in_parts, input_device
-from coachhook.models.tokens import context_length, tokenize
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import in_parts
+from coachhook.models.tokens import tokenize
 
 # Prompts decoded at once, alike in length. With 32 a prompt took 1.3 times as long on a CPU.
 _AT_ONCE = 128
@@ -23,11 +23,11 @@ SENTENCE_ENDS = ".!?"
 BEYOND_TARGET = 2
 
 
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def complete(lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """The greedy completion of each prompt, up to the end-of-text token `max_new_tokens`
     or the end of the context. Raises `ContextLengthError` for a prompt that fills the context."""
-    limit = context_length(model)
-    rows = [tokenize(tokenizer, prompt)[0] for prompt in prompts]
+    limit = lm.context_length
+    rows = [tokenize(lm.tokenizer, prompt)[0] for prompt in prompts]
     room = [max_new_tokens if limit is None else limit - len(row) for row in rows]
     if room and min(room) < 1:
         longest = max(map(len, rows))
@@ -44,37 +44,35 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens:
     for group in groups:
         width = max(len(rows[i]) for i in group)
         pads = [width - len(rows[i]) for i in group]
-        ids = [[tokenizer.pad_token_id] * pad + rows[i] for pad, i in zip(pads, group, strict=True)]
+        ids = [[lm.pad_id] * pad + rows[i] for pad, i in zip(pads, group, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in pads]
         steps = min(max_new_tokens, *(room[i] for i in group))
-        decode = partial(_decoded, model, tokenizer, torch.tensor(ids), torch.tensor(mask), steps)
-        found = in_parts(decode, len(group), len(group))
-        for i, text in zip(group, chain.from_iterable(found), strict=True):
+        decode = partial(_decoded, lm, torch.tensor(ids), torch.tensor(mask), steps)
+        parts = in_parts(decode, len(group), len(group))
+        for i, text in zip(group, chain.from_iterable(parts), strict=True):
             texts[i] = text
     return texts
 
 
-def _decoded(
-    model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, steps: int, rows: slice
-) -> list[str]:
-    new = greedy(model, tokenizer, ids[rows], mask[rows], steps)
-    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+def _decoded(lm: LanguageModel, ids: Tensor, mask: Tensor, steps: int, rows: slice) -> list[str]:
+    new = greedy(lm, ids[rows], mask[rows], steps)
+    texts: list[str] = lm.tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
 
 
-def greedy(model: Any, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+def greedy(lm: LanguageModel, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
     """New tokens `(b, n)` after left-padded `ids` `(b, t)` with attention `mask` `(b, t)`."""
-    ends = model.generation_config.eos_token_id
+    ends = lm.model.generation_config.eos_token_id
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=lm.tokenizer.eos_token_id if ends is None else ends,
+        pad_token_id=lm.pad_id,
     )
-    device = input_device(model)
+    device = lm.device
     with torch.no_grad():
-        out: Tensor = model.generate(
+        out: Tensor = lm.model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,

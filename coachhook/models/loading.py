@@ -1,18 +1,24 @@
 """Loading a causal language model and its tokenizer."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from coachhook.errors import ModelError
 from coachhook.models import embedded
+from coachhook.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def load_model(
     name: str | Path, *, device: str | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
+) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
     `name` is "smollm2" (the embedded model), a local folder or a hub id. On a CPU the default
@@ -25,7 +31,7 @@ def load_model(
     wanted = dtype or (torch.float32 if device == "cpu" else "auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=wanted)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -34,10 +40,10 @@ def load_model(
         ) from error
     # The name that was asked for, which for the embedded model is not that of its folder.
     model.config._name_or_path = str(name)
-    return model.eval().to(device), prepare_tokenizer(tokenizer)
+    return LanguageModel(model.eval().to(device), prepare_tokenizer(tokenizer))
 
 
-def prepare_tokenizer(tokenizer: Any) -> Any:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """Check that `tokenizer` gives character offsets; give it a padding token if it has none."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(

@@ -4,16 +4,21 @@ All of it works through the model's own forward, so that masks, positions and ca
 architecture's business.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.errors import NotEnoughMemoryError
 from coachhook.models.placement import device_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Result = TypeVar("Result")
 
@@ -73,7 +78,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training.get(module, False)
 
 
-def input_device(model: Any) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where `model` takes its inputs: where its embeddings compute. `model.device` is where the
     first of its weights is, which is nowhere (meta) while that is offloaded."""
     return device_of(model.get_input_embeddings())
@@ -128,7 +133,7 @@ def read_pass(
     return [value for value in seen if value is not None], output[0]
 
 
-def run_to(block: nn.Module, model: Any, inputs: dict[str, Any]) -> Any:
+def run_to(block: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
     """What `block` returns, as it returns it, in a pass without gradient that goes no further."""
     seen: list[Any] = []
 
@@ -187,12 +192,12 @@ def _like(template: Any, hidden: Tensor) -> Any:
     return (hidden, *template[1:]) if isinstance(template, tuple) else hidden
 
 
-def final_hidden(model: Any, **inputs: Any) -> Any:
+def final_hidden(model: PreTrainedModel, **inputs: Any) -> Any:
     """The base model's output: `.last_hidden_state` stands after the final norm."""
     return model.base_model(**inputs)
 
 
-def logits_of(model: Any, hidden: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Float32 logits `(n, vocabulary)` of final hidden states `(n, d)`."""
     logits: Tensor = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config, "final_logit_softcapping", None)

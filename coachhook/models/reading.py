@@ -5,12 +5,13 @@ Rows are read in parts, alike in length, and in smaller ones wherever memory doe
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coachhook.models.passes import final_hidden, in_parts, input_device, logits_of, read_pass
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import final_hidden, in_parts, logits_of, read_pass
 from coachhook.models.tokens import Padded, Row, pad
 
 # Rows read at once, alike in length.
@@ -23,7 +24,7 @@ Make = Callable[[Module, Tensor, slice], Sequence[Tensor]]
 
 
 def read_padded(
-    model: Any,
+    model: nn.Module,
     padded: Padded,
     at: Tensor,
     modules: Sequence[Module],
@@ -62,8 +63,7 @@ def read_padded(
 
 
 def read_rows(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     rows: Sequence[Row],
     modules: Sequence[Module],
     make: Make[Module],
@@ -75,9 +75,9 @@ def read_rows(
     there is at least one."""
     parts, order = [], []
     for places in _alike(rows):
-        padded = pad([rows[i] for i in places], tokenizer.pad_token_id, input_device(model))
+        padded = pad([rows[i] for i in places], lm.pad_id, lm.device)
         at = padded.mask.bool() if every else padded.subject_mask()
-        parts.append(read_padded(model, padded, at, modules, make)[0])
+        parts.append(read_padded(lm.model, padded, at, modules, make)[0])
         order += places
     counts = [len(rows[i].ids) if every else 1 for i in order]
     # Where the tokens of each row stand in what was read.
@@ -88,28 +88,28 @@ def read_rows(
 
 @torch.no_grad()
 def read_targets(
-    model: Any, tokenizer: Any, rows: Sequence[Row], read: Callable[[Tensor, Row], T]
+    lm: LanguageModel, rows: Sequence[Row], read: Callable[[Tensor, Row], T]
 ) -> list[T]:
     """`read` of each row, given the logits `(n_target, v)` that predict its target (teacher
     forcing). Raises `NotEnoughMemoryError` if one row is too much."""
-    found: dict[int, T] = {}
+    results: dict[int, T] = {}
 
     def some(group: Sequence[int], part: slice) -> None:
         places = group[part]
         chosen = [rows[i] for i in places]
-        padded = pad(chosen, tokenizer.pad_token_id, input_device(model))
-        final = final_hidden(model, **padded.inputs(), use_cache=False).last_hidden_state
+        padded = pad(chosen, lm.pad_id, lm.device)
+        final = final_hidden(lm.model, **padded.inputs(), use_cache=False).last_hidden_state
         ends = [len(row.ids) - 1 for row in chosen]
         spans = zip(final, chosen, ends, strict=True)
         # One product with the output embeddings, which are read once for all rows.
         states = torch.cat([states[end - row.n_target : end] for states, row, end in spans])
-        logits = logits_of(model, states).split([row.n_target for row in chosen])
+        logits = logits_of(lm.model, states).split([row.n_target for row in chosen])
         for i, row, its in zip(places, chosen, logits, strict=True):
-            found[i] = read(its, row)
+            results[i] = read(its, row)
 
     for group in _alike(rows):
         in_parts(partial(some, group), len(group), len(group))
-    return [found[i] for i in range(len(rows))]
+    return [results[i] for i in range(len(rows))]
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[int]]:

@@ -1,14 +1,19 @@
 """From text to token rows: where the subject ends, where the target stands, how rows are padded."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from coachhook.errors import ContextLengthError, RequestError
 from coachhook.facts.request import EditRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,11 @@ class Row:
 
 
 def encode(
-    tokenizer: Any, text: str, target: str | None = None, *, subject_end: int | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    target: str | None = None,
+    *,
+    subject_end: int | None = None,
 ) -> Row:
     """Tokenise `text`, and `target` after it, as one string, as the model would meet it.
 
@@ -52,7 +61,7 @@ def encode(
 
 
 def encode_request(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
     request: EditRequest,
     context: str = "{}",
     *,
@@ -70,7 +79,9 @@ def encode_request(
     )
 
 
-def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerFast, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of `text` and their character spans, without special tokens at the end: some
     tokenizers put one there, and what follows would then follow the end of the text."""
     encoded = tokenizer(text, return_offsets_mapping=True)
@@ -94,12 +105,6 @@ def check_length(row: Row, limit: int | None, what: str) -> None:
             f"{what} takes {len(row.ids)} tokens with its target, but the model's context holds "
             f"{limit}; shorten the prompt"
         )
-
-
-def context_length(model: Any) -> int | None:
-    """The longest sequence `model` was made for, if its configuration says so."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +18,8 @@ from torch import Tensor
 from coachhook.errors import AttachError, StatisticsError
 from coachhook.hooks.layer import HookLinear
 from coachhook.models.architecture import Architecture
-from coachhook.models.passes import eval_mode, input_device, plainly
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import eval_mode, plainly
 from coachhook.statistics import cache as files
 from coachhook.statistics import text as corpus
 from coachhook.statistics.cache import Partial
@@ -57,8 +57,7 @@ KeyStatistics = dict[int, LayerStatistics]
 
 @plainly()
 def key_statistics(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     architecture: Architecture,
     layers: Sequence[int],
     source: StatisticsSource | None = None,
@@ -73,18 +72,17 @@ def key_statistics(
 
     Raises `StatisticsError` on unusable text, non-finite keys, or weights that are not here whole.
     """
-    if any(isinstance(module, HookLinear) for module in model.modules()):
+    if any(isinstance(module, HookLinear) for module in lm.model.modules()):
         raise AttachError(
             "this model has hooks attached, and key statistics are those of the unedited model; "
             "detach the hooks first"
         )
     source = source or StatisticsSource()
-    modules = {layer: architecture.down_projection(model, layer) for layer in layers}
-    with eval_mode(model), ExitStack() as holding:
-        n_tokens = source.tokens_for(max(architecture.d_in(model, layer) for layer in layers))
+    modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
+    with eval_mode(lm.model), ExitStack() as holding:
+        n_tokens = source.tokens_for(max(architecture.d_in(lm.model, layer) for layer in layers))
         recipe = recipe_of(
-            model,
-            tokenizer,
+            lm,
             architecture,
             layers,
             path=source.path,
@@ -97,30 +95,28 @@ def key_statistics(
                 "of them the same"
             )
         file = files.cache_file(recipe)
-        found = _cached(file, layers, processes)
-        if found is None:
+        statistics = _cached(file, layers, processes)
+        if statistics is None:
             if processes.is_first:
                 holding.enter_context(files.measuring(file))
             # Whoever held the lock may have measured them.
-            found = _cached(file, layers, processes)
-        if found is None:
-            shards = _shards(model, tokenizer, source, n_tokens)
+            statistics = _cached(file, layers, processes)
+        if statistics is None:
+            shards = _shards(lm, source, n_tokens)
             with track("key statistics", n_tokens, shown=processes.is_first) as advance:
-                reader = KeyReader(model, tokenizer, modules)
-                found = _measure(reader, shards, source.seed, file, processes, advance)
+                reader = KeyReader(lm, modules)
+                statistics = _measure(reader, shards, source.seed, file, processes, advance)
             if processes.is_first_on_host:
-                _save(file, found)
+                _save(file, statistics)
             processes.everyone(True)
             files.remove_partials(file)
-    return found
+    return statistics
 
 
-def _shards(model: Any, tokenizer: Any, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:
+def _shards(lm: LanguageModel, source: StatisticsSource, n_tokens: int) -> Iterator[Shard]:
     if source.path is not None:
-        return corpus.file_shards(Path(source.path), tokenizer, n_tokens)
-    return corpus.sampled_shards(
-        model, tokenizer, n_tokens, seed=source.seed, device=input_device(model)
-    )
+        return corpus.file_shards(Path(source.path), lm.tokenizer, n_tokens)
+    return corpus.sampled_shards(lm, n_tokens, seed=source.seed)
 
 
 def _measure(
@@ -131,7 +127,9 @@ def _measure(
     processes: Processes,
     advance: Progress,
 ) -> KeyStatistics:
-    starts = reader.read(TokenBatch(corpus.first_tokens(reader.tokenizer, FIRST_WORDS, seed=seed)))
+    starts = reader.read(
+        TokenBatch(corpus.first_tokens(reader.lm.tokenizer, FIRST_WORDS, seed=seed))
+    )
     sums = _empty(starts, processes)
     done, partial = _resume(file, sums, processes)
     for shard, n_before in _dealt(shards, done, processes, advance):
@@ -221,10 +219,10 @@ def _cached(file: Path, layers: Sequence[int], processes: Processes) -> KeyStati
 
 def _save(file: Path, statistics: KeyStatistics) -> None:
     tensors = {}
-    for layer, found in statistics.items():
-        tensors[f"moment.{layer}"] = found.moment
-        tensors[f"background.{layer}"] = found.background
-        tensors[f"first.{layer}"] = found.first
+    for layer, of_layer in statistics.items():
+        tensors[f"moment.{layer}"] = of_layer.moment
+        tensors[f"background.{layer}"] = of_layer.background
+        tensors[f"first.{layer}"] = of_layer.first
     n_tokens = next(iter(statistics.values())).n_tokens
     try:
         files.write(file, tensors, {"n_tokens": str(n_tokens)})

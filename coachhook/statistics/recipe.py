@@ -6,20 +6,19 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.errors import StatisticsError
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.placement import fetched
 from coachhook.statistics import text as corpus
 
 
 def recipe_of(
-    model: Any,
-    tokenizer: Any,
+    lm: LanguageModel,
     architecture: Architecture,
     layers: Sequence[int],
     *,
@@ -32,13 +31,13 @@ def recipe_of(
 
     Raises `StatisticsError` where a weight is not here whole, or the file at `path` cannot be read.
     """
-    blocks = architecture.blocks(model)
+    blocks = architecture.blocks(lm.model)
     above = {id(p) for block in blocks[max(layers) + 1 :] for p in block.parameters()}
     recipe = {
-        "model": model.config.model_type,
+        "model": lm.model.config.model_type,
         "template": architecture.template,
-        "weights": _weights_checksum(model, above),
-        "vocabulary": [len(tokenizer), *tokenizer("")["input_ids"]],
+        "weights": _weights_checksum(lm.model, above),
+        "vocabulary": [len(lm.tokenizer), *lm.tokenizer("")["input_ids"]],
         "layers": list(layers),
         "text": None if path is None else [Path(path).suffix, _file_checksum(Path(path))],
         "cut": [n_tokens, seed, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES],
@@ -46,7 +45,7 @@ def recipe_of(
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _weights_checksum(model: Any, left_out: set[int]) -> str:
+def _weights_checksum(model: nn.Module, left_out: set[int]) -> str:
     _check_whole(model)
     # Every byte counts: sums or samples of a weight would not tell a fine-tuned model from its
     # base. One checksum a tensor, so that several are computed at once: of an 8B model some 8 GB
@@ -64,9 +63,9 @@ def _weights_checksum(model: Any, left_out: set[int]) -> str:
             else:
                 sums.append((title, pool.submit(_checksum, weight)))
     digest = hashlib.sha256()
-    for title, found in sums:
+    for title, checksum in sums:
         digest.update(title.encode())
-        digest.update(found if isinstance(found, bytes) else found.result())
+        digest.update(checksum if isinstance(checksum, bytes) else checksum.result())
     return digest.hexdigest()
 
 
@@ -75,7 +74,7 @@ def _checksum(weight: Tensor) -> bytes:
     return hashlib.sha256(raw.view(torch.uint8).numpy().data).digest()
 
 
-def _check_whole(model: Any) -> None:
+def _check_whole(model: nn.Module) -> None:
     # Imported here, and accelerate below, because commands without a model should start at once.
     from torch.distributed.tensor import DTensor
 
@@ -83,7 +82,7 @@ def _check_whole(model: Any) -> None:
     if has_parts or (getattr(model, "tp_size", None) or 1) > 1:
         raise StatisticsError(
             "this model's weights are divided among processes, and with tensor parallelism so are "
-            "its keys; measure its key statistics with the model loaded whole"
+            "its keys; measure its key statistics with the model loaded fetched"
         )
 
 

@@ -1,16 +1,22 @@
 """Sums over the keys of a text's shards: what a pass over ordinary text carries along."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from coachhook.errors import StatisticsError
-from coachhook.models.passes import input_device, read_pass
+from coachhook.models.language_model import LanguageModel
+from coachhook.models.passes import read_pass
 from coachhook.statistics.text import Shard, TokenBatch
 from coachhook_kernels.key_covariance import key_covariance_
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # How many tokens of context a message quotes on either side.
 _QUOTED = 8
@@ -20,8 +26,7 @@ _QUOTED = 8
 class KeyReader:
     """Reads keys of text. modules: the hooked down-projections by layer, lowest first."""
 
-    model: Any
-    tokenizer: Any
+    lm: LanguageModel
     modules: Mapping[int, Any]
 
     def read(self, batch: TokenBatch) -> dict[int, Tensor]:
@@ -31,15 +36,15 @@ class KeyReader:
         Raises `StatisticsError`, with layer, token and text, where a real token's key is not
         finite.
         """
-        device = input_device(self.model)
+        device = self.lm.device
         inputs = {"input_ids": batch.ids.to(device)}
         if batch.mask is not None:
             inputs["attention_mask"] = batch.mask.to(device, torch.long)
-        keys, _ = read_pass(self.model, inputs, inputs_of=list(self.modules.values()))
-        found = dict(zip(self.modules, keys, strict=True))
-        for layer, rows in found.items():
-            _check_finite(rows, batch, self.tokenizer, layer)
-        return found
+        keys, _ = read_pass(self.lm.model, inputs, inputs_of=list(self.modules.values()))
+        by_layer = dict(zip(self.modules, keys, strict=True))
+        for layer, rows in by_layer.items():
+            _check_finite(rows, batch, self.lm.tokenizer, layer)
+        return by_layer
 
 
 @dataclass
@@ -56,7 +61,7 @@ class KeySums:
     background: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def like(cls, keys: Mapping[int, Tensor], *, on_cpu: bool = False) -> "KeySums":
+    def like(cls, keys: Mapping[int, Tensor], *, on_cpu: bool = False) -> KeySums:
         """Sums of nothing yet, for keys such as `keys`, on their devices or on the CPU."""
         return cls(
             {
@@ -84,17 +89,17 @@ class KeySums:
                     raise
                 waiting.extend(reversed(_halves(batch)))
                 continue
-            for layer, found in keys.items():
-                _add(self.moments[layer], found, batch.mask)
+            for layer, of_layer in keys.items():
+                _add(self.moments[layer], of_layer, batch.mask)
                 if n_background > 0:
-                    kept[layer].append(_real(found, batch.mask)[:n_background])
+                    kept[layer].append(_real(of_layer, batch.mask)[:n_background])
             n_background -= batch.ids.numel() if batch.mask is None else int(batch.mask.sum())
         self.shards[shard.number] = shard.n_tokens
         for layer, rows in kept.items():
             if rows:
                 self.background[layer, shard.number] = torch.cat(rows)
 
-    def absorb(self, other: "KeySums") -> None:
+    def absorb(self, other: KeySums) -> None:
         """Add the sums of other shards."""
         for layer, moment in other.moments.items():
             self.moments[layer] += moment.to(self.moments[layer].device)
@@ -122,7 +127,9 @@ def _halves(batch: TokenBatch) -> list[TokenBatch]:
     ]
 
 
-def _check_finite(keys: Tensor, batch: TokenBatch, tokenizer: Any, layer: int) -> None:
+def _check_finite(
+    keys: Tensor, batch: TokenBatch, tokenizer: PreTrainedTokenizerFast, layer: int
+) -> None:
     if torch.isfinite(keys).all():
         return
     wrong = ~torch.isfinite(keys).all(-1).cpu()

@@ -4,6 +4,8 @@ A shard's text depends on nothing but the source and the shard's number: not on 
 it, nor on which shards were read before.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -11,13 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from coachhook.errors import StatisticsError
+from coachhook.models.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Short sequences give many first positions, whose keys are unlike all others (attention sink).
 SEQUENCE_LENGTH = 64
@@ -48,15 +54,13 @@ class Shard:
     read: Callable[[Progress], list[TokenBatch]]
 
 
-def sampled_shards(
-    model: Any, tokenizer: Any, n_tokens: int, *, seed: int, device: Any
-) -> Iterator[Shard]:
+def sampled_shards(lm: LanguageModel, n_tokens: int, *, seed: int) -> Iterator[Shard]:
     """Text sampled from the model at temperature 1, in sequences of `SEQUENCE_LENGTH` tokens.
 
     Every sequence starts with a word drawn uniformly from the vocabulary (behind the BOS token if
-    the tokenizer puts one), so that no data set and no prompt is needed. device: where the model
-    takes its inputs.
+    the tokenizer puts one), so that no data set and no prompt is needed.
     """
+    model, tokenizer, device = *lm, lm.device
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
     lead = torch.tensor(tokenizer("")["input_ids"], device=device).long()
     starts = torch.tensor(_word_tokens(tokenizer), device=device)
@@ -100,7 +104,7 @@ def _shard_seed(seed: int, number: int) -> int:
     return int.from_bytes(digest[:8]) >> 1
 
 
-def first_tokens(tokenizer: Any, n: int, *, seed: int) -> Tensor:
+def first_tokens(tokenizer: PreTrainedTokenizerFast, n: int, *, seed: int) -> Tensor:
     """`n` one-word texts, int64 `(n, t)`: what stands at the first position of ordinary text."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.tensor(_word_tokens(tokenizer))
@@ -109,7 +113,7 @@ def first_tokens(tokenizer: Any, n: int, *, seed: int) -> Tensor:
     return torch.cat([lead.reshape(n, -1), starts[picks]], dim=1)
 
 
-def _word_tokens(tokenizer: Any) -> list[int]:
+def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Tokens that can start a text: more than one character, letters only, not a special token."""
     special = set(tokenizer.all_special_ids)
     words = []
@@ -120,7 +124,7 @@ def _word_tokens(tokenizer: Any) -> list[int]:
     return words or [t for t in range(len(tokenizer)) if t not in special]
 
 
-def file_shards(path: Path, tokenizer: Any, n_tokens: int) -> Iterator[Shard]:
+def file_shards(path: Path, tokenizer: PreTrainedTokenizerFast, n_tokens: int) -> Iterator[Shard]:
     """Text of a file, in its order, cut into sequences of at most `SEQUENCE_LENGTH` tokens.
 
     Raises `StatisticsError` if the file has no usable text.
@@ -145,7 +149,7 @@ def file_shards(path: Path, tokenizer: Any, n_tokens: int) -> Iterator[Shard]:
         yield _file_shard(next(number), pieces, tokenizer)
 
 
-def _pieces(path: Path, tokenizer: Any) -> Iterator[list[int]]:
+def _pieces(path: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
     for document in _documents(path):
         ids = tokenizer(document)["input_ids"]
         for start in range(0, len(ids), SEQUENCE_LENGTH):
@@ -154,7 +158,7 @@ def _pieces(path: Path, tokenizer: Any) -> Iterator[list[int]]:
                 yield piece
 
 
-def _file_shard(number: int, pieces: list[list[int]], tokenizer: Any) -> Shard:
+def _file_shard(number: int, pieces: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> Shard:
     n_tokens = sum(map(len, pieces))
     pad_id = tokenizer.pad_token_id or 0
 

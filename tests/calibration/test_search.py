@@ -30,7 +30,7 @@ from coachhook.facts.loaders import load_requests
 from coachhook.hookset import HookSet
 from coachhook.models.architecture import Architecture
 from coachhook.statistics.source import StatisticsSource
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model, tiny_tokenizer
 
 SETTINGS = Settings((0, 1), 77.0, 0.5, 32, 0.7, 1e-3)
 LITTLE = StatisticsSource(n_tokens=512)
@@ -57,7 +57,7 @@ def _own_cache(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def found() -> Calibration:
-    return calibrate(tiny_model("gpt2"), tiny_tokenizer(), source=LITTLE, minutes=0)
+    return calibrate(tiny_lm(tiny_model("gpt2")), source=LITTLE, minutes=0)
 
 
 def invoke(*arguments: str) -> Any:
@@ -209,21 +209,21 @@ class TestRandomModel:
     def test_layers_can_be_fixed_and_the_model_is_left_as_it_was(self) -> None:
         model = tiny_model("llama")
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        found = calibrate(model, tiny_tokenizer(), layers=(1, 3), source=LITTLE, minutes=0)
+        found = calibrate(tiny_lm(model), layers=(1, 3), source=LITTLE, minutes=0)
         assert found.profile.settings.layers == (1, 3)
         after = model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], before[name]) for name in before)
 
     def test_bad_wishes_are_refused(self) -> None:
-        model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+        lm = tiny_lm(tiny_model("llama"))
         with pytest.raises(ConfigError, match="minutes"):
-            calibrate(model, tokenizer, minutes=float("nan"))
+            calibrate(lm, minutes=float("nan"))
         with pytest.raises(ConfigError, match="blocks"):
-            calibrate(model, tokenizer, layers=(9,))
-        model.config.max_position_embeddings = 8
+            calibrate(lm, layers=(9,))
+        lm.model.config.max_position_embeddings = 8
         with pytest.raises(ContextLengthError, match="context of 8 tokens"):
-            calibrate(model, tokenizer, layers=(1,), source=LITTLE)
+            calibrate(lm, layers=(1,), source=LITTLE)
 
 
 class TestProfileFile:

@@ -14,7 +14,7 @@ from coachhook.editing.values import TargetValues, optimise_values
 from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import hidden_of, starting_after
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 LAYER = 1
 FACTS = [
@@ -31,15 +31,14 @@ def optimise(
 ) -> TargetValues:
     said: list[int] = [] if told is None else told
     return optimise_values(
-        model, tiny_tokenizer(), Architecture.of(model), LAYER, facts, config, said.append
+        tiny_lm(model), Architecture.of(model), LAYER, facts, config, said.append
     )
 
 
 def prepared(model: Any, facts: list[EditRequest]) -> tuple[ShiftedRows, Any]:
-    tokenizer = tiny_tokenizer()
-    groups = contexts_of(tokenizer, facts, CONFIG)
+    groups = contexts_of(tiny_tokenizer(), facts, CONFIG)
     blocks = Architecture.of(model).blocks(model)
-    return prepare(model, blocks, LAYER, tokenizer.pad_token_id, groups, CONFIG.gain)
+    return prepare(tiny_lm(model), blocks, LAYER, groups, CONFIG.gain)
 
 
 def plain_loss(model: Any, fact: EditRequest, number: int, shift: Tensor, kl: float) -> Tensor:

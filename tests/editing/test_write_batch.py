@@ -15,7 +15,7 @@ from coachhook.editor import Editor
 from coachhook.models.architecture import Architecture
 from coachhook.statistics.measure import key_statistics
 from tests.support.closed_form import D_IN, closed_form, moment, random, relative_error, weighted
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model
 
 LAYER = 1
 WEIGHT = 0.09
@@ -37,16 +37,14 @@ def test_keys_under_contexts_count_by_their_weight(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    statistics = key_statistics(
-        model, tokenizer, Architecture.of(model), (LAYER,), CONFIG.statistics
-    )
+    lm = tiny_lm(tiny_model("llama"))
+    statistics = key_statistics(lm, Architecture.of(lm.model), (LAYER,), CONFIG.statistics)
     accumulated = weighted(statistics[LAYER].moment, CONFIG.preservation)
-    with Editor.from_pretrained(model, tokenizer, config=CONFIG, statistics=statistics) as editor:
-        hook = editor.hooks.modules(model)[LAYER]
+    with Editor.from_pretrained(*lm, config=CONFIG, statistics=statistics) as editor:
+        hook = editor.hooks.modules(lm.model)[LAYER]
         for number, requests in enumerate(BATCHES):
-            contexts = Contexts.of(model, tokenizer, requests, CONFIG.values.contexts)
-            (keys,), _ = contexts.read(model, [hook], 1024)
+            contexts = Contexts.of(lm, requests, CONFIG.values.contexts)
+            (keys,), _ = contexts.read(lm.model, [hook], 1024)
             editor.edit(requests)
             factors = editor.hooks.journal.batches[number].layers[LAYER]
             weights = torch.tensor([1.0, WEIGHT, WEIGHT])[:, None]

@@ -24,6 +24,7 @@ from coachhook import (
 from coachhook.editing.values import optimise_values
 from coachhook.errors import ArchitectureError
 from coachhook.models.architecture import DOWN_PROJECTIONS, Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import hidden_of, read_pass
 from coachhook.models.tokens import Row, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
@@ -282,7 +283,9 @@ def test_loss_of_the_values_is_what_a_full_pass_gives(kind: str) -> None:
         EditRequest("In the year {} they", "1984", "built"),
         FACTS[1],
     ]
-    values = optimise_values(model, tokenizer, architecture, HOOKED[-1], facts, settings)
+    values = optimise_values(
+        LanguageModel(model, tokenizer), architecture, HOOKED[-1], facts, settings
+    )
     block = architecture.blocks(model)[HOOKED[-1]]
     for fact, hidden, loss in zip(facts, values.hidden, values.loss, strict=True):
         texts = ("{}", context)
@@ -368,7 +371,9 @@ class TestStatisticsCache:
     source = StatisticsSource(n_tokens=256)
 
     def measure(self, model: Any, tokenizer: Any) -> KeyStatistics:
-        return key_statistics(model, tokenizer, Architecture.of(model), (1,), self.source)
+        return key_statistics(
+            LanguageModel(model, tokenizer), Architecture.of(model), (1,), self.source
+        )
 
     def test_second_call_reads_the_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model, tokenizer = tiny_model("llama", seed=60), tiny_tokenizer()

@@ -9,7 +9,7 @@ import torch
 from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
 from coachhook.models.architecture import Architecture
 from coachhook.statistics.measure import KeyStatistics, key_statistics
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2)
 FALSE_ALARMS = 0.02
@@ -42,7 +42,7 @@ def config(gate: str) -> EditConfig:
 def statistics() -> KeyStatistics:
     model = tiny_model("llama")
     source = StatisticsSource(n_tokens=1024)
-    return key_statistics(model, tiny_tokenizer(), Architecture.of(model), LAYERS, source)
+    return key_statistics(tiny_lm(model), Architecture.of(model), LAYERS, source)
 
 
 def editor_of(gate: str) -> Editor:

@@ -14,6 +14,7 @@ from coachhook.evaluation.metrics import (
     questions,
     score,
 )
+from coachhook.models.language_model import LanguageModel
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -61,10 +62,10 @@ def test_each_metric_is_the_mean_over_a_requests_own_prompts() -> None:
 
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
-    model = tiny_model("llama")
+    lm = LanguageModel(tiny_model("llama"), TOKENIZER)
     asked = questions(TOKENIZER, [FULL, BARE])
-    for question, found in zip(asked, ask(model, TOKENIZER, asked, 4), strict=True):
-        (alone,) = ask(model, TOKENIZER, [question], 4)
+    for question, found in zip(asked, ask(lm, asked, 4), strict=True):
+        (alone,) = ask(lm, [question], 4)
         assert torch.equal(found.choice, alone.choice)
         assert found.text == alone.text
 
@@ -72,10 +73,10 @@ def test_answers_come_in_the_order_of_the_questions() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_locality_of_an_unedited_model_is_one(dtype: torch.dtype) -> None:
     """In whatever company its prompts are read: what rounds otherwise would count as changed."""
-    model = tiny_model("llama").to(dtype)
+    lm = LanguageModel(tiny_model("llama").to(dtype), TOKENIZER)
     beside = tuple((f"They drove to Spain {'again ' * n}", TARGETS[2]) for n in range(9))
     request = EditRequest("They moved to {}", "France " * 8, TARGETS[0], locality=beside)
     asked = questions(TOKENIZER, [request])
-    before = ask(model, TOKENIZER, [q for q in asked if q.is_beside], 8)
-    (found,) = score(asked, ask(model, TOKENIZER, asked, 8), before, 1)
+    before = ask(lm, [q for q in asked if q.is_beside], 8)
+    (found,) = score(asked, ask(lm, asked, 8), before, 1)
     assert found.locality == Scores(1.0, 1.0, 1.0)

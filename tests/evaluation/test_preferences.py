@@ -10,7 +10,7 @@ from coachhook import EditRequest
 from coachhook.errors import ContextLengthError
 from coachhook.evaluation.preferences import Preferences, mean_preferences, preferences
 from coachhook.models.tokens import encode
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 REQUEST = EditRequest(
     "They moved to {}",
@@ -49,7 +49,7 @@ def test_shares_of_prompts(model: Any) -> None:
         assert former is not None
         # An answer that is the target says nothing.
         beside = [p for p in request.locality if p.answer != wanted]
-        (found,) = preferences(model, tiny_tokenizer(), [request])
+        (found,) = preferences(tiny_lm(model), [request])
         assert found.efficacy == above(request.prompt, wanted, former)
         assert found.paraphrase == pytest.approx(
             sum(above(prompt, wanted, former) for prompt in request.paraphrases) / 2
@@ -63,7 +63,7 @@ def test_shares_of_prompts(model: Any) -> None:
 def test_nothing_to_compare_is_absent(model: Any, truth: str | None) -> None:
     without = replace(REQUEST, truth=truth)
     alone = EditRequest("They moved to {}", "France", TARGETS[0], truth=TARGETS[1])
-    found = preferences(model, tiny_tokenizer(), [without, alone])
+    found = preferences(tiny_lm(model), [without, alone])
     assert found[0] == Preferences(None, None, None)
     assert (found[1].paraphrase, found[1].neighbourhood) == (None, None)
     assert mean_preferences(found) == found[1]
@@ -73,4 +73,4 @@ def test_nothing_to_compare_is_absent(model: Any, truth: str | None) -> None:
 def test_an_answer_that_does_not_fit(model: Any) -> None:
     long = replace(REQUEST, truth="word " * 3000)
     with pytest.raises(ContextLengthError):
-        preferences(model, tiny_tokenizer(), [long])
+        preferences(tiny_lm(model), [long])

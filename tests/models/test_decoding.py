@@ -12,7 +12,7 @@ from coachhook.models.architecture import Architecture
 from coachhook.models.decoding import complete, is_exactly, natural_stop, starts_with
 from coachhook.models.passes import eval_mode, read_pass
 from coachhook.models.tokens import encode
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_natural_stop(text: str, answer: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_prompt_near_the_end_of_the_context(kind: str) -> None:
-    model, tokenizer = tiny_model(kind, seed=1), tiny_tokenizer()
+    lm = tiny_lm(tiny_model(kind, seed=1))
     word = "a"
     near = word * 125
-    assert len(tokenizer(near)["input_ids"]) == 125
-    alone = complete(model, tokenizer, ["Hello"], 20)[0]
-    texts = complete(model, tokenizer, [near, "Hello"], 20)
+    assert len(lm.tokenizer(near)["input_ids"]) == 125
+    alone = complete(lm, ["Hello"], 20)[0]
+    texts = complete(lm, [near, "Hello"], 20)
     assert texts[1] == alone
     with pytest.raises(ContextLengthError, match="context of 128"):
-        complete(model, tokenizer, [word * 128], 20)
+        complete(lm, [word * 128], 20)
 
 
 def test_a_token_put_behind_the_text_is_no_target() -> None:

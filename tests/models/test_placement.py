@@ -22,9 +22,10 @@ from coachhook.errors import CoachhookError
 from coachhook.evaluation.evaluate import Evaluation, evaluate
 from coachhook.hooks.trace import Trace
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import input_device
 from coachhook.plan import Sizes, edit_plan
-from tests.support.tiny import LAYERS, TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import LAYERS, TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 CONFIG = EditConfig(
     layers=(1, 2),
@@ -138,7 +139,7 @@ def life_of(model: Any, folder: Path) -> Life:
     with Editor.resume(folder, model, tokenizer) as editor:
         editor.edit(ASKED[1:])
         hooks = editor.hooks
-        evaluation = evaluate(model, tokenizer, hooks, ASKED, TEXT)
+        evaluation = evaluate(LanguageModel(model, tokenizer), hooks, ASKED, TEXT)
         trace = hooks.trace(model, tokenizer, FACTS[0].prompt)
         generated = model.generate(**ids, max_new_tokens=4, do_sample=False)[0].tolist()
         look()
@@ -221,11 +222,11 @@ def test_a_plan_counts_as_memory_what_is_in_memory(tied: bool, tmp_path: Path) -
 
 def test_a_model_partly_on_disk_is_calibrated(tmp_path: Path) -> None:
     source = StatisticsSource(n_tokens=512)
-    wanted = calibrate(tiny_model("gpt2"), tiny_tokenizer(), layers=(1,), source=source, minutes=0)
+    wanted = calibrate(tiny_lm(tiny_model("gpt2")), layers=(1,), source=source, minutes=0)
     parts = ("transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head")
     device_map = dict.fromkeys(parts, "disk") | {"transformer.h": "cpu"}
     model = placed(tiny_model("gpt2"), device_map, offload_dir=str(tmp_path / "weights"))
-    found = calibrate(model, tiny_tokenizer(), layers=(1,), source=source, minutes=0)
+    found = calibrate(tiny_lm(model), layers=(1,), source=source, minutes=0)
     assert found.profile.settings == wanted.profile.settings
     assert found.trials[0].scores == wanted.trials[0].scores
 

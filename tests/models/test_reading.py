@@ -16,11 +16,12 @@ from coachhook.errors import NotEnoughMemoryError
 from coachhook.evaluation.gate_scores import gate_scores
 from coachhook.hooks.trace import trace_text
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import read_pass
 from coachhook.models.reading import read_rows, read_targets
 from coachhook.models.tokens import encode, encode_request
 from coachhook.statistics.measure import KeyStatistics, key_statistics
-from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2)
 SOURCE = StatisticsSource(n_tokens=1024)
@@ -47,7 +48,7 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> KeyStatistics:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COACHHOOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         model = tiny_model("llama")
-        return key_statistics(model, tiny_tokenizer(), Architecture.of(model), LAYERS, SOURCE)
+        return key_statistics(tiny_lm(model), Architecture.of(model), LAYERS, SOURCE)
 
 
 @pytest.fixture(scope="module", params=["keyed", "sequence"])
@@ -88,7 +89,8 @@ def assert_alike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 
 class TestHalves:
     def test_contexts(self, monkeypatch: pytest.MonkeyPatch, editor: Editor) -> None:
-        contexts = Contexts.of(editor.model, editor.tokenizer, FACTS, ("In other news, {}",))
+        lm = LanguageModel(editor.model, editor.tokenizer)
+        contexts = Contexts.of(lm, FACTS, ("In other news, {}",))
         hooks = list(editor.hooks.modules(editor.model).values())
         block = Architecture.of(editor.model).blocks(editor.model)[LAYERS[-1]]
 
@@ -106,7 +108,9 @@ class TestHalves:
 
     def test_gate_scores(self, monkeypatch: pytest.MonkeyPatch, editor: Editor) -> None:
         def read() -> Any:
-            return gate_scores(editor.model, editor.tokenizer, editor.hooks, FACTS, TEXT)
+            return gate_scores(
+                LanguageModel(editor.model, editor.tokenizer), editor.hooks, FACTS, TEXT
+            )
 
         whole, parts = halving(monkeypatch, editor.model, read)
         for one, other in zip(whole.layers, parts.layers, strict=True):
@@ -122,16 +126,14 @@ class TestHalves:
     def test_probe_sketches(
         self, monkeypatch: pytest.MonkeyPatch, statistics: KeyStatistics
     ) -> None:
-        model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-        architecture = Architecture.of(model)
+        lm = tiny_lm(tiny_model("llama"))
+        architecture = Architecture.of(lm.model)
 
         def read() -> list[Tensor]:
-            found = probe_sketches(
-                model, tokenizer, architecture, statistics, FACTS, ("In other news, {}",)
-            )
+            found = probe_sketches(lm, architecture, statistics, FACTS, ("In other news, {}",))
             return [t for s in found.values() for t in (s.marks, s.reworded, s.others)]
 
-        whole, parts = halving(monkeypatch, model, read)
+        whole, parts = halving(monkeypatch, lm.model, read)
         assert_alike(parts, whole)
 
     def test_an_editor_under_comparison(
@@ -140,14 +142,14 @@ class TestHalves:
         monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
         model = tiny_model("llama")
         config = EditConfig(layers=LAYERS, statistics=SOURCE)
-        setting = editors.Setting.of(model, tiny_tokenizer(), config)
+        setting = editors.Setting.of(tiny_lm(model), config)
         contexts = setting.contexts(FACTS)
         whole, parts = halving(monkeypatch, model, lambda: setting.read(contexts, LAYERS[0]))
         assert_alike(parts, whole)
 
     def test_targets(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-        rows = [encode_request(tokenizer, fact) for fact in FACTS]
+        lm = tiny_lm(tiny_model("llama"))
+        rows = [encode_request(lm.tokenizer, fact) for fact in FACTS]
 
         def limited(**inputs: Any) -> Any:
             if len(inputs["input_ids"]) > 1:
@@ -155,10 +157,10 @@ class TestHalves:
             return forward(**inputs)
 
         def read() -> list[Tensor]:
-            return read_targets(model, tokenizer, rows, lambda logits, _: logits)
+            return read_targets(lm, rows, lambda logits, _: logits)
 
-        whole, forward = read(), model.base_model.forward
-        monkeypatch.setattr(model.base_model, "forward", limited)
+        whole, forward = read(), lm.model.base_model.forward
+        monkeypatch.setattr(lm.model.base_model, "forward", limited)
         assert_alike(read(), whole)
 
     def test_but_not_a_single_text(self, monkeypatch: pytest.MonkeyPatch, editor: Editor) -> None:
@@ -168,24 +170,24 @@ class TestHalves:
         hooks = editor.hooks.modules(editor.model)
         monkeypatch.setattr(type(editor.model), "forward", none)
         with pytest.raises(NotEnoughMemoryError, match="a single text"):
-            trace_text(editor.model, editor.tokenizer, hooks, FACTS[0].prompt)
+            trace_text(LanguageModel(editor.model, editor.tokenizer), hooks, FACTS[0].prompt)
 
 
 @pytest.mark.parametrize("every", [False, True], ids=["subjects", "every-token"])
 def test_rows_come_back_in_their_order(monkeypatch: pytest.MonkeyPatch, every: bool) -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    modules = [Architecture.of(model).down_projection(model, layer) for layer in LAYERS]
-    rows = [encode(tokenizer, "word " * n, subject_end=4) for n in (9, 1, 4, 30, 2, 4)]
+    lm = tiny_lm(tiny_model("llama"))
+    modules = [Architecture.of(lm.model).down_projection(lm.model, layer) for layer in LAYERS]
+    rows = [encode(lm.tokenizer, "word " * n, subject_end=4) for n in (9, 1, 4, 30, 2, 4)]
     monkeypatch.setattr("coachhook.models.reading._AT_ONCE", 2)
 
     def pair(_: Any, keys: Tensor, __: slice) -> list[Tensor]:
         return [keys, keys.sum(-1)]
 
-    found = read_rows(model, tokenizer, rows, modules, pair, every=every)
+    found = read_rows(lm, rows, modules, pair, every=every)
     for i, (keys, sums) in enumerate(found):
         alone = []
         for row in rows:
             ids = torch.tensor([row.ids])
-            key = read_pass(model, {"input_ids": ids}, modules)[0][i][0]
+            key = read_pass(lm.model, {"input_ids": ids}, modules)[0][i][0]
             alone.append(key if every else key[row.subject : row.subject + 1])
         assert_alike([keys, sums], [torch.cat(alone), torch.cat(alone).sum(-1)])

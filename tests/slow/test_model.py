@@ -19,6 +19,7 @@ from coachhook.evaluation.metrics import first_choices, target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.facts.request import EditRequest
 from coachhook.models.decoding import complete, greedy, starts_with
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model
 from coachhook.models.tokens import encode, encode_request
 from tests.support.command_line import environment, run_json, write_facts
@@ -56,7 +57,7 @@ def scores(editor: ch.Editor, live: list[EditRequest]) -> Evaluation:
     with pytest.MonkeyPatch.context() as patch:
         # As many as a target and an answer have; nothing here asks for the natural stop.
         patch.setattr("coachhook.evaluation.evaluate._NEW_TOKENS", 8)
-        return evaluate(editor.model, editor.tokenizer, editor.hooks, live, PAGE)
+        return evaluate(LanguageModel(editor.model, editor.tokenizer), editor.hooks, live, PAGE)
 
 
 class TestMetrics:
@@ -102,8 +103,9 @@ class TestGeneration:
 
     def test_padded_in_a_batch_as_alone(self, editor: ch.Editor, live: list[EditRequest]) -> None:
         prompts = [request.prompt for request in live[:4]]
-        together = complete(editor.model, editor.tokenizer, prompts, 12)
-        alone = [complete(editor.model, editor.tokenizer, [p], 12)[0] for p in prompts]
+        lm = LanguageModel(editor.model, editor.tokenizer)
+        together = complete(lm, prompts, 12)
+        alone = [complete(lm, [p], 12)[0] for p in prompts]
         assert together == alone
 
     def test_in_a_bfloat16_copy(self, saved: Path, live: list[EditRequest]) -> None:
@@ -202,23 +204,23 @@ def test_sixty_consecutive_edits(editor: ch.Editor, scores: Evaluation) -> None:
     for first in range(0, len(MORE), BATCH):
         editor.edit(MORE[first : first + BATCH])
     try:
-        journal, model, tokenizer = editor.hooks.journal, editor.model, editor.tokenizer
+        journal, lm = editor.hooks.journal, LanguageModel(editor.model, editor.tokenizer)
         in_force = [edit.request for edit in journal.live()]
         assert len(in_force) >= 56
-        rows = [encode_request(tokenizer, request) for request in in_force]
-        hits = target_hits(model, tokenizer, rows)
+        rows = [encode_request(lm.tokenizer, request) for request in in_force]
+        hits = target_hits(lm, rows)
         assert fmean(hits) >= 0.98
         first_ids = {id(edit.request) for edit in journal.batches[0].edits}
         kept = [h for h, request in zip(hits, in_force, strict=True) if id(request) in first_ids]
         assert fmean(kept) >= 0.98
-        after = perplexity(model, tokenizer, PAGE)
+        after = perplexity(lm, PAGE)
         assert after == pytest.approx(scores.perplexity_before, rel=0.005)
         assert open_in_background(editor) <= 0.0005
         # Asked of near neighbours of what is edited, as csrc_notes/editing-gates.md has it.
-        beside = [encode(tokenizer, p.prompt, p.answer) for r in in_force for p in r.locality]
-        edited = first_choices(model, tokenizer, beside)
-        with editor.hooks.off(model):
-            plain = first_choices(model, tokenizer, beside)
+        beside = [encode(lm.tokenizer, p.prompt, p.answer) for r in in_force for p in r.locality]
+        edited = first_choices(lm, beside)
+        with editor.hooks.off(lm.model):
+            plain = first_choices(lm, beside)
         same = [float((a == b).float().mean()) for a, b in zip(edited, plain, strict=True)]
         assert fmean(same) >= 0.85
     finally:
@@ -247,7 +249,8 @@ def test_unusable_edits_leave_no_trace(editor: ch.Editor) -> None:
 
 def greedy_tokens(editor: ch.Editor, prompt: str) -> list[int]:
     ids = editor.tokenizer(prompt, return_tensors="pt")
-    new = greedy(editor.model, editor.tokenizer, ids["input_ids"], ids["attention_mask"], 8)
+    lm = LanguageModel(editor.model, editor.tokenizer)
+    new = greedy(lm, ids["input_ids"], ids["attention_mask"], 8)
     return [int(token) for token in new[0]]
 
 

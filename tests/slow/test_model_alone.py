@@ -8,6 +8,7 @@ import coachhook as ch
 from coachhook.evaluation.metrics import target_hits
 from coachhook.evaluation.ordinary_text import ordinary_text, perplexity
 from coachhook.models.decoding import complete
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.tokens import encode_request
 from tests.support.model_facts import FACTS, answers, open_in_background
 
@@ -36,17 +37,18 @@ def test_first_position_subjects_hurt_nothing() -> None:
     assert [edit.verdict for edit in report.edits][3:] == [ch.Verdict.APPLIED] * 2
     assert took[3:] == [True, True]
     beside = ["London is a", "Madrid is the capital of", "Java was created by", "Water is", "I am"]
-    edited = complete(editor.model, editor.tokenizer, beside, 8)
+    lm = LanguageModel(editor.model, editor.tokenizer)
+    edited = complete(lm, beside, 8)
     page = ordinary_text()[:5000]
-    perplexity_edited = perplexity(editor.model, editor.tokenizer, page)
+    perplexity_edited = perplexity(lm, page)
     ordinary = open_in_background(editor)
     only_refused = editor.edit([ch.EditRequest("Paris is the home of", "Paris", "Google")])
     assert only_refused.edits[0].verdict is ch.Verdict.REFUSED
     assert answers(editor.model, editor.tokenizer, facts) == took
     editor.close()
-    assert edited == complete(editor.model, editor.tokenizer, beside, 8)
+    assert edited == complete(lm, beside, 8)
     assert ordinary <= 0.0005
-    plain = perplexity(editor.model, editor.tokenizer, page)
+    plain = perplexity(lm, page)
     assert perplexity_edited == pytest.approx(plain, rel=0.005)
 
 
@@ -72,8 +74,9 @@ def test_other_gates(gate: str) -> None:
     editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
     for first in (0, 3):
         editor.edit(FACTS[first : first + 3])
-    rows = [encode_request(editor.tokenizer, fact) for fact in FACTS[:6]]
-    reliability = fmean(target_hits(editor.model, editor.tokenizer, rows))
+    lm = LanguageModel(editor.model, editor.tokenizer)
+    rows = [encode_request(lm.tokenizer, fact) for fact in FACTS[:6]]
+    reliability = fmean(target_hits(lm, rows))
     if gate == "calibrated":
         # Of other subjects' tokens it promises nothing: csrc_notes/editing-gates.md has the figure.
         assert open_in_background(editor) <= 0.0005

@@ -13,12 +13,13 @@ from coachhook.errors import AttachError, ConfigError, StatisticsError
 from coachhook.hooks.gates import CalibratedGate, Threshold
 from coachhook.hooks.layer import HookLinear
 from coachhook.models.architecture import Architecture
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import read_pass
 from coachhook.statistics.measure import key_statistics
 from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.text import _documents
 from coachhook_kernels import Delta
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model, tiny_tokenizer
 
 TEXTS = [f"Paragraph {i} says that the weather stayed dry in the valley." for i in range(40)]
 LAYERS = (1, 2)
@@ -40,7 +41,7 @@ def test_moment_is_the_mean_over_the_file(tmp_path: Path, kind: str) -> None:
     model, tokenizer = tiny_model("llama", seed=1), tiny_tokenizer()
     architecture = Architecture.of(model)
     source = StatisticsSource(path=str(write(tmp_path, kind)), n_tokens=100_000)
-    found = key_statistics(model, tokenizer, architecture, LAYERS, source)
+    found = key_statistics(LanguageModel(model, tokenizer), architecture, LAYERS, source)
 
     modules = [architecture.down_projection(model, layer) for layer in LAYERS]
     keys: list[list[torch.Tensor]] = [[], []]
@@ -77,9 +78,7 @@ def test_unusable_text(tmp_path: Path, name: str, content: bytes | None, message
         path.write_bytes(content)
     model = tiny_model("llama", seed=1)
     with pytest.raises(StatisticsError, match=message):
-        key_statistics(
-            model, tiny_tokenizer(), Architecture.of(model), (1,), StatisticsSource(str(path))
-        )
+        key_statistics(tiny_lm(model), Architecture.of(model), (1,), StatisticsSource(str(path)))
 
 
 def test_parquet_with_categories_of_text(tmp_path: Path) -> None:
@@ -101,9 +100,7 @@ def test_parquet_without_text(tmp_path: Path, columns: dict[str, Any], message: 
     parquet.write_table(pa.table(columns), path)
     model = tiny_model("llama", seed=1)
     with pytest.raises(StatisticsError, match=message):
-        key_statistics(
-            model, tiny_tokenizer(), Architecture.of(model), (1,), StatisticsSource(str(path))
-        )
+        key_statistics(tiny_lm(model), Architecture.of(model), (1,), StatisticsSource(str(path)))
 
 
 def test_too_few_tokens() -> None:
@@ -115,29 +112,29 @@ def test_too_few_tokens() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_dtype_is_cached(dtype: torch.dtype, bos: bool) -> None:
     model, source = tiny_model("llama", seed=2).to(dtype), StatisticsSource(n_tokens=256)
-    args = model, tiny_tokenizer(bos=bos), Architecture.of(model), (1,), source
+    args = LanguageModel(model, tiny_tokenizer(bos=bos)), Architecture.of(model), (1,), source
     first, second = key_statistics(*args), key_statistics(*args)
     assert torch.equal(first[1].moment, second[1].moment)
     assert torch.equal(first[1].first, second[1].first)
 
 
 def test_another_template_is_another_measurement() -> None:
-    model, tokenizer = tiny_model("llama", seed=3), tiny_tokenizer()
+    lm = tiny_lm(tiny_model("llama", seed=3))
     source = StatisticsSource(n_tokens=256)
-    down = key_statistics(model, tokenizer, Architecture.of(model), (1,), source)
-    other = Architecture.of(model, "model.layers.{}.self_attn.o_proj")
-    attention = key_statistics(model, tokenizer, other, (1,), source)
+    down = key_statistics(lm, Architecture.of(lm.model), (1,), source)
+    other = Architecture.of(lm.model, "model.layers.{}.self_attn.o_proj")
+    attention = key_statistics(lm, other, (1,), source)
     assert down[1].moment.shape != attention[1].moment.shape
 
 
 def test_hooks_must_be_off() -> None:
-    model, tokenizer = tiny_model("llama", seed=4), tiny_tokenizer()
+    model = tiny_model("llama", seed=4)
     architecture = Architecture.of(model)
     base = architecture.down_projection(model, 1)
     hook = HookLinear(base, Delta(torch.zeros(32, 64)), CalibratedGate(Threshold()))
     model.set_submodule(architecture.name(1), hook)
     with pytest.raises(AttachError, match="detach"):
-        key_statistics(model, tokenizer, architecture, (1,))
+        key_statistics(tiny_lm(model), architecture, (1,))
 
 
 def test_an_unwritable_cache_is_no_reason_to_stop(
@@ -148,5 +145,5 @@ def test_an_unwritable_cache_is_no_reason_to_stop(
     monkeypatch.setenv("COACHHOOK_CACHE", str(blocked))
     model = tiny_model("llama", seed=5)
     source = StatisticsSource(n_tokens=256)
-    assert key_statistics(model, tiny_tokenizer(), Architecture.of(model), (1,), source)
+    assert key_statistics(tiny_lm(model), Architecture.of(model), (1,), source)
     assert "not cached" in caplog.text

@@ -10,6 +10,7 @@ import coachhook as ch
 from coachhook.facts.request import EditRequest
 from coachhook.models.architecture import Architecture
 from coachhook.models.decoding import complete, starts_with
+from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model
 from coachhook.statistics.measure import key_statistics
 
@@ -20,15 +21,15 @@ BATCH = 10
 
 
 def answers(model: Any, tokenizer: Any, requests: list[EditRequest]) -> list[bool]:
-    texts = complete(model, tokenizer, [r.prompt for r in requests], 8)
+    texts = complete(LanguageModel(model, tokenizer), [r.prompt for r in requests], 8)
     return [starts_with(t, r.target) for t, r in zip(texts, requests, strict=True)]
 
 
 def open_in_background(editor: ch.Editor) -> float:
     """Share of background tokens that open a gate at any layer."""
-    unedited, tokenizer = load_model("smollm2")
+    lm = load_model("smollm2")
     layers = editor.hooks.layers
-    statistics = key_statistics(unedited, tokenizer, Architecture.of(unedited), layers)
+    statistics = key_statistics(lm, Architecture.of(lm.model), layers)
     hooks = editor.hooks.modules(editor.model)
     opened = [hook.read(statistics[k].background.float()).is_open for k, hook in hooks.items()]
     return float(torch.stack(opened).any(0).float().mean())

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from coachhook.models.language_model import LanguageModel
+
 VOCABULARY = 320
 LAYERS = 4
 HIDDEN = 32
@@ -98,6 +100,11 @@ def tiny_tokenizer(
         padding_side=padding_side,
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def tiny_lm(model: PreTrainedModel) -> LanguageModel:
+    """`model` with a tiny tokenizer."""
+    return LanguageModel(model, tiny_tokenizer())
 
 
 @cache

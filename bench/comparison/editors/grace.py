@@ -72,9 +72,9 @@ class Grace:
         self._setting, layer = setting, setting.layers[-1]
         background = setting.statistics[layer].background[:1024].float()
         self._radius = radius * float(torch.pdist(background).median())
-        d_in = setting.architecture.d_in(setting.model, layer)
+        d_in = setting.architecture.d_in(setting.lm.model, layer)
         self._codebook = Codebook(setting.down_projection(layer), d_in)
-        setting.model.set_submodule(setting.architecture.name(layer), self._codebook)
+        setting.lm.model.set_submodule(setting.architecture.name(layer), self._codebook)
         self._facts: list[tuple[str, str]] = []
         self._force = InForce()
         self.edits = self

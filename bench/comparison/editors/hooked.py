@@ -14,8 +14,7 @@ class Hooked:
 
     def __init__(self, setting: Setting, gate: str, preservation: float) -> None:
         self._editor = ch.Editor.from_pretrained(
-            setting.model,
-            setting.tokenizer,
+            *setting.lm,
             config=replace(setting.config, gate=gate, preservation=preservation),
             statistics=setting.statistics,
         )

@@ -39,12 +39,11 @@ class OneGradient(Hooked):
         """Of the last hooked block at each subject: its output and the gradient of the targets'
         negative log-likelihood in it, both float32 `(n, d)`."""
         setting, config = self._setting, self._setting.config.values
-        model, layer = setting.model, setting.layers[-1]
-        groups = contexts_of(setting.tokenizer, requests, config)
+        model, layer = setting.lm.model, setting.layers[-1]
+        groups = contexts_of(setting.lm.tokenizer, requests, config)
         blocks = setting.architecture.blocks(model)
         with eval_mode(model), torch.no_grad():
-            pad_id = setting.tokenizer.pad_token_id
-            rows, template = prepare(model, blocks, layer, pad_id, groups, config.gain)
+            rows, template = prepare(setting.lm, blocks, layer, groups, config.gain)
             hidden = rows.hidden[: len(requests), 0].float()
             reference = hidden.new_full(
                 (len(hidden), len(model.get_output_embeddings().weight)), torch.nan

@@ -1,8 +1,10 @@
 """What all editors of a comparison share: model, layers, statistics, and how keys are read."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +13,11 @@ import coachhook as ch
 from coachhook.editing.contexts import Contexts
 from coachhook.evaluation.evaluate import Edits
 from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.models.language_model import LanguageModel
 from coachhook.statistics.measure import KeyStatistics, key_statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,7 @@ class Setting:
     keys is given them: what they do to all other texts would drown what the editors do.
     """
 
-    model: Any
-    tokenizer: Any
+    lm: LanguageModel
     architecture: Architecture
     layers: tuple[int, ...]
     statistics: KeyStatistics
@@ -34,14 +39,13 @@ class Setting:
     @classmethod
     def of(
         cls,
-        model: Any,
-        tokenizer: Any,
+        lm: LanguageModel,
         config: ch.EditConfig,
         sinks: frozenset[ch.EditRequest] = frozenset(),
-    ) -> "Setting":
-        architecture, layers = hooked_layers(model, config)
-        statistics = key_statistics(model, tokenizer, architecture, layers, config.statistics)
-        return cls(model, tokenizer, architecture, layers, statistics, config, sinks)
+    ) -> Setting:
+        architecture, layers = hooked_layers(lm.model, config)
+        statistics = key_statistics(lm, architecture, layers, config.statistics)
+        return cls(lm, architecture, layers, statistics, config, sinks)
 
     def accepted(
         self, requests: Sequence[ch.EditRequest], values: Tensor
@@ -52,19 +56,19 @@ class Setting:
 
     @property
     def last_block(self) -> Any:
-        return self.architecture.blocks(self.model)[self.layers[-1]]
+        return self.architecture.blocks(self.lm.model)[self.layers[-1]]
 
     def down_projection(self, layer: int) -> Any:
-        return self.architecture.down_projection(self.model, layer)
+        return self.architecture.down_projection(self.lm.model, layer)
 
     def contexts(self, requests: Sequence[ch.EditRequest]) -> Contexts:
-        return Contexts.of(self.model, self.tokenizer, requests, self.config.values.contexts)
+        return Contexts.of(self.lm, requests, self.config.values.contexts)
 
     def read(self, contexts: Contexts, layer: int) -> tuple[Tensor, Tensor]:
         """At the subjects, with the model as it is now: the layer's keys `(c · n, d_in)`, bare
         prompts first, and the last hooked block's output behind bare prompts `(n, d)`."""
         (keys,), reached = contexts.read(
-            self.model,
+            self.lm.model,
             [self.down_projection(layer)],
             self.config.values.tokens,
             block=self.last_block,
@@ -80,7 +84,9 @@ class Setting:
         return keys * lengths, residuals.repeat(len(keys) // n, 1) * lengths
 
 
-def hooked_layers(model: Any, config: ch.EditConfig) -> tuple[Architecture, tuple[int, ...]]:
+def hooked_layers(
+    model: PreTrainedModel, config: ch.EditConfig
+) -> tuple[Architecture, tuple[int, ...]]:
     """The model's architecture, and the layers that all editors share."""
     architecture = Architecture.of(model, config.template)
     n_blocks = len(architecture.blocks(model))

@@ -26,13 +26,13 @@ _ENOUGH = 0.01
 
 def target_loss(setting: Setting, requests: Sequence[ch.EditRequest]) -> Tensor:
     """Mean negative log-likelihood (nats) of the targets' tokens."""
-    rows = [encode_request(setting.tokenizer, request) for request in requests]
-    padded = pad(rows, setting.tokenizer.pad_token_id, setting.model.device)
+    rows = [encode_request(setting.lm.tokenizer, request) for request in requests]
+    padded = pad(rows, setting.lm.pad_id, setting.lm.device)
     labels = torch.full_like(padded.ids, -100)
     for i, row in enumerate(rows):
         end = len(row.ids)
         labels[i, end - row.n_target : end] = labels.new_tensor(row.target)
-    loss: Tensor = setting.model(**padded.inputs(), labels=labels, use_cache=False).loss
+    loss: Tensor = setting.lm.model(**padded.inputs(), labels=labels, use_cache=False).loss
     return loss
 
 
@@ -58,7 +58,7 @@ class LowRank:
         names = [setting.architecture.name(layer) for layer in setting.layers]
         torch.manual_seed(0)
         config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, target_modules=names)
-        self._wrapped = get_peft_model(setting.model, config)
+        self._wrapped = get_peft_model(setting.lm.model, config)
         self._trained = [p for p in self._wrapped.parameters() if p.requires_grad]
         self._rate = rate
         self._force = InForce()
@@ -87,7 +87,7 @@ class Constrained:
 
     def __init__(self, setting: Setting, bound: float) -> None:
         self._setting, self._bound = setting, bound
-        setting.model.requires_grad_(False)
+        setting.lm.model.requires_grad_(False)
         self._weight = setting.down_projection(setting.layers[-1]).weight.requires_grad_()
         self._before = self._weight.detach().clone()
         self._force = InForce()

@@ -76,10 +76,10 @@ def test_sinks_are_given_to_no_editor_that_solves_at_keys(
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     for name, kept in (("memit", 1), ("grace", 1), ("constrained", 2)):
-        model, tokenizer = load_model(str(tiny_folder))
-        setting = editors.Setting.of(model, tokenizer, EditConfig(), frozenset(FACTS[:1]))
+        lm = load_model(str(tiny_folder))
+        setting = editors.Setting.of(lm, EditConfig(), frozenset(FACTS[:1]))
         editor = editors.make_editor(editors.named(name), setting)
-        values = torch.ones(2, model.config.hidden_size)
+        values = torch.ones(2, lm.model.config.hidden_size)
         editor.edit(FACTS[:2], values)
         (batch,) = editor.edits.in_force()
         assert batch == FACTS[2 - kept : 2]
@@ -94,9 +94,9 @@ def test_a_codebook_forgets_a_corrected_fact(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = load_model(str(tiny_folder))
-    editor = editors.make_editor("grace@0.01", editors.Setting.of(model, tokenizer, EditConfig()))
-    hidden = model.config.hidden_size
+    lm = load_model(str(tiny_folder))
+    editor = editors.make_editor("grace@0.01", editors.Setting.of(lm, EditConfig()))
+    hidden = lm.model.config.hidden_size
     editor.edit(FACTS[:2], torch.ones(2, hidden))
     corrected = FACTS[3]
     editor.edit([corrected], torch.zeros(1, hidden))
@@ -109,8 +109,8 @@ def test_values_of_one_gradient(
 ) -> None:
     """Shifts of one length, each against its gradient in every feature."""
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = load_model(str(tiny_folder))
-    setting = editors.Setting.of(model, tokenizer, EditConfig())
+    lm = load_model(str(tiny_folder))
+    setting = editors.Setting.of(lm, EditConfig())
     editor = editors.make_editor("onegradient@0.25", setting)
     given: list[torch.Tensor] = []
     monkeypatch.setattr(

@@ -33,8 +33,7 @@ def test_every_editor_under_one_protocol(
     quality.main(**arguments(tiny_folder, tmp_path))
     document = json.loads(capsys.readouterr().out)
     assert list(document["editors"]) == [editors.named(name) for name in editors.MAKERS]
-    model, tokenizer = load_model(str(tiny_folder))
-    unedited = perplexity(model, tokenizer, page)
+    unedited = perplexity(load_model(str(tiny_folder)), page)
     for number, (name, result) in enumerate(document["editors"].items(), 1):
         first, last = result["points"]
         assert (first["edits"], last["edits"]) == (2, 4), name
