@@ -31,8 +31,8 @@ LONGEST = (
     "kernels/test_hook_linear_kernels.py",
     "cli/test_demo.py",
 )
-# A test that is not marked `slow` may take this much CPU time, its child processes' included. What
-# is set up for it is not counted: a module's fixtures and the first imports are no single test's.
+# The CPU time, with that of child processes, that a test not marked `slow` may take, and as much
+# again what is set up for it: a module's fixtures count with the first test that asks for them.
 FAST_SECONDS = 5.0
 
 
@@ -49,8 +49,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+def held_to_fast(item: pytest.Item) -> Generator[None, Any, Any]:
     before = cpu_seconds()
     result = yield
     taken = cpu_seconds() - before
@@ -58,3 +57,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if taken > FAST_SECONDS and not any(map(item.get_closest_marker, ("slow", "gpu"))):
         pytest.fail(f"{item.nodeid} took {taken:.1f} s of CPU time: make it faster or mark it slow")
     return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from held_to_fast(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from held_to_fast(item))

@@ -162,6 +162,7 @@ print(json.dumps([lasting / kept, peak / plan.needed("cpu")]))
 """
 
 
+@pytest.mark.slow  # A process of its own, which loads and edits a model.
 def test_a_fresh_process_needs_what_was_planned(place: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURED],

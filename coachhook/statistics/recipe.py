@@ -82,7 +82,7 @@ def _check_whole(model: nn.Module) -> None:
     if has_parts or (getattr(model, "tp_size", None) or 1) > 1:
         raise StatisticsError(
             "this model's weights are divided among processes, and with tensor parallelism so are "
-            "its keys; measure its key statistics with the model loaded fetched"
+            "its keys; measure its key statistics with the model loaded whole"
         )
 
 

@@ -77,6 +77,7 @@ def test_editing_measures_its_three_parts(
     assert ours["loss"] == pytest.approx(published["loss"], rel=1e-3)
 
 
+@pytest.mark.slow  # Whole runs in processes of their own.
 def test_a_consecutive_run_goes_on_where_it_stopped(
     tiny_folder: Path, facts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

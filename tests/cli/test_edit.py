@@ -64,6 +64,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [(r.prompt, r.subject, r.target) for r in found] == FACTS
 
 
+@pytest.mark.slow  # A process of its own, and the run after it.
 def test_killed_run_goes_on_from_its_last_whole_batch(tmp_path: Path) -> None:
     target = tmp_path / "hooks"
     arguments = ("edit", "tiny", "facts.jsonl", "--hooks", str(target), "--batch-size", "1")

@@ -9,6 +9,8 @@ import pytest
 from coachhook import HookSet
 from tests.support.jobs import torchrun
 
+pytestmark = pytest.mark.slow  # A job of two processes, and its launcher.
+
 SCRIPT = """
 import json, sys
 from pathlib import Path

@@ -19,6 +19,8 @@ from tests.support import tensor_parallel_worker as worker
 from tests.support import tiny
 from tests.support.tensor_parallel_worker import CASES, LAYERS, Case
 
+pytestmark = pytest.mark.slow  # A job of two processes, and its launcher.
+
 LOGITS = ("hooked", "on again", "watched", "disabled", "enabled", "rolled back")
 
 

@@ -11,6 +11,7 @@ from coachhook_kernels.compilation import report as compile_report
 from coachhook_kernels.compilation.target import TARGETS
 
 pytest.importorskip("triton")
+compiles = pytest.mark.slow  # In processes that load Triton first.
 TOYS = "tests.support.toy_kernels"
 KERNELS = Path(compile_report.__file__).parents[1]
 
@@ -22,6 +23,7 @@ def report(capsys, *arguments):
     return code, {(row["case"], row["target"]): row for row in rows}
 
 
+@compiles
 def test_every_fault_fails_the_report_with_its_reason(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     faults = {
@@ -55,6 +57,7 @@ def test_every_fault_fails_the_report_with_its_reason(capsys, monkeypatch):
     assert rows["no tensor cores", "gfx942"]["failures"] == []
 
 
+@compiles
 def test_a_crash_of_the_compiler_costs_its_own_row_alone(capsys):
     code, rows = report(capsys, "--target", "sm_90", "--match", "crash", "--match", "sound")
     assert code == 1
@@ -65,6 +68,7 @@ def test_a_crash_of_the_compiler_costs_its_own_row_alone(capsys):
     assert sound["async_copies"] > 0
 
 
+@compiles
 def test_sound_code_passes_on_every_target(capsys):
     code = compile_report.main(["--module", TOYS, "--match", "sound"])
     table = capsys.readouterr().out.splitlines()
@@ -95,6 +99,7 @@ def test_every_module_with_cases_is_in_the_report():
     assert with_cases == set(compile_report.MODULES)
 
 
+@compiles
 def test_shipped_kernels_are_sound_on_every_target():
     done = subprocess.run(
         [sys.executable, "-m", "coachhook_kernels.compilation.report", "--json"],

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from coachhook.system.processes import ALONE, Peer, joined
 from tests.support.jobs import torchrun
 
+in_a_job = pytest.mark.slow  # Of two processes, and its launcher.
 Outcome = tuple[list[dict[str, Any]], str]
 
 JOB = """
@@ -70,32 +71,38 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return [json.loads(file.read_text()) for file in files], said
 
 
+@in_a_job
 def test_sums_are_the_same_everywhere(job: Outcome) -> None:
     for result in job[0]:
         assert result["sums"] == [[3, 3], [2, 8]]
 
 
+@in_a_job
 def test_tensors_of_all_processes_meet_by_name(job: Outcome) -> None:
     for result in job[0]:
         assert result["gathered"] == {"0": [], "1": [[1, 1]], "2": [[2, 2], [2, 2]]}
 
 
+@in_a_job
 def test_a_name_is_one_process_s(job: Outcome) -> None:
     for result in job[0]:
         assert "two processes both have '0'" in result["refused"]
 
 
+@in_a_job
 def test_bytes_of_any_length_arrive(job: Outcome) -> None:
     for result in job[0]:
         assert (result["told"], result["silence"]) == ("from one", "")
         assert result["all"] == ["a", "ab"]
 
 
+@in_a_job
 def test_roles(job: Outcome) -> None:
     assert [result["everyone"] for result in job[0]] == [[True, False]] * 2
     assert [result["writes"] for result in job[0]] == [True, False]
 
 
+@in_a_job
 def test_the_survivor_stops_and_names_the_dead(job: Outcome) -> None:
     results, said = job
     (stopped,) = re.findall(r"^stopped: (.*)$", said, re.MULTILINE)

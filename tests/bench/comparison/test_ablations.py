@@ -12,6 +12,7 @@ from coachhook.errors import ConfigError
 from tests.support.bench import FACTS, arguments
 
 
+@pytest.mark.slow  # An edited model for each ablation.
 def test_ablations_change_one_thing_at_a_time(
     tiny_folder: Path,
     tmp_path: Path,

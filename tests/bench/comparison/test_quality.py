@@ -19,6 +19,7 @@ from tests.support.bench import FACTS, arguments
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 
 
+@pytest.mark.slow  # A dozen editors.
 def test_every_editor_under_one_protocol(
     page: str,
     tiny_folder: Path,
@@ -107,6 +108,7 @@ def test_one_batch_of_facts_that_contradict_each_other(
         assert point["reliability"]["teacher_forced"] > point["before_reliability"], name
 
 
+@pytest.mark.slow  # Three whole comparisons.
 def test_an_editor_that_fails_is_told_and_the_others_go_on(
     tiny_folder: Path,
     tmp_path: Path,

@@ -55,6 +55,7 @@ def test_mistakes_are_told_before_any_work(
     assert {path.name for path in tmp_path.iterdir()} == {"facts.jsonl"}
 
 
+@pytest.mark.slow  # Whole comparisons.
 def test_one_command_measures_and_writes(
     short: results.Asked, asked: dict[str, Any], tmp_path: Path
 ) -> None:
