@@ -98,6 +98,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return place, said
 
 
+@pytest.mark.slow  # A job of two processes, and its launcher.
 class TestTwoProcesses:
     @pytest.fixture(autouse=True)
     def one_thread(self) -> Iterator[None]:
