@@ -10,7 +10,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from coachhook.config import EditConfig
 from coachhook.errors import ConfigError, ProfileError

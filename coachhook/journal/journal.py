@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
-from typing import Any, NoReturn, Protocol, TypedDict
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from coachhook.errors import CompactedError
 from coachhook.facts.request import EditRequest

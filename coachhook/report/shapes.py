@@ -5,11 +5,14 @@ It is what `coachhook.evaluation` and `bench.comparison.quality` write.
 
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired
 
-from coachhook.system.json_shapes import Between, Count, MisshapenError, Number, Share, checked
+from pydantic import Field
+from typing_extensions import TypedDict
 
-Positive = Annotated[float, Between(sys.float_info.min)]
+from coachhook.system.json_shapes import Count, MisshapenError, Number, Share, checked
+
+Positive = Annotated[float, Field(ge=sys.float_info.min)]
 
 
 class Forms(TypedDict):

@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from coachhook.errors import ConfigError, CorruptFolderError, RequestError
 from coachhook.hooks.gates import Threshold
@@ -26,7 +28,7 @@ from coachhook.journal.journal import (
     edit_from_json,
     edit_to_json,
 )
-from coachhook.system.json_shapes import Count, MisshapenError, Some, checked, parsed
+from coachhook.system.json_shapes import Count, MisshapenError, checked, parsed
 from coachhook.system.tensor_file import Headers, TensorFile, check
 
 # The tensor that holds JSON: its bytes in UTF-8, as uint8.
@@ -39,7 +41,7 @@ T = TypeVar("T")
 class _BatchEntry(TypedDict):
     """A batch in JSON, but for its factors. thresholds: by layer, what its gate's type keeps."""
 
-    edits: Annotated[list[EditEntry], Some()]
+    edits: Annotated[list[EditEntry], Field(min_length=1)]
     thresholds: dict[str, dict[str, float | None]]
 
 

@@ -191,7 +191,7 @@ def test_a_single_evaluation(tmp_path: Path, kind: str) -> None:
     [
         ({}, "no protocol.json"),
         ({"protocol.json": "{"}, "cannot read"),
-        ({"protocol.json": "[]"}, "expected an object, found a list"),
+        ({"protocol.json": "[]"}, "Input should be an object, found"),
         ({"protocol.json": json.dumps(protocol(version=1))}, "version 1, and this is version"),
         ({"protocol.json": "{}"}, "has no 'version'"),
         ({"protocol.json": '{"version": 2, "edits": 3}'}, "compares no editors"),

@@ -130,16 +130,16 @@ def test_whatever_stands_in_the_records_of_a_file(compacted: Path, pattern: str)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: [], "expected an object, found a list"),
-        (lambda r: r | {"edits": {"0": r["edits"][0]}}, "edits: expected a list, found an object"),
-        (lambda r: r | {"edits": []}, "edits: expected at least one, found []"),
+        (lambda r: [], "the document: Input should be an object, found []"),
+        (lambda r: r | {"edits": {"0": r["edits"][0]}}, "edits: Input should be a valid array"),
+        (lambda r: r | {"edits": []}, "edits: List should have at least 1 item"),
         (lambda r: {"edits": r["edits"]}, "thresholds is missing"),
         (lambda r: r | {"thresholds": {"1": r["thresholds"]["1"]}}, "layer 3 is missing"),
         (lambda r: r | {"thresholds": {"1": {}, "3": {}}}, "threshold of layer 1: expected"),
-        (lambda r: [r["edits"][0].update(id="0"), r][1], "edits[0].id: expected a whole number"),
-        (lambda r: [r["edits"][0].update(id=-1), r][1], "edits[0].id: expected at least 0"),
-        (lambda r: [r["edits"][0].update(reason=3), r][1], "edits[0].reason: expected a text"),
-        (lambda r: [r["edits"][1].update(verdict="x"), r][1], "edits[1].verdict: expected one of"),
+        (lambda r: [r["edits"][0].update(id="0"), r][1], "edits[0].id: Input should be a valid"),
+        (lambda r: [r["edits"][0].update(id=-1), r][1], "edits[0].id: Input should be great"),
+        (lambda r: [r["edits"][0].update(reason=3), r][1], "edits[0].reason: Input should be"),
+        (lambda r: [r["edits"][1].update(verdict="x"), r][1], "edits[1].verdict: Input should be"),
         (lambda r: [r["edits"][1]["request"].pop("subject"), r][1], "subject"),
     ],
 )
@@ -202,7 +202,7 @@ def test_a_base_of_another_kind_is_told(
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [((-1, 7), "expected at least 0, found -1"), ((3, 4), "count 7 fingerprints of layer 1")],
+    [((-1, 7), "or equal to 0, found -1"), ((3, 4), "count 7 fingerprints of layer 1")],
 )
 def test_a_base_that_miscounts(compacted: Path, counts: tuple[int, int], message: str) -> None:
     records = records_of(compacted, "base-0002-*")
@@ -234,7 +234,7 @@ def test_sketches_of_another_kind(
 def test_saving_over_a_garbled_configuration_is_refused(folder: Path) -> None:
     rewrite(folder, lambda config: config.update(base_model=[]))
     before = files(folder)
-    with pytest.raises(CorruptFolderError, match="base_model: expected an object, found a list"):
+    with pytest.raises(CorruptFolderError, match="base_model: Input should be an object, found"):
         save(folder, contents(3))
     assert files(folder) == before
 
