@@ -128,7 +128,11 @@ def _compiler_environment() -> Iterator[None]:
 def _finished(jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
     """`compile_row(*job)` of jobs as they come, without those whose process died."""
     workers = min(os.cpu_count() or 1, len(jobs))
-    with ProcessPoolExecutor(max(workers, 1), mp_context=get_context("spawn")) as pool:
+    # Not forks of this process, whose kernels may be made for the interpreter: of one that imports
+    # this module, with torch and Triton, once for all of them.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["coachhook_kernels.compilation.report"])
+    with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:
         running = {pool.submit(compile_row, *job): job for job in jobs}
         for future in as_completed(running):
             if not isinstance(future.exception(), BrokenProcessPool):
