@@ -28,7 +28,7 @@ JOB = """
 import os, signal, sys, time
 from pathlib import Path
 from safetensors.torch import save_file
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model
 from coachhook.cli import app as cli
 from coachhook.statistics import text as corpus
 from coachhook.errors import StatisticsError
@@ -48,7 +48,7 @@ sources = {
 with joined() as job:
     for name, source in sources.items():
         found = key_statistics(
-            model, tiny_tokenizer(), Architecture.of(model), (1, 2), source, job
+            tiny_lm(model), Architecture.of(model), (1, 2), source, job
         )
         tensors = {}
         for layer, s in found.items():
@@ -56,7 +56,7 @@ with joined() as job:
         save_file(tensors, place / f"{name}-{job.rank}.safetensors")
     other = tiny_model("llama", seed=job.rank)
     try:
-        key_statistics(other, tiny_tokenizer(), Architecture.of(other), (1,), None, job)
+        key_statistics(tiny_lm(other), Architecture.of(other), (1,), None, job)
     except StatisticsError as error:
         (place / f"refused-{job.rank}").write_text(str(error))
 

@@ -10,7 +10,7 @@ from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.statistics.source import StatisticsSource
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import Shard
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import tiny_lm, tiny_model
 
 LAYERS = (1, 2)
 LENGTH, SEQUENCES = 16, 8
@@ -21,7 +21,7 @@ ADD = KeySums.add
 
 def measure(source: StatisticsSource = SAMPLED, model: Any = None) -> KeyStatistics:
     model = model or tiny_model("llama", seed=7)
-    return key_statistics(model, tiny_tokenizer(), Architecture.of(model), LAYERS, source)
+    return key_statistics(tiny_lm(model), Architecture.of(model), LAYERS, source)
 
 
 class Stopped(BaseException):
