@@ -133,8 +133,7 @@ class Gate(nn.Module):
     """A gate of one hooked layer. mean, std and alpha are 0-d float32 in any model dtype."""
 
     name: ClassVar[str]
-    # True: a disabled edit stays in Δ and the gate no longer opens for it. False: its share is taken
-    # out of Δ.
+    # True: a disabled edit stays in Δ and the gate no longer opens for it. False: it leaves Δ.
     tells_edits_apart: ClassVar[bool] = False
     # What a trace compares with the threshold: "score" or "z".
     compared: ClassVar[str] = "score"
