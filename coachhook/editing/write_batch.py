@@ -54,7 +54,7 @@ def write_batch(
             missing = (values - reached[: len(requests)]) / (len(hooks.layers) - done)
             if not missing.isfinite().all():
                 raise ModelError(
-                    f"what layer {layer} should add is not finite; load the model in a wider dtype"
+                    f"the residual of layer {layer} is not finite; load the model in a wider dtype"
                 )
             factors = _solve(writer, keys.float(), missing, hooks.config, rate)
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))

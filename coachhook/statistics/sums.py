@@ -147,7 +147,7 @@ def _check_finite(
         place = f"at the token {token!r}, number {column} of its sequence, in {around!r}"
     raise StatisticsError(
         f"layer {layer} has keys that are not finite on ordinary text, {place}; load the model in "
-        "bfloat16 or float32, or look whether its weights are whole"
+        "bfloat16 or float32, or check that its weights are intact"
     )
 
 

@@ -212,9 +212,8 @@ def read_config(folder: Path) -> ConfigEntry:
             )
         if version < FORMAT_VERSION:
             raise OlderFormatError(
-                f"{folder} has format version {version}, which no released coachhook wrote and "
-                f"this one, which reads {FORMAT_VERSION}, does not; edit the facts again into a "
-                "new folder"
+                f"{folder} has format version {version}, which no released coachhook wrote; "
+                f"this coachhook reads only {FORMAT_VERSION}; edit the facts again into a new folder"
             )
         if config.get("digest") != _digest(config):
             raise MisshapenError("it was changed after it was written")
