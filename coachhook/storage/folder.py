@@ -213,7 +213,7 @@ def read_config(folder: Path) -> ConfigEntry:
         if version < FORMAT_VERSION:
             raise OlderFormatError(
                 f"{folder} has format version {version}, which no released coachhook wrote; "
-                f"this coachhook reads only {FORMAT_VERSION}; edit the facts again into a new folder"
+                f"this one reads only {FORMAT_VERSION}; edit the facts again into a new folder"
             )
         if config.get("digest") != _digest(config):
             raise MisshapenError("it was changed after it was written")
