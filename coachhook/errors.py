@@ -1,4 +1,4 @@
-"""Every error a user can cause, each with what was wrong, what was expected and what to do.
+"""Every error a user can cause. Messages say what was wrong, what was expected and what to do.
 
 The command line prints the message of any `CoachhookError` as one line and exits with status 2.
 """
@@ -37,20 +37,19 @@ class ArchitectureError(ModelError):
 
 
 class NotEnoughMemoryError(CoachhookError):
-    """A run, or a single edit, cannot fit into memory; the message counts what it needs and says
-    what to change."""
+    """A run, or a single step of it, does not fit in memory; the message says what to change."""
 
 
 class ProfileError(CoachhookError):
-    """A profile of settings cannot be read or written, is broken, or of a newer version."""
+    """A profile of settings cannot be read or written, is malformed, or has a newer version."""
 
 
 class StatisticsError(CoachhookError):
-    """Key statistics are missing, too small, not finite, or of another model."""
+    """Key statistics cannot be measured, or keys or their second moment are unusable."""
 
 
 class AttachError(CoachhookError, RuntimeError):
-    """Hooks cannot be attached to, or detached from, this model in its present state."""
+    """This model's hooks are not in the state an operation needs, or it cannot take hooks."""
 
 
 class BaseModelMismatchError(AttachError):
@@ -62,7 +61,7 @@ class FolderError(CoachhookError):
 
 
 class CorruptFolderError(FolderError):
-    """A file of a hooks folder is missing, truncated or was changed after it was written."""
+    """A file of a hooks folder is missing, malformed, or was changed after it was written."""
 
 
 class NewerFormatError(FolderError):
@@ -78,7 +77,7 @@ class FolderLockedError(FolderError):
 
 
 class SaveError(FolderError):
-    """Writing failed (no space left, no permission); what the folder held before is intact."""
+    """Writing failed (no space left, no permission); the folder's earlier contents are intact."""
 
 
 class ProcessError(CoachhookError, RuntimeError):
@@ -86,4 +85,4 @@ class ProcessError(CoachhookError, RuntimeError):
 
 
 class CompactedError(CoachhookError):
-    """What was asked for needs batches one by one that `compact` has merged into one."""
+    """An operation needs the individual batches that `compact` has merged into one."""

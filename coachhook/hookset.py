@@ -1,4 +1,4 @@
-"""`HookSet`: all hooks of one edited model, and how they get on and off it."""
+"""`HookSet`: all hooks of one edited model; attaching, detaching, switching and saving them."""
 
 import inspect
 import weakref
@@ -39,10 +39,10 @@ from coachhook_kernels import Delta
 class HookSet:
     """Hooks for the layers of one base model, derived from the journal of all batches.
 
-    sketches: per layer `(F, offset)`, see `KeyedGate`. The same set can be attached to several
-    copies of its base model, in any dtype and on any device, and to one that processes share
-    (tensor parallelism): every process then has a set of its own, and calls it as the others do. A
-    set that is never saved keeps every batch in memory; one that is, only what its hooks need.
+    sketches: by layer `(F, offset)`, see `KeyedGate`. One set can be attached to several copies of
+    its base model, in any dtype and on any device, and to a model that processes share (tensor
+    parallelism): every process then has its own set and makes the same calls. A set that is never
+    saved keeps every batch in memory; a saved set keeps only what its hooks need.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class HookSet:
         """Put the hooks on `model`, in place; its weights are shared, not changed.
 
         check: compare the checksum of the hooked weights. Turn it off for a quantised copy of the
-        base model, whose weights cannot be compared. Raises `AttachError` if the model already has
-        hooks, or processes share it and attach different ones or share it in a way that hooks
-        cannot follow; `BaseModelMismatchError` if it is another model. Returns `model`.
+        base model, whose weights cannot be compared. Returns `model`. Raises
+        `BaseModelMismatchError` if it is another model; `AttachError` if it already has hooks, or
+        if processes share it and attach different hooks, or in a way that hooks cannot follow.
         """
         architecture = Architecture(self.base.template)
         modules = {i: architecture.down_projection(model, i) for i in self.layers}
@@ -97,7 +97,7 @@ class HookSet:
             self._place(hook, module)
             model.set_submodule(architecture.name(layer), hook)
         if watcher is not None:
-            # On both: not every pass goes through the one, or through the other.
+            # On both, because a pass may enter through either one.
             self._watchers[id(model)] = [
                 part.register_forward_pre_hook(watcher, with_kwargs=True)
                 for part in {id(model): model, id(base_model): base_model}.values()
@@ -106,7 +106,7 @@ class HookSet:
         return model
 
     def detach(self, model: nn.Module | None = None) -> None:
-        """Take the hooks off `model`, or off every model; the original modules return."""
+        """Take the hooks off `model`, or off every model; the original modules are put back."""
         models = [ref() for ref in self._attached] if model is None else [model]
         for hooked in (m for m in models if m is not None):
             for name, module in list(hooked.named_modules()):
@@ -118,7 +118,7 @@ class HookSet:
 
     @contextmanager
     def attached(self, model: nn.Module, *, check: bool = True) -> Iterator[nn.Module]:
-        """Hooks on `model` inside the block only."""
+        """Attach the hooks to `model` inside the block only."""
         self.attach(model, check=check)
         try:
             yield model
@@ -127,7 +127,7 @@ class HookSet:
 
     @contextmanager
     def off(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The unedited model inside the block, with the hooks left in place."""
+        """Turn the hooks off inside the block: `model` acts unedited, the hooks stay attached."""
         hooks = self.modules(model).values()
         states = [hook.state for hook in hooks]
         for hook in hooks:
@@ -139,7 +139,7 @@ class HookSet:
                 hook.state = state
 
     def in_force(self) -> list[list[EditRequest]]:
-        """Per batch, those of its requests that are written, not superseded, and enabled."""
+        """By batch, the requests that are written, not superseded and enabled."""
         live = {edit.id for edit in self.journal.live()}
         return [
             [edit.request for edit in batch.edits if edit.id in live]
@@ -156,17 +156,17 @@ class HookSet:
         return hooks
 
     def trace(self, model: Any, tokenizer: Any, text: str) -> Trace:
-        """Per token of `text` and hooked layer: score, threshold, whether the gate of the attached
-        hooks opened, and which edit fired."""
+        """Run `text` and record, per token and hooked layer: score, threshold, whether the gate
+        opened, and for which edit. Raises `AttachError` if the hooks are not attached."""
         return trace_text(LanguageModel(model, tokenizer), self.modules(model), text)
 
     def enable(self, edit: int) -> None:
-        """Bring an edit (by id) back into force, on every model the hooks are on."""
+        """Enable an edit (by id) again, on every model the hooks are attached to."""
         self._switch(edit, True)
 
     def disable(self, edit: int) -> None:
-        """Take an edit (by id) out of force. The keyed gate no longer knows its fingerprints; under
-        the other gates its share leaves Δ, which undoes it up to what later batches built on it."""
+        """Disable an edit (by id). The keyed gate then ignores its fingerprints. Under the other
+        gates its share is taken out of Δ, which does not undo what later batches built on it."""
         self._switch(edit, False)
 
     def _switch(self, edit: int, enabled: bool) -> None:
@@ -184,7 +184,7 @@ class HookSet:
             hook.gate.switch(in_force)
 
     def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
-        """Give Δ an edit's own share back, or take it away."""
+        """Add an edit's own share to Δ or take it out. Raises `CompactedError` if it is merged."""
         if edit.id < self.journal.n_merged_edits:
             raise CompactedError(
                 f"edit {edit.id} was merged with others by compact, and under the "
@@ -199,16 +199,16 @@ class HookSet:
 
     @plainly()
     def compact(self, keep: int = 0) -> None:
-        """Merge all batches but the last `keep` into one, of constant size: a Δ and the second
-        moment of the edited keys a layer, beside the records and fingerprints of all edits.
+        """Merge all batches but the last `keep` into one. Per layer it holds a Δ and the keys or
+        their Gram matrix, of bounded size, besides the records and fingerprints of all edits.
 
-        What the hooks do stays the same, bit for bit, and editing goes on from it. Every edit keeps
-        its record, its verdict and its fingerprints. But there is no way back to a batch before the
-        last merged one, and under the norm gates merged edits can no longer be switched. A folder
-        holds the merged batches from the next `save_pretrained` on.
+        The hooks' outputs stay the same, bit for bit, and editing can go on. Every edit keeps its
+        record, its verdict and its fingerprints. But there is no way back to a batch before the
+        last merged one, and under gates other than the keyed gate, merged edits can no longer be
+        enabled or disabled. A folder is compacted at the next `save_pretrained`.
 
-        Raises `ConfigError` for a negative `keep`, `CorruptFolderError` where a file with factors
-        is gone; nothing has changed then.
+        Raises `ConfigError` for a negative `keep`, `CorruptFolderError` if a file with factors is
+        missing; nothing has changed then.
         """
         if keep < 0:
             raise ConfigError(f"cannot keep {keep} batches; give 0 or more")
@@ -216,7 +216,7 @@ class HookSet:
 
     @plainly()
     def refresh(self, layers: Sequence[int] | None = None) -> None:
-        """Bring attached models up to date with the journal: all of them, or none if it fails."""
+        """Update the hooks on all attached models from the journal. layers: None for all."""
         wanted = [layer for layer in self.layers if layers is None or layer in layers]
         models = [model for model in (ref() for ref in self._attached) if model is not None]
         deltas = self._deltas(wanted) if models else {}
@@ -228,7 +228,7 @@ class HookSet:
                     self._place(hook, hook.base)
 
     def _left_out(self) -> list[int]:
-        """The edits whose share is not in Δ."""
+        """Ids of the edits whose share is not in Δ."""
         if self._gate_type.tells_edits_apart:
             return []
         return [edit.id for edit in self.edits if not edit.enabled]
@@ -250,25 +250,25 @@ class HookSet:
         return self._gate_type.build(threshold, edits, watcher)
 
     def _place(self, hook: HookLinear, base: nn.Module) -> None:
-        """Move a hook's own tensors to where its base module is, in the dtype it computes in."""
+        """Move a hook's own tensors to its base module's device and compute dtype."""
         hook.split_over_processes()
         tensors = [*base.parameters(), *base.buffers()]
         device = device_of(base)
-        # A quantised weight says nothing of the dtype to compute in; its scales may.
+        # A quantised weight's dtype is not the one to compute in; its scales' may be.
         wide = [t.dtype for t in tensors if t.dtype.is_floating_point and t.itemsize > 1]
         dtype = wide[0] if wide else torch.float32
         hook.down = hook.down.to(device, dtype)
         hook.up = None if hook.up is None else hook.up.to(device, dtype)
         if hook.up is not None and hook.down.is_cuda:
-            # Rows of zeros change nothing, and a GPU reads aligned factors 16 bytes at a time.
+            # Zero rows change nothing; with them, a GPU reads aligned factors 16 bytes at a time.
             missing = -hook.down.shape[0] % 16
             hook.down = nn.functional.pad(hook.down, (0, 0, 0, missing))
             hook.up = nn.functional.pad(hook.up, (0, missing))
         hook.gate.to(device, dtype)
 
     def _check_processes(self, bases: Iterable[nn.Module]) -> None:
-        """Raise `AttachError` where processes share a base in a way that hooks cannot follow, or
-        are not about to attach the same hooks."""
+        """Raise `AttachError` if processes share a base in a way that hooks cannot follow, or are
+        about to attach different hooks."""
         shared = [split for split in map(RowParallel.of, bases) if split is not None]
         if shared:
             thresholds = [batch.thresholds for batch in self.journal.batches]
@@ -286,7 +286,7 @@ class HookSet:
                     f"{architecture.name(layer)} has no floating-point weight to compare with the "
                     "base model's; if this is a quantised copy of it, attach with check=False"
                 )
-        # One by one: weights may be gathered from processes that share them, or from a disk.
+        # One at a time: weights may have to be gathered from other processes or read from disk.
         checksums = weight_checksums(gathered(fetched(module)) for module in modules)
         if not set(checksums.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
@@ -300,10 +300,10 @@ class HookSet:
         """Write `hook_config.json` and one safetensors file per batch, atomically.
 
         Batches that the folder already holds are not written again. From then on the factors of all
-        batches are read from there when they are needed, and no longer kept in memory.
+        batches are read from the folder when needed, and no longer kept in memory.
 
-        Raises `SaveError` when writing fails, `FolderError` when the folder holds other edits; it
-        is intact then.
+        Raises `SaveError` if writing fails, `FolderLockedError` if another process is editing the
+        folder, `FolderError` if it holds other edits; it is intact then.
         """
         path = Path(directory).resolve()
         contents = folder.Contents(
@@ -313,8 +313,8 @@ class HookSet:
         self._saved[path] = contents.digest
 
     def follow(self, directory: str | Path) -> None:
-        """What another process of a job has just written from the same edits serves this one too:
-        the factors of all batches are read from there, and no longer kept in memory."""
+        """Read the factors of all batches from a folder that another process of the job has just
+        saved with the same edits, and no longer keep them in memory."""
         folder.follow(Path(directory).resolve(), self.journal)
 
     @classmethod
@@ -322,7 +322,8 @@ class HookSet:
         """Read what `save_pretrained` wrote, after checking every file's checksum. The factors of
         batches stay in the folder until `attach` needs them.
 
-        Raises `FolderError` and its kinds: missing, corrupt, or of a newer format.
+        Raises `FolderError` if there are no hooks, or one of its subclasses if they are corrupt or
+        of a newer or older format.
         """
         contents = folder.load(Path(directory))
         hooks = cls(contents.base, contents.config, contents.sketches, contents.journal)

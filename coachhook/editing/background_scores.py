@@ -1,4 +1,4 @@
-"""How near background keys come to the fingerprints of edits, kept from batch to batch."""
+"""How close background keys come to the edits' fingerprints, kept up to date batch by batch."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,11 @@ from coachhook.journal.journal import Batch, Journal
 
 @dataclass(frozen=True)
 class _Nearest:
-    """Per background key the largest cosine to a fingerprint, float32 `(m,)`, and the id of its
-    edit, int64 `(m,)`; -inf and -1 without any. counted: by id, the edits compared, bool `(e,)`."""
+    """Nearest fingerprint of each background key.
+
+    score float32 `(m,)`: its cosine, -inf if there is none; edit int64 `(m,)`: the id of its edit,
+    or -1. counted bool `(e,)`: by id, whether the edit's fingerprints are included.
+    """
 
     score: Tensor
     edit: Tensor
@@ -21,9 +24,9 @@ class _Nearest:
 class BackgroundScores:
     """The score of each background key of one layer under the keyed gate, with every edit enabled.
 
-    sketched: the background's unit-norm sketches, float32 `(m, s)`. A batch costs the comparison
-    with its own fingerprints; where it supersedes earlier edits, the background keys nearest to
-    those are compared with all others again.
+    sketched: the background's unit-norm sketches, float32 `(m, s)`. A new batch is compared only
+    through its own fingerprints; where it supersedes earlier edits, the background keys that were
+    nearest to those edits are compared with all remaining fingerprints again.
     """
 
     def __init__(self, sketched: Tensor) -> None:
@@ -32,10 +35,10 @@ class BackgroundScores:
         self._settled = self._none()
 
     def of(self, journal: Journal, layer: int) -> Tensor | None:
-        """Scores `(m,)` after the last batch of `journal`; None if no fingerprint stands.
+        """Scores `(m,)` after the last batch of `journal`; None if no edit has a fingerprint.
 
-        The last batch is compared anew each time: it may yet fail, or be refused in parts. Those
-        before it are final.
+        The last batch is compared anew each time, because it may still fail or be refused in part;
+        earlier batches are final.
         """
         settled = journal.batches[:-1]
         known = len(self._batches)
@@ -53,7 +56,7 @@ class BackgroundScores:
         return _Nearest(*_nearest(self._sketched, no_rows, no_ids), no_ids.bool())
 
     def _after(self, before: _Nearest, journal: Journal, layer: int, n_batches: int) -> _Nearest:
-        """The same for the first `n_batches`, from `before` for fewer of them."""
+        """The nearest fingerprints over the first `n_batches`; `before` covers fewer batches."""
         stands = journal.stands(n_batches)
         fingerprints, owner = journal.fingerprints(layer, self._sketched.shape[1], n_batches)
         counted = torch.zeros_like(stands)
@@ -75,10 +78,10 @@ class BackgroundScores:
 
 
 def _nearest(sketched: Tensor, fingerprints: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of `sketched` the largest cosine to any of the fingerprints, and its owner."""
+    """Per row of `sketched`: the largest cosine to any fingerprint, and that one's owner."""
     best = sketched.new_full((len(sketched),), -torch.inf)
     whose = torch.full((len(sketched),), -1)
-    # In blocks: the whole product need not fit in memory.
+    # In blocks, because the whole product may not fit in memory.
     for rows, ids in zip(fingerprints.split(1024), owner.split(1024), strict=True):
         if len(rows):
             cosine, index = (sketched @ rows.T).max(-1)

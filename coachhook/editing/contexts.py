@@ -1,4 +1,4 @@
-"""The texts that an edit's keys are taken from, and how they are read."""
+"""The texts an edit's keys are read from, and how they are read."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from coachhook.models.tokens import Padded, encode_request, pad
 
 @dataclass(frozen=True)
 class Contexts:
-    """The texts an edit's keys are taken from: every bare prompt, then every prefixed one."""
+    """The texts that keys are read from: all bare prompts, then all prompts in each context."""
 
     padded: Padded
     n_requests: int
@@ -40,10 +40,11 @@ class Contexts:
         temporary: Sequence[HookLinear] = (),
         what: Callable[[HookLinear, Tensor, slice], Tensor] = lambda _, keys, __: keys,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """At each row's subject, on the CPU: for every hook its keys `(b, d_in)`, or what `what`
-        makes of its keys `(b', t, d_in)` in some rows; the output of `block`, float32 `(b, d)`.
+        """Values at each row's subject, on the CPU: per hook its keys `(b, d_in)`, or the result of
+        `what` applied to the keys `(b', t, d_in)` of a slice of rows; and the output of `block`,
+        float32 `(b, d)`.
 
-        temporary: hooks that correct the subjects alone. tokens: how many are read at once.
+        temporary: hooks that correct only the subjects. tokens: how many to read in one pass.
         """
         at = self.padded.subject_mask()
 

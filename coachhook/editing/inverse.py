@@ -1,9 +1,9 @@
 """Consecutive closed-form update of one layer, by recursive least squares
 (csrc_notes/method.md, "Batch update" and "Recursive inverse").
 
-Paper Eq. 10-14: `Δ_new = R K₂ᵀ C_accu⁻¹` with `C_accu = λ C₀ + K' K'ᵀ + K₂ K₂ᵀ`. Only the inverse
-is kept, one triangle of it; a batch of c keys costs about `3 d_in² c` multiplications and additions
-together, and memory does not grow. csrc_notes/update.md derives and measures.
+Paper Eq. 10-14: `Δ_new = R K₂ᵀ C_accu⁻¹` with `C_accu = λ C₀ + K' K'ᵀ + K₂ K₂ᵀ`. Only one triangle
+of the inverse is kept; a batch of c keys costs about `3 d_in² c` floating-point operations, and
+memory does not grow. csrc_notes/update.md has the derivation and measurements.
 """
 
 import logging
@@ -18,26 +18,25 @@ from coachhook.errors import StatisticsError
 
 logger = logging.getLogger(__name__)
 
-# Added to C₀'s diagonal, relative to its mean: directions that ordinary text never uses would
-# otherwise cost nothing, and a second moment of few tokens would not be invertible.
+# Added to C₀'s diagonal, relative to the diagonal's mean. Without it, changes along directions that
+# ordinary text never uses would cost nothing, and a second moment of few tokens would be singular.
 _RIDGE = 1e-5
 
-# Largest relative error of `Q k`, and so of Δ, that the check on probes lets pass (by dtype).
+# Largest relative error of `Q k`, and so of Δ, that the probe check accepts, by stored dtype.
 _ERROR = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 _PROBES = 4
 
-# Keys that are absorbed, and held between solving and absorbing, at a time.
+# Most keys absorbed at a time, and most whose products are kept from `solve` to `absorb`.
 _CHUNK = 2048
 
-
-# Rows of a block: enough to keep a GPU busy, and little above the diagonal is held.
+# Rows of a block: enough to keep a GPU busy, few enough to store little above the diagonal.
 _BLOCK = 1024
 
 
 class Earlier(NamedTuple):
-    """Keys of earlier batches: tensors `(c, d_in)`, and the Gram matrix `Σ k kᵀ` `(d_in, d_in)` of
-    those that are no longer kept one by one."""
+    """Keys of earlier batches: tensors `(c, d_in)`, and for keys no longer kept individually their
+    Gram matrix `Σ k kᵀ` `(d_in, d_in)`."""
 
     keys: Iterable[Tensor] = ()
     gram: Tensor | None = None
@@ -47,21 +46,21 @@ class RecursiveInverse:
     """`Q = C_accu⁻¹` of one layer: its lower triangle, as block rows.
 
     moment: `C₀` `(d_in, d_in)`, any dtype and device; kept, not copied. preservation: λ. earlier:
-    called now, and again whenever the inverse has to be made anew; it gives all keys that count by
-    then, those absorbed since included. device: where the inverse lives and is updated, by default
-    that of `moment`; it must know float64. dtype: how it is stored, float64 or float32. All
-    arithmetic is in float64: float32 halves the memory, and nothing else. It holds
-    `d_in² / 2` numbers, and `2 c d_in` more from `solve` to `absorb` of c keys.
+    called now, and again whenever the inverse is recomputed; it must return all keys to preserve
+    at that time, including those absorbed since. device: where the inverse is stored and updated,
+    by default that of `moment`; it must support float64. dtype: how the inverse is stored, float64
+    or float32. All arithmetic is in float64: storing float32 only halves the memory. The inverse
+    takes about `d_in² / 2` numbers, and `2 c d_in` more between `solve` and `absorb` of c keys.
 
-    Every `solve` first checks `Q` on four probes `X`, of which `Y = C_accu X` is kept up to date
-    without it: the drift is `‖Q Y − X‖ / ‖X‖`. The probes are drawn such that `Y` looks like keys
-    (its second moment is `C_accu` when the inverse is made), so the drift is the relative error of
-    `Q k` over keys, root mean square; an error in one direction alone shows in it `√d_in` times
-    smaller than in the keys it concerns. Where `√d_in · drift` passes 10⁻⁶ (float64) or 10⁻²
-    (float32), `Q` is made anew from `moment` and `earlier`.
+    Every `solve` first checks `Q` on four probes `X`, whose images `Y = C_accu X` are updated
+    independently of `Q`: the drift is `‖Q Y − X‖ / ‖X‖`. The probes are drawn such that `Y` looks
+    like keys (its second moment is `C_accu` when the inverse is computed), so the drift is the root
+    mean square relative error of `Q k` over keys. An error confined to one direction appears in it
+    `√d_in` times smaller than in the keys affected, so `Q` is recomputed from `moment` and
+    `earlier` when `√d_in · drift` exceeds 10⁻⁶ (float64) or 10⁻² (float32).
 
     Raises `StatisticsError` if the matrix is not positive definite, or so ill-conditioned that even
-    a new inverse does not pass.
+    a fresh inverse fails the check.
     """
 
     block_rows: list[Tensor]
@@ -87,13 +86,13 @@ class RecursiveInverse:
         """`G` `(c, d_in)` such that `Δ_new = Rᵀ G` for the residuals `R (c, d_out)` of new keys.
 
         keys `(c, d_in)`; G float64 on the inverse's device. With fit 1, `G = K₂ᵀ C_accu⁻¹` (the
-        paper's closed form, by Woodbury's identity); larger values weigh the batch's own keys that
-        many times in its solve, and so leave less of their residual, also at a key that earlier
-        edits hold fast. Raises `StatisticsError` for keys that are not finite.
+        paper's closed form, by Woodbury's identity); a larger `fit` counts the batch's own keys
+        that many times in its solve, which leaves less residual error at them, even at a key that
+        earlier edits constrain. Raises `StatisticsError` for keys that are not finite.
         """
         rows = self._checked(keys)
         products, drift = self._multiplied(rows)
-        # Not `drift > …`: a broken inverse may give NaN. One that was dropped gives 1.
+        # Not `drift > …`: a broken inverse may give NaN. A dropped inverse gives 1.
         if not drift <= self._tolerance:
             logger.info("the inverse is off by %.1e on the probes and made anew", drift)
             self._factorise()
@@ -105,13 +104,13 @@ class RecursiveInverse:
         return solutions
 
     def absorb(self, keys: Tensor) -> None:
-        """Count `keys` `(c, d_in)` among those that later batches preserve.
+        """Add `keys` `(c, d_in)` to those that later batches preserve.
 
-        Costs a third as much for the very keys of the last `solve`. Raises `StatisticsError` for
-        keys that are not finite.
+        Costs a third as much if they are exactly the keys of the last `solve`. Raises
+        `StatisticsError` for keys that are not finite.
         """
         absorbed = self._checked(keys)
-        # Before the inverse: should that be interrupted half-way, the next check is to notice.
+        # Before the inverse, so that the next check notices an update interrupted half-way.
         self._image.addmm_(self._probes @ absorbed.T, absorbed)
         solved, self._solved = self._solved, None
         for rows in absorbed.split(_CHUNK):
@@ -119,14 +118,14 @@ class RecursiveInverse:
             products = solved[1] if solved and known else _multiply(rows, self.block_rows)
             gram = _symmetric(products @ rows.T)
             gram.diagonal().add_(1)
-            # Where rounding has made this indefinite, the inverse turns wrong, which is noticed.
+            # If rounding made this indefinite, the inverse becomes wrong; the next check notices.
             factor, _ = torch.linalg.cholesky_ex(gram)
             whitened = torch.linalg.solve_triangular(factor, products, upper=False)
             _add_outer(self.block_rows, whitened, -1)
 
     def forget(self) -> None:
-        """Drop the inverse, because the keys of `earlier` are no longer those absorbed so far; the
-        next `solve` makes it anew."""
+        """Drop the inverse, because `earlier` no longer returns the keys absorbed so far; the next
+        `solve` recomputes it."""
         self.block_rows, self._solved = [], None
 
     @property
@@ -134,7 +133,7 @@ class RecursiveInverse:
         return _ERROR[self._dtype] / math.sqrt(len(self._moment))
 
     def _checked(self, keys: Tensor) -> Tensor:
-        """`keys` in float64 on the inverse's device, as a tensor of our own."""
+        """A float64 copy of `keys` on the inverse's device; `StatisticsError` if not finite."""
         rows = keys.to(self._device, torch.float64, copy=True)
         finite = torch.isfinite(rows).all(-1)
         if not finite.all():
@@ -145,13 +144,13 @@ class RecursiveInverse:
         return rows
 
     def _multiplied(self, rows: Tensor) -> tuple[Tensor, float]:
-        """`rows · Q`, and the drift of the inverse, in one pass over it."""
+        """`rows · Q` and the drift of the inverse, in one pass over its blocks."""
         products = _multiply(torch.cat([rows, self._image]), self.block_rows)
         drift = (products[len(rows) :] - self._probes).norm() / self._probes.norm()
         return products[: len(rows)], float(drift)
 
     def _factorise(self) -> None:
-        """Make the inverse anew from the moment and all earlier keys, in one factorisation."""
+        """Recompute the inverse from the moment and all earlier keys, in one factorisation."""
         self.forget()
         matrix = _weighted(self._moment, self._preservation, self._device)
         blocks = _block_rows(matrix)
@@ -186,7 +185,7 @@ def whitening_sketch(
     moment: Tensor, preservation: float, size: int, seed: int, device: torch.device | None = None
 ) -> Tensor:
     """`F = S L⁻¹` float32 `(size, d_in)`, on the CPU: whitening by `λ C₀ = L Lᵀ`, then a random
-    projection. device: where it is computed, by default that of `moment`."""
+    projection. device: where to compute, by default that of `moment`."""
     factor = _factorise_(_weighted(moment, preservation, device or moment.device))
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(size, len(factor), generator=generator, dtype=torch.float64)
@@ -196,7 +195,7 @@ def whitening_sketch(
 
 
 def _weighted(moment: Tensor, preservation: float, device: torch.device) -> Tensor:
-    """`λ C₀` with its ridge, float64, column by column in memory: what LAPACK works on in place."""
+    """`λ C₀` plus its ridge, float64, in column-major order so that LAPACK works in place."""
     weighted = moment.to(device, torch.float64, copy=True)
     weighted.mul_(preservation)
     weighted.diagonal().add_(_RIDGE * weighted.diagonal().mean())
@@ -204,7 +203,7 @@ def _weighted(moment: Tensor, preservation: float, device: torch.device) -> Tens
 
 
 def _factorise_(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor of a symmetric matrix, in its place; the upper triangle is not read."""
+    """Lower Cholesky factor of a symmetric matrix, in place; the upper triangle is not read."""
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     if info.item() or not torch.isfinite(matrix.diagonal()).all():
@@ -215,7 +214,7 @@ def _factorise_(matrix: Tensor) -> Tensor:
 
 
 def _gathered(parts: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same rows in fewer tensors: a product's cost is that of the matrix, not of few keys."""
+    """The same rows in fewer tensors: one pass over the matrix costs the same for a few keys."""
     held: list[Tensor] = []
     for part in parts:
         held.append(part)
@@ -231,13 +230,13 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _block_rows(matrix: Tensor) -> list[Tensor]:
-    """The lower triangle of a matrix: rows s to e, columns 0 to e, for blocks of rows; views."""
+    """The lower triangle as views: for each block of rows s to e, the columns 0 to e."""
     starts = range(0, len(matrix), _BLOCK)
     return [matrix[s : s + _BLOCK, : s + _BLOCK] for s in starts]
 
 
 def _multiply(rows: Tensor, blocks: list[Tensor]) -> Tensor:
-    """`rows · M` float64 for rows `(c, d)` and a symmetric matrix given by its block rows."""
+    """`rows · M` float64, for rows `(c, d)` and a symmetric `M` given by its block rows."""
     products = torch.zeros_like(rows)
     for block in blocks:
         wide = block.double()

@@ -1,4 +1,4 @@
-"""What writing into one layer needs: its inverse, its fingerprints, and what is ordinary there."""
+"""What writing to one layer needs: its inverse, its sketch, and keys of ordinary text."""
 
 import math
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from coachhook.editing.background_scores import BackgroundScores
 from coachhook.editing.inverse import RecursiveInverse, whitening_sketch
 from coachhook.statistics.measure import LayerStatistics
 
-# A fingerprint that ordinary tokens resemble more than this (cosine, at the allowed rate of false
-# alarms) is no fingerprint: attention sinks, the keys of first tokens, reach 1.
+# A fingerprint is unusable if more ordinary tokens than the false-alarm rate allows have at least
+# this cosine to it. Attention sinks (the keys of first tokens) reach 1.
 _DISTINCT = 0.8
 
-# A key with at least this cosine to those of more than that share of first words is an attention
-# sink, since by default a gate that opens at it opens at those words; in few dimensions it takes
-# more.
+# A key is an attention sink if it has at least cosine `ALIKE` to more than a share `_SINK_SHARE` of
+# first words: at the default resemblance, a gate that opens at the key opens at those words too.
+# Sketches of few dimensions need a higher cosine (see `LayerWriter.sinks`).
 ALIKE, _SINK_SHARE = EditConfig.resemblance, 0.01
 
-# Fingerprints that are compared with all background keys at a time.
+# Fingerprints compared with all background keys at a time.
 _CHUNK = 256
 
 
@@ -44,10 +44,11 @@ def layer_sketch(
 
 @dataclass
 class LayerWriter:
-    """What writing into one layer needs: its inverse, its sketch, and background keys.
+    """What writing to one layer needs.
 
-    background bfloat16 `(m, d_in)`; sketched float32 `(m, s)`: their unit-norm sketches; first:
-    unit-norm sketches of first words, float32 `(f, s)`.
+    solver: the layer's inverse; projection `(s, d_in)`, offset `(s,)`: its sketch; background:
+    keys of ordinary tokens, bfloat16 `(m, d_in)`; sketched: their unit-norm sketches, float32
+    `(m, s)`; first: unit-norm sketches of first words, float32 `(f, s)`.
     """
 
     solver: RecursiveInverse
@@ -68,12 +69,12 @@ class LayerWriter:
         sketch: tuple[Tensor, Tensor],
         solver: RecursiveInverse,
     ) -> "LayerWriter":
-        """From a layer's statistics, the sketch of its hook set, and its inverse.
+        """Build one from a layer's statistics, its hook set's sketch, and its inverse.
 
         sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU.
         """
         projection, offset = sketch
-        # Of a small vocabulary the same word was drawn many times.
+        # From a small vocabulary the same word is drawn many times.
         first = statistics.first.float().unique(dim=0)
         return cls(
             solver=solver,
@@ -89,18 +90,19 @@ class LayerWriter:
         return _fingerprint(keys, self.projection, self.offset)
 
     def sinks(self, fingerprints: Tensor) -> Tensor:
-        """Which fingerprints `(n, s)` are also those of some first words, whatever these are, bool
-        `(n,)`. Not those of first tokens alone: the sink may be a token or two further on."""
-        # The cosine of unrelated directions has a deviation of 1 / √s.
+        """Which fingerprints `(n, s)` belong to attention sinks, bool `(n,)`: they match first
+        words regardless of which word. Any position is tested, not only the first token, because
+        the sink may be a token or two further on."""
+        # The cosine of unrelated directions has a standard deviation of 1 / √s.
         least = max(ALIKE, min(3 / math.sqrt(fingerprints.shape[1]), 0.95))
         alike = (self.first @ fingerprints.T >= least).sum(0)
-        # One of them may be the subject's own word.
+        # One first word may be the subject itself.
         return alike > max(1, _SINK_SHARE * len(self.first))
 
     def distinct(self, fingerprints: Tensor, rate: float) -> Tensor:
-        """Which fingerprints `(n, s)` stand out from ordinary tokens and first words, `(n,)`."""
+        """Which fingerprints `(n, s)` differ from ordinary tokens and first words, bool `(n,)`."""
         allowed = int(rate * len(self.sketched))
-        # In parts: a large batch against all of the background need not fit in memory.
+        # In parts, because a large batch times the whole background may not fit in memory.
         ceilings = [
             (self.sketched @ some.T).topk(allowed + 1, dim=0).values[-1]
             for some in fingerprints.split(_CHUNK)

@@ -1,4 +1,4 @@
-"""Requests whose subject is an attention sink, and is refused before any work."""
+"""Refusing requests whose subject is an attention sink, before any other work."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def refuse_sinks(
     writers: dict[int, LayerWriter],
     edits: Sequence[EditRecord],
 ) -> None:
-    """Refuse edits whose subject is a text's first token with the key that first tokens share."""
+    """Refuse edits whose subject is the first token and has the key that first tokens share."""
     contexts = Contexts.of(lm, [edit.request for edit in edits], ())
     starts = (contexts.padded.subject == 0).nonzero().squeeze(-1).tolist()
     if not starts:

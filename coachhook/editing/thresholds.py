@@ -1,4 +1,4 @@
-"""The threshold of a layer's gate after a batch: the gate chooses, by what it may ask for here."""
+"""The threshold of a layer's gate after a batch, and the evidence the gate chooses it by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +69,6 @@ def threshold(
     contexts: Contexts,
     rate: float,
 ) -> Threshold:
-    """The threshold of a layer whose Δ and fingerprints are now those of the whole journal."""
+    """The threshold of a layer whose Δ and fingerprints already include the last batch."""
     gate = GATES[hooks.config.gate]
     return gate.choose(_Evidence(hooks, model, layer, hook, writer, contexts, rate))

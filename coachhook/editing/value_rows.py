@@ -1,10 +1,10 @@
 """Rows of text whose hidden state at the subject can be shifted, ready for many passes.
 
-Nothing below the hooked block and nothing left of the subject depends on the shift (design
-section 2, identity 6). Both are computed once: the common beginning of a context once for all
-requests, what stands left of the subjects as a KV cache, what stands right of them up to the
-hooked block. A pass then starts behind that block, over the tokens from the subject on, and takes
-logits only where a target is predicted.
+Nothing below the hooked block and nothing left of the subject depends on the shift
+(csrc_notes/method.md, "Exact savings"), so both are computed once: the tokens left of the subject
+as a KV cache (a context's common beginning once for all requests), the tokens from the subject on
+up to the hooked block. A pass then starts after that block, over the tokens from the subject on,
+and computes logits only where a target is predicted and at the last token of the KL penalty's rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from coachhook.models.tokens import Row, encode, encode_request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# What one more pass costs, in tokens (launches, small products).
+# Overhead of one more pass (launches, small products), counted in tokens.
 _PASS_COST = {"cpu": 24, "cuda": 512}
 
 # The gradients of single tokens would underflow in float16.
@@ -41,7 +41,7 @@ def contexts_of(
     tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest], config: ValueConfig
 ) -> list[list[Row]]:
     """The rows of n requests: their bare prompts, their prompts in each context, and last, as in
-    MEMIT, "{subject} is a": what else the model knows of the subject should stay."""
+    MEMIT, "{subject} is a", to preserve what else the model knows about the subject."""
     scored = [
         [_scored(tokenizer, request, context, config.stop) for request in requests]
         for context in ("{}", *config.contexts)
@@ -56,8 +56,8 @@ def contexts_of(
 def _scored(
     tokenizer: PreTrainedTokenizerFast, request: EditRequest, context: str, stop: str
 ) -> Row:
-    """The row of a prompt and its target, with `stop` behind it where that is one more token and
-    leaves the target's own as they are (")" and "." may be one)."""
+    """The row of a prompt and its target, followed by `stop` if that adds exactly one token and
+    leaves the target's tokens unchanged (")" and "." may merge into one)."""
     row = encode_request(tokenizer, request, context)
     if request.target.rstrip().endswith(tuple(SENTENCE_ENDS)):
         return row
@@ -67,13 +67,13 @@ def _scored(
 
 @dataclass(frozen=True)
 class ShiftedRows:
-    """b rows; their tokens from the subject on stand in t columns, what is left of it in p.
+    """b rows: t columns hold the tokens from the subject's last token on, p columns those before.
 
-    owner `(b,)`: the request of each row; gain `(b,)`: share of the shift it gets; weight `(b,)`:
-    its share in its request's loss, 0 for the rows of the KL penalty; length `(b,)`: real tokens
-    among the t; ids, positions `(b, t)`; mask `(b, p + t)`; labels `(b, t)`: next token where it
-    counts, else -1; hidden `(b, t, d)`: the hooked block's output without a shift; past: keys and
-    values left of the subject, per block.
+    owner `(b,)`: the request of each row; gain `(b,)`: share of the shift the row gets; weight
+    `(b,)`: the row's share in its request's loss, 0 for rows of the KL penalty; length `(b,)`: real
+    tokens among the t; ids, positions `(b, t)`; mask `(b, p + t)`; labels `(b, t)`: the next token
+    if it is part of the target, else -1; hidden `(b, t, d)`: the hooked block's output without a
+    shift; past: attention keys and values of the p columns, per block.
     """
 
     owner: Tensor
@@ -100,13 +100,13 @@ class ShiftedRows:
         )
 
     def buckets(self, active: Tensor) -> list[ShiftedRows]:
-        """The rows of `active` `(n,)` requests, in parts of similar length: those that cost least,
-        padding and passes counted."""
+        """The rows of the `active` requests, bool `(n,)`, split by length into the parts that cost
+        least, counting padding and the overhead of passes."""
         rows = active[self.owner].nonzero().squeeze(-1)
         lengths, order = self.length[rows].sort()
         counts = lengths.unique_consecutive(return_counts=True)
         widths, numbers = counts[0].tolist(), counts[1].tolist()
-        # best[i]: least cost of the i smallest lengths, and where their last part begins.
+        # best[i]: least cost of the i smallest lengths, and the start of their last part.
         best: list[tuple[float, int]] = [(0.0, 0)]
         overhead = _PASS_COST["cpu" if rows.device.type == "cpu" else "cuda"]
         for end in range(1, len(widths) + 1):
@@ -128,13 +128,13 @@ class ShiftedRows:
 def prepare(
     lm: LanguageModel, blocks: Any, layer: int, groups: Sequence[Sequence[Row]], gain: float
 ) -> tuple[ShiftedRows, Any]:
-    """The rows of `contexts_of`, and what block `layer`, the last hooked one, returned for them."""
+    """The rows of `contexts_of`, and the raw output of block `layer`, the last hooked one."""
     rows = [row for group in groups for row in group]
     device, n = lm.device, len(groups[0])
     shared = [_shared_length(group) for group in groups for _ in group]
     heads = [_Piece(group[0].ids[: _shared_length(group)], 0) for group in groups]
     lefts = [_Piece(r.ids[k : r.subject], k) for r, k in zip(rows, shared, strict=True)]
-    # Nothing is predicted behind a target's last token.
+    # Nothing is predicted after a target's last token.
     ends = [len(row.ids) - bool(row.n_target) for row in rows]
     rights = [_Piece(r.ids[r.subject : e], r.subject) for r, e in zip(rows, ends, strict=True)]
 
@@ -146,7 +146,7 @@ def prepare(
     mask = torch.cat([mask, real], dim=1)
     inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
     result = run_to(blocks[layer], lm.model, {**inputs, **_cached(past)})
-    # Blocks up to the hooked one are not run again, but the first tells a cache's length.
+    # Blocks up to the hooked one are not run again, but the cache's length is read from the first.
     past = [
         (keys, values) if index > layer else (keys[:, :1, :, :1], values[:, :1, :, :1])
         for index, (keys, values) in enumerate(past)
@@ -183,11 +183,11 @@ def score(
     kl: float,
     reference: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of the targets `(n,)`, in nats, as far as it comes from these rows,
-    and the gradient `(n, d)` of it and of `kl` times the KL penalty in `shift` `(n, d)`.
+    """What these rows contribute to the targets' negative log-likelihood `(n,)`, in nats, and the
+    gradient `(n, d)` of that plus `kl` times the KL penalty with respect to `shift` `(n, d)`.
 
-    reference float32 `(n, v)`: log-probabilities behind each request's penalty row; those that are
-    NaN are set to this pass's.
+    reference float32 `(n, v)`: log-probabilities of the token after each request's penalty row;
+    where they are NaN, this pass sets them.
     """
     half = rows.hidden.dtype in (torch.float16, torch.bfloat16)
     scale = _FLOAT16_SCALE if rows.hidden.dtype == torch.float16 else 1.0
@@ -229,8 +229,8 @@ def score(
 
 
 class _WideNorms(TorchFunctionMode):
-    """Layer norms take float32 inputs beside half-precision weights, which autocast sees to on a
-    GPU and not on a CPU."""
+    """Lets layer norms combine float32 inputs with half-precision weights, as autocast does on a
+    GPU but not on a CPU."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -255,7 +255,7 @@ def _picked(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def _shared_length(group: Sequence[Row]) -> int:
-    """How many tokens at the beginning all rows share, none of them a subject's last."""
+    """How many leading tokens all rows share, short of any subject's last token."""
     most = min(row.subject for row in group)
     first = group[0].ids
     return next((i for i in range(most) if any(row.ids[i] != first[i] for row in group)), most)
@@ -264,7 +264,7 @@ def _shared_length(group: Sequence[Row]) -> int:
 def _rectangle(
     pieces: Sequence[_Piece], pad_id: int, device: Any, *, right_aligned: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, positions and mask int64 `(b, t)` of pieces that start, or end, in one column."""
+    """ids, positions and mask int64 `(b, t)` of pieces aligned on the left, or on the right."""
     width = max(len(piece.ids) for piece in pieces)
     ids = torch.full((len(pieces), width), pad_id, dtype=torch.long)
     positions, mask = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -278,7 +278,7 @@ def _rectangle(
 
 
 def _cached(past: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """Keyword arguments of a pass that goes on behind `past`."""
+    """Keyword arguments of a pass that continues after `past`."""
     cache = DynamicCache()
     for index, (keys, values) in enumerate(past):
         cache.update(keys, values, index)
@@ -291,7 +291,7 @@ def _extend(
     mask: Tensor | None,
     pieces: Sequence[_Piece],
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """Keys and values of `past` and of one piece a row behind it, and the mask of both."""
+    """Keys and values of `past` and of one more piece per row, and the mask of both."""
     ids, positions, real = _rectangle(pieces, lm.pad_id, lm.device, right_aligned=True)
     mask = real if mask is None else torch.cat([mask, real], dim=1)
     if ids.shape[1] == 0:

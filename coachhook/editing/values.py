@@ -1,7 +1,7 @@
 """Target values: the hidden state at the subject's last token that makes the target likely.
 
-Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe), all requests of
-a batch together; `value_rows` keeps what does not depend on the shift.
+Adam on a shift of the last hooked block's output (paper section 3; MEMIT's recipe), many requests
+at once; `value_rows` computes what does not depend on the shift.
 """
 
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class TargetValues:
     """hidden float32 `(n, d)`: wanted output of the last hooked block at each subject's last token;
-    loss float32 `(n,)`: mean negative log-likelihood (nats) of the targets that it reaches."""
+    loss float32 `(n,)`: mean negative log-likelihood (nats) of the targets with that output."""
 
     hidden: Tensor
     loss: Tensor
@@ -45,15 +45,16 @@ def optimise_values(
 ) -> TargetValues:
     """Optimise the value of every request at the output of block `layer`.
 
-    As many requests at once as `config.tokens` admits; where memory does not suffice, half as many.
-    `progress` is told how many are done. With several `processes`, a collective: each takes its
-    share of the requests, and all return the values of all. Raises `NotEnoughMemoryError` if one
-    request alone is too many.
+    Runs as many requests at once as `config.tokens` allows, and half as many when out of memory.
+    `progress` is called with the number of requests just done. With several `processes` this is a
+    collective: each optimises its share of the requests, and all return every value. Raises
+    `NotEnoughMemoryError` if a single request does not fit, `ModelError` for a value that is not
+    finite.
     """
     groups = contexts_of(lm.tokenizer, requests, config)
-    # The tokens of a request's rows, padded to the longest.
+    # Tokens in each request's rows, padded to the longest.
     sizes = [len(groups) * max(len(group[i].ids) for group in groups) for i in range(len(requests))]
-    # Alike in length, so that little of a pass is padding.
+    # Sorted by length, so that little of a pass is padding.
     order = sorted(range(len(requests)), key=lambda i: sizes[i])
     waiting = [order[place] for place in processes.share(len(requests))]
     optimised: dict[str, Tensor] = {}
@@ -87,14 +88,14 @@ def _in_groups(
     window: int | None,
     progress: Callable[[int], None],
 ) -> Iterator[tuple[Sequence[int], TargetValues]]:
-    """The values of the requests `waiting` (by number, in ascending size), some at a time.
+    """The values of the requests `waiting` (indices, in ascending size), a group at a time.
 
-    together: optimises the rows of some requests. tokens: how many at once, until memory does not
-    suffice. window: of the model's attention, if it slides.
+    together: optimises the rows of one group. tokens: most in one group; reduced when out of
+    memory. window: width of the model's sliding attention window, if it has one.
     """
     while waiting:
         chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]
-        # Padding between tokens would use up a sliding window; one request alone has none.
+        # Padding between tokens would use up a sliding window; a single request has no padding.
         if window is not None and 2 * sizes[chosen[-1]] // len(groups) > window:
             chosen = waiting[:1]
         done = 0
@@ -128,7 +129,7 @@ def _in_groups(
 
 
 def _how_many(sizes: Sequence[int], tokens: int) -> int:
-    """How many requests of ascending sizes, at least one, fit a rectangle of `tokens`."""
+    """How many requests of ascending sizes fit a rectangle of `tokens`, but at least one."""
     return max(1, sum(n * size <= tokens for n, size in enumerate(sizes, 1)))
 
 
@@ -140,7 +141,7 @@ def _together(
     groups: Sequence[Sequence[Row]],
     progress: Callable[[int], None],
 ) -> TargetValues:
-    """The values of n requests; each leaves when it has converged."""
+    """The values of n requests; each drops out of the passes once it has converged."""
     n = len(groups[0])
     blocks = architecture.blocks(lm.model)
     rows, template = prepare(lm, blocks, layer, groups, config.gain)
@@ -163,7 +164,7 @@ def _together(
             done = active & (nll < config.enough)
             progress(int(done.sum()))
             active &= ~done
-            # The last look is at a shift that is kept: no step may follow it.
+            # `loss` must be that of the shift that is returned, so no step follows the last pass.
             if step == config.steps or not active.any():
                 break
             if done.any():

@@ -1,4 +1,4 @@
-"""Verdicts: whether an edit that was written took, from greedy decoding and from its gates."""
+"""Verdicts: whether a written edit took effect, judged by greedy decoding and by its gates."""
 
 from coachhook.editing.contexts import Contexts
 from coachhook.hookset import HookSet
@@ -9,7 +9,7 @@ from coachhook.models.tokens import encode_request
 
 
 def judge(lm: LanguageModel, hooks: HookSet, batch: Batch) -> None:
-    """Give every edit of `batch`, the last of the attached hooks' journal, its verdict."""
+    """Set the verdict of every edit of `batch`, the last in the attached hooks' journal."""
     requests = [edit.request for edit in batch.edits]
     longest = max(encode_request(lm.tokenizer, request).n_target for request in requests)
     prompts = [request.prompt for request in requests]
@@ -24,7 +24,7 @@ def judge(lm: LanguageModel, hooks: HookSet, batch: Batch) -> None:
 def _gates_at_subjects(
     lm: LanguageModel, hooks: HookSet, batch: Batch
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """For each edit, the layers whose gate stays closed at its subject, and those that it was not
+    """For each edit, the layers whose gate stays closed at its subject, and the layers it was not
     written to."""
     requests = [edit.request for edit in batch.edits]
     contexts = Contexts.of(lm, requests, ())

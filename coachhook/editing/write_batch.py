@@ -1,7 +1,7 @@
 """Writing one batch of target values into the hooked layers, from the lowest up.
 
-The residual is spread over the layers: each takes an equal share of what is still missing at the
-output of the last one, and keys and residual are collected again after each
+The residual is spread over the layers: each remaining layer takes an equal share of what is still
+missing at the last layer's output, and keys and residual are read again before each layer
 (csrc_notes/method.md, "Spreading over layers").
 """
 
@@ -28,10 +28,10 @@ def write_batch(
     batch: Batch,
     values: Tensor,
 ) -> None:
-    """Fill `batch`, already the last of the attached hooks' journal, with factors and thresholds.
+    """Fill `batch`, already the last in the attached hooks' journal, with factors and thresholds.
 
     values float32 `(n, d)`: wanted outputs of the last hooked block at the subjects of the n edits
-    that are not refused.
+    not refused. Raises `ModelError` for a residual that is not finite.
     """
     architecture = Architecture(hooks.base.template)
     accepted = [i for i, edit in enumerate(batch.edits) if edit.verdict is not Verdict.REFUSED]
@@ -54,7 +54,7 @@ def write_batch(
             missing = (values - reached[: len(requests)]) / (len(hooks.layers) - done)
             if not missing.isfinite().all():
                 raise ModelError(
-                    f"what layer {layer} should add is not finite; load the model in a wider dtype"
+                    f"the residual of layer {layer} is not finite; load the model in a wider dtype"
                 )
             factors = _solve(writer, keys.float(), missing, hooks.config, rate)
             batch.layers[layer] = factors.spread(torch.tensor(accepted), len(batch.edits))
@@ -73,7 +73,8 @@ def write_batch(
 def _solve(
     writer: LayerWriter, keys: Tensor, residuals: Tensor, config: EditConfig, rate: float
 ) -> LayerFactors:
-    """One layer's factors. keys `(c · n, d_in)`, bare prompts first; residuals `(n, d_out)`."""
+    """One layer's factors, from keys `(c · n, d_in)`, bare prompts first, and residuals
+    `(n, d_out)`."""
     n = len(residuals)
     # Two fingerprints an edit: the bare prompt's key, and the mean over the other contexts.
     by_context = keys.reshape(-1, n, keys.shape[1])
@@ -85,8 +86,8 @@ def _solve(
 
     edit = torch.arange(len(keys)) % n
     kept = writer.distinct(writer.fingerprint(keys), rate) & written[edit]
-    # A column of weight w is one of length √w, in the solve and in `C_accu`. Where the key of the
-    # bare prompt is not written, those under the contexts stand in for it.
+    # A key of weight w is scaled by √w, in the solve and in `C_accu`. Where the bare prompt's key
+    # is not kept, the keys read in the contexts stand in for it.
     lengths = torch.ones(len(keys), 1)
     lengths[n:][kept[edit[n:]]] = config.context_weight**0.5
     columns, edit, lengths = (keys * lengths)[kept], edit[kept], lengths[kept]

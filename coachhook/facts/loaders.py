@@ -18,7 +18,7 @@ from coachhook.facts.request import EditRequest, LocalityPrompt
 
 @dataclass(frozen=True, slots=True)
 class LoadedRequests:
-    """What a file gave: its requests in order, and one `file:line: reason` per skipped record."""
+    """The requests of a file in order, and one `file:line: reason` per skipped record."""
 
     requests: list[EditRequest]
     skipped: list[str]
@@ -27,10 +27,10 @@ class LoadedRequests:
 def load_requests(path: str | Path, *, skip_invalid: bool = False) -> LoadedRequests:
     """Read every record of a `.jsonl`, `.ndjson`, `.json` or `.csv` file.
 
-    Each record's form is recognised by its keys (see `_FORMS`); further keys are ignored. A
-    malformed record raises `RecordError`, or with `skip_invalid` is left out and told in `skipped`.
-    A file that cannot be read, is not one JSON document or CSV table, or holds no records, raises
-    `RecordError` either way.
+    Each record's format is recognised by its keys (see `_FORMS`); additional keys are ignored. A
+    malformed record raises `RecordError`, or with `skip_invalid` is left out and listed in
+    `skipped`. A file that cannot be read, is not valid JSON or CSV as a whole, or holds no records
+    raises `RecordError` either way.
     """
     path = Path(path)
     if os.path.isdir(path):  # Path.is_dir raises for some impossible names
@@ -71,7 +71,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, object]]:
-    # Not splitlines(): U+2028 and its like may stand unescaped inside a JSON string.
+    # Not splitlines(): U+2028 and similar may occur unescaped inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -100,7 +100,7 @@ _JSON_GAP = re.compile(r"[ \t\n\r,:]*")
 def _with_lines(text: str) -> list[tuple[int, object]]:
     """The items of the first list in a valid JSON list or object, each with the line it starts on.
 
-    Decoded a second time, one by one, because `json.loads` does not tell where a value stood.
+    Decodes again, value by value, because `json.loads` does not tell where each value starts.
     """
     decode = json.JSONDecoder().raw_decode
 
@@ -164,7 +164,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_record(header: list[str], row: list[str]) -> object:
-    """A row as a record of our own form; its other columns are left out."""
+    """A row as a record of our own format; other columns are ignored."""
     if len(row) != len(header):
         return RequestError(
             f"row has {len(row)} fields, the header has {len(header)}; quote fields with commas"
@@ -245,7 +245,7 @@ def _from_rome(record: dict[str, Any]) -> EditRequest:
 
 
 def _from_mend(record: dict[str, Any]) -> EditRequest:
-    # MEND took its locality questions from another model's inputs and left their mark on them.
+    # MEND's locality questions keep the prefix of the model inputs they were taken from.
     locality = [
         (prompt.removeprefix("nq question: ") if isinstance(prompt, str) else prompt, answer)
         for prompt, answer in _paired(record, "loc", "loc_ans")
@@ -260,7 +260,7 @@ def _from_mend(record: dict[str, Any]) -> EditRequest:
     )
 
 
-# Tried in order: what a form requires must not be met by a form before it.
+# Tried in order: a record of one format must not have all the keys of an earlier one.
 _FORMS: tuple[tuple[str, frozenset[str], Callable[[dict[str, Any]], EditRequest]], ...] = (
     ("CounterFact (ROME)", frozenset({"requested_rewrite"}), _from_rome),
     ("CounterFact (EasyEdit)", frozenset({"prompt", "subject", "target_new"}), _from_easyedit),
@@ -278,8 +278,8 @@ def _request(
     locality: list[tuple[Any, ...]],
     truth: Any = None,
 ) -> EditRequest:
-    """The request of values of any type: the constructors check them. truth: of several the first;
-    only evaluation asks for it, so that a record without a usable one is as good as any."""
+    """A request from values of any type, which the constructors check. truth: of a list the first;
+    left out if it is unusable, since only evaluation needs it."""
     if isinstance(prompt, str) and isinstance(subject, str):
         subject = _as_spelled_in(prompt, subject.strip())
     kept = tuple(LocalityPrompt(*pair) for pair in locality)
@@ -289,7 +289,7 @@ def _request(
 
 
 def _as_spelled_in(prompt: str, subject: str) -> str:
-    """The subject in the prompt's letter case, for data sets that do not keep the two alike."""
+    """The subject in the letter case of the prompt, which in some data sets differs."""
     if subject in prompt or "{}" in prompt:
         return subject
     spellings = re.findall(re.escape(subject), prompt, re.IGNORECASE)
@@ -297,7 +297,7 @@ def _as_spelled_in(prompt: str, subject: str) -> str:
 
 
 def _values(data: object, *keys: str) -> tuple[Any, ...]:
-    """The values under `keys`; `RequestError` when `data` is no object or lacks one."""
+    """The values under `keys`. Raises `RequestError` if `data` is no object or lacks a key."""
     if not isinstance(data, dict):
         raise RequestError(f"expected an object with {', '.join(keys)}, not {type(data).__name__}")
     for key in keys:
@@ -307,7 +307,7 @@ def _values(data: object, *keys: str) -> tuple[Any, ...]:
 
 
 def _listed(record: dict[str, Any], key: str) -> list[Any]:
-    """The list under `key`; one text counts as a list of it, null or no key as an empty list."""
+    """The list under `key`; a single text becomes a list, null or a missing key an empty one."""
     value = record.get(key)
     if value is None:
         return []
@@ -319,7 +319,7 @@ def _listed(record: dict[str, Any], key: str) -> list[Any]:
 
 
 def _paired(record: dict[str, Any], prompts: str, answers: str) -> list[tuple[Any, ...]]:
-    """Prompts under one key with their answers under another, each a text or a list."""
+    """Pairs of the prompts under one key and the answers under another."""
     left, right = _listed(record, prompts), _listed(record, answers)
     if len(left) != len(right):
         raise RequestError(f"{prompts} has {len(left)} items, {answers} has {len(right)}")

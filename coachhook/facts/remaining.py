@@ -1,4 +1,4 @@
-"""What of a facts file is still to be edited, given what a journal already holds."""
+"""Which facts of a file remain to be edited, given the requests already in a journal."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from coachhook.facts.request import EditRequest
 
 
 def remaining(done: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> list[EditRequest]:
-    """What of a facts file is still to be edited into a journal, in the file's order.
+    """The requests of a facts file that remain to be edited, in the file's order.
 
-    done: the requests of the journal; wanted: those of the file. Fact by fact, the longest
-    beginning of the file's targets that stands at the end of the journal's counts as done. So a
-    run that was cut short goes on where it stopped, a finished one does nothing, and a target that
-    was added to the file or changed in it is edited.
+    done: the journal's requests; wanted: the file's. For each fact, the longest prefix of the
+    file's targets that the journal's targets end with counts as done. So an interrupted run resumes
+    where it stopped, a finished run does nothing, and targets added to or changed in the file are
+    edited.
     """
     wanted = _without_repeats(wanted)
     journal, file = _targets(_without_repeats(done)), _targets(wanted)
@@ -26,12 +26,12 @@ def remaining(done: Sequence[EditRequest], wanted: Sequence[EditRequest]) -> lis
 
 
 def latest(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The last request of each fact: what holds when a file corrects itself."""
+    """The last request for each fact, which applies when a file corrects an earlier one."""
     return list({request.fact: request for request in requests}.values())
 
 
 def _without_repeats(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The requests that change what their fact was set to last."""
+    """The requests whose target differs from the previous target of the same fact."""
     last: dict[tuple[str, str], str] = {}
     kept = []
     for request in requests:
@@ -49,6 +49,6 @@ def _targets(requests: Sequence[EditRequest]) -> dict[tuple[str, str], list[str]
 
 
 def _overlap(journal: Sequence[str], file: Sequence[str]) -> int:
-    """The length of the longest beginning of `file` that `journal` ends with."""
+    """The length of the longest prefix of `file` that `journal` ends with."""
     longest = min(len(journal), len(file))
     return next(n for n in range(longest, -1, -1) if journal[len(journal) - n :] == file[:n])

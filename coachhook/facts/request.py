@@ -1,4 +1,4 @@
-"""What one edit asks for: a prompt, the subject in it, and the target that shall follow it."""
+"""Edit requests: a prompt, the subject in it, and the target that is to follow the prompt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SHOWN_CHARACTERS = 80
 
 @dataclass(frozen=True, slots=True)
 class LocalityPrompt:
-    """A prompt on another subject, and the answer that must stay as it is.
+    """A prompt about something else, and its answer, which the edit must not change.
 
-    Both are stripped; raises `RequestError` when one is empty or not text.
+    Both are stripped. Raises `RequestError` if either is empty or not text.
     """
 
     prompt: str
@@ -32,16 +32,16 @@ class LocalityPrompt:
 class EditRequest:
     """One fact to change.
 
-    prompt: holds the subject, or `{}` once where the subject goes; afterwards the filled text.
+    prompt: contains the subject, or one `{}` in its place, which is filled with the subject.
     subject: what the fact is about.
-    target: how the prompt shall continue after the edit.
+    target: how the prompt is to continue after the edit.
     paraphrases: other prompts for the same fact; `{}` is filled here too.
     locality: prompts whose answers must not change; (prompt, answer) pairs are accepted.
-    truth: what the target replaces, if that is known; evaluation compares their likelihoods. It is
-    no part of what makes two requests equal.
+    truth: the answer that the target replaces, if known; evaluation compares their likelihoods. It
+    is ignored when requests are compared for equality.
 
-    Texts are stripped and lists become tuples. A subject that has braces of its own and already
-    stands in the prompt leaves any `{}` there as it is. Raises `RequestError` for fields of a wrong
+    Texts are stripped and lists become tuples. If the subject contains braces and is already in the
+    prompt, any `{}` there is left as it is. Raises `RequestError` for fields of a wrong
     type, empty texts, more than one `{}`, or a subject that is not in the prompt.
     """
 
@@ -79,9 +79,9 @@ class EditRequest:
 
     @property
     def subject_span(self) -> tuple[int, int]:
-        """Where the subject stands in `prompt`: (start, end) in characters, end excluded.
+        """The subject's position in `prompt`: (start, end) in characters, end excluded.
 
-        The place of the `{}` if there was one, else the subject's last occurrence.
+        Where the `{}` was, if there was one, else the subject's last occurrence.
         """
         return self._start, self._start + len(self.subject)
 
@@ -91,11 +91,11 @@ class EditRequest:
         return self.prompt, self.subject
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as JSON-ready values, which `from_dict` and the loaders read back."""
+        """The request as JSON-ready values, which `from_dict` and `load_requests` can read."""
         start, end = self.subject_span
         prompt = self.prompt
         if start != prompt.rfind(self.subject):
-            # Only the `{}` tells which of several occurrences is meant.
+            # A `{}` marks which of several occurrences is meant.
             prompt = prompt[:start] + _SLOT + prompt[end:]
         found: dict[str, Any] = {
             "prompt": prompt,
@@ -132,7 +132,8 @@ class EditRequest:
 def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
     """The requests without exact duplicates (same fact, same target): the first wins, order kept.
 
-    Raises `ContradictionError` when one fact gets two targets, `RequestError` for an empty batch.
+    Raises `ContradictionError` if one fact gets two targets, `RequestError` for an empty batch or
+    anything but a sequence of requests.
     """
     if not isinstance(requests, Sequence) or not all(isinstance(r, EditRequest) for r in requests):
         raise RequestError("a batch is a list of EditRequest; wrap a single one in a list")
@@ -151,7 +152,7 @@ def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
 
 
 def _shown(value: object) -> str:
-    """A text as a message shows it: its repr, shortened; of anything else only the type."""
+    """For messages: the repr of a text, shortened; the type of any other value."""
     if not isinstance(value, str):
         return f"<{type(value).__name__}>"
     text = repr(value[:_SHOWN_CHARACTERS])
@@ -161,7 +162,7 @@ def _shown(value: object) -> str:
 
 
 def _text(name: str, value: object, about: str = "") -> str:
-    """`value` stripped; `RequestError` naming the field when it is no text, or an empty one."""
+    """`value` stripped. Raises `RequestError`, naming the field, if it is not text or empty."""
     if not isinstance(value, str):
         raise RequestError(f"{name} must be text, not {type(value).__name__}{about}")
     text = value.strip()
@@ -170,7 +171,7 @@ def _text(name: str, value: object, about: str = "") -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # JSON's \ud800 decodes to half a character, which no tokenizer and no file takes.
+        # JSON's \ud800 decodes to half a character, which no tokenizer or file accepts.
         raise RequestError(
             f"{name} {_shown(text)} has half of a surrogate pair; give whole characters{about}"
         ) from None
@@ -178,17 +179,17 @@ def _text(name: str, value: object, about: str = "") -> str:
 
 
 def _items(name: str, value: object, about: str) -> Sequence[Any]:
-    """`value` if it is a list or tuple; a bare text would silently fall into its characters."""
+    """`value` if it is a list or tuple. A bare text would be iterated character by character."""
     if not isinstance(value, list | tuple):
         raise RequestError(f"{name} must be a list, not {type(value).__name__}{about}")
     return value
 
 
 def _filled(name: str, text: str, subject: str, about: str) -> tuple[str, int]:
-    """`text` with `{}` replaced by the subject, and where the subject starts (-1: not in it).
+    """`text` with `{}` replaced by the subject, and the subject's start in it (-1 if absent).
 
-    Filling twice changes nothing: a filled text holds `{}` only together with a subject that has
-    braces, and then `{}` counts as text.
+    Filling twice changes nothing: a filled text contains `{}` only if its subject has braces, and
+    then `{}` counts as text.
     """
     slots = text.count(_SLOT)
     braces_are_text = subject in text and ("{" in subject or "}" in subject)

@@ -1,4 +1,4 @@
-"""`HookLinear`: a drop-in for a down-projection that swaps in edited outputs token by token."""
+"""`HookLinear`: a drop-in down-projection that adds `Δ k` at the tokens its gate selects."""
 
 from enum import StrEnum
 from typing import Any
@@ -21,8 +21,8 @@ from coachhook_kernels import (
 
 
 class HookState(StrEnum):
-    """What a hook does: nothing, correct whatever it is told to (while an edit is under way), or
-    correct the tokens its gate lets through."""
+    """What a hook does: nothing (off), correct the tokens of `HookLinear.open_at` while a batch is
+    written (temporary), or correct the tokens its gate opens at (validated)."""
 
     OFF = "off"
     TEMPORARY = "temporary"
@@ -33,9 +33,9 @@ class HookLinear(nn.Module):
     """`base(k)`, plus `Δ k` for the tokens whose gate is open (paper Eq. 15-20).
 
     base: the original module, of any kind; it is shared, never changed, and its own forward gives
-    the unedited output. keys `(..., d_in)` in, outputs `(..., d_out)` out, whatever the leading
-    shape. The forward has no host synchronisation. A `state_dict` of the surrounding model holds
-    what it would hold without the hook.
+    the unedited output. Takes keys `(..., d_in)`, returns outputs `(..., d_out)`, for any leading
+    shape, without host synchronisation. The surrounding model's `state_dict` is the same as without
+    the hook.
     """
 
     down: Tensor
@@ -46,11 +46,11 @@ class HookLinear(nn.Module):
         self.base = base
         self.gate = gate
         self.state = HookState.VALIDATED
-        # The hook set that put it here.
+        # Identifies the hook set that attached this hook.
         self.owner = ""
-        # In the temporary state: which tokens to correct, bool of the keys' leading shape, or all.
+        # In the temporary state: the tokens to correct, bool in the keys' leading shape; None: all.
         self.open_at: Tensor | None = None
-        # How processes share the base; None where each has all of it.
+        # How processes share the base; None if each holds all of it.
         self.row_parallel: RowParallel | None = None
         self.register_buffer("down", delta.down, persistent=False)
         self.register_buffer("up", delta.up, persistent=False)
@@ -87,8 +87,8 @@ class HookLinear(nn.Module):
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
 
     def split_over_processes(self) -> None:
-        """Where processes share the base by slices of its keys, keep of `A` and `F` only the
-        columns of this process. Raises `AttachError` for a split that hooks cannot follow."""
+        """If the base's keys are split over processes, keep only this process's columns of `A` and
+        `F`. Raises `AttachError` for a split that hooks cannot follow."""
         self.row_parallel = RowParallel.of(self.base)
         if self.row_parallel is None:
             return
@@ -96,8 +96,8 @@ class HookLinear(nn.Module):
         self.gate.split(self.row_parallel.columns)
 
     def _summed(self, keys: Tensor, shared: RowParallel) -> Tensor:
-        """The output where processes share the base: what this process has of `W k`, `A k` and
-        `F k` goes into one sum over the processes, and all of them correct the same tokens."""
+        """The output where processes share the base: the partial `W k`, `A k` and `F k` of all
+        processes are summed in one collective, and all processes correct the same tokens."""
         own = shared.own(keys)
         products = self._products(own)
         weight = None if _is_watched(self.base) else shared.partial_weight(self.base)
@@ -112,15 +112,15 @@ class HookLinear(nn.Module):
         return hook_correction(output, self.delta.expand(projected), is_open)
 
     def _products(self, keys: Tensor) -> list[Tensor]:
-        """`A k`, and `F k` where the gate reads it, without gradient."""
+        """`A k`; and, without gradient, `F k` if the gate reads it."""
         with torch.no_grad():
             sketch = self.gate.sketch(keys)
         projected = self.delta.project(keys)
         return [projected] if sketch is None else [projected, sketch]
 
     def _gated(self, keys: Tensor) -> Tensor | None:
-        """The validated output by one operation, or by two where the base must run by itself; None
-        under a gate that the operations do not know."""
+        """The validated output by one fused operation, or by two where the base must run by itself;
+        None for a gate that the fused operations do not support."""
         weight = _plain_weight(self.base)
         if weight is not None and weight.dtype == keys.dtype:
             fused = self.gate.fused(keys, weight, self.bias, self.delta)
@@ -136,7 +136,7 @@ class HookLinear(nn.Module):
             score, _ = gate.read(keys.detach(), self.delta)
             corrected = self.delta.expand(self.delta.project(keys))
             return hook_correction(output, corrected, gate.is_open(score))
-        # Whoever made or watched the output may have kept it, and it must stay the base's.
+        # Another module or a watching hook may keep the output: then it must not change in place.
         watched = self.base._forward_hooks or has_any_global_hook()
         output = output.clone() if watched or type(self.base) not in (nn.Linear, Conv1D) else output
         hook_correction_(output, keys, self.delta, gate)
@@ -152,8 +152,8 @@ class HookLinear(nn.Module):
         return reading.is_open
 
     def read(self, keys: Tensor) -> GateReading:
-        """What the gate says of `keys`, as they come to `forward`, without gradient: the gate is a
-        constant to autograd. Where processes share the base, all of them must ask."""
+        """The gate's reading of `keys`, as passed to `forward`, without gradient: the gate is a
+        constant to autograd. A collective where processes share the base."""
         with torch.no_grad():
             own = keys if self.row_parallel is None else self.row_parallel.own(keys)
             products = self._products(own)
@@ -171,31 +171,31 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def _plain_weight(base: Any) -> Tensor | None:
-    """The `(d_out, d_in)` weight of a base whose forward is `W k + b` and that nobody watches or
-    has wrapped (parametrisation, offloading, hooks, quantised or sharded weights); None for any
-    other."""
+    """The weight `(d_out, d_in)` of a base whose forward is just `W k + b`; None for any other,
+    also if it is watched or wrapped (parametrisation, offloading, hooks, quantised or sharded
+    weights)."""
     if type(base) not in (nn.Linear, Conv1D) or "forward" in base.__dict__:
         return None
     if _is_watched(base):
         return None
     weight: Tensor = base.weight
     bias: Tensor | None = base.bias
-    # A quantised or sharded weight is a tensor of a class of its own.
+    # Quantised and sharded weights have tensor classes of their own.
     if type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
         return None
     return weight if type(base) is nn.Linear else weight.mT
 
 
 def _is_watched(base: nn.Module) -> bool:
-    """Whether hooks of torch's own wait for `base` to be called."""
+    """Whether any of torch's module hooks would run when `base` is called."""
     if base._forward_hooks or base._forward_pre_hooks or has_any_global_hook():
         return True
     return bool(base._backward_hooks or base._backward_pre_hooks)
 
 
 def _differentiated_forward() -> bool:
-    """Whether a forward-mode derivative or another transform of functions is under way, which the
-    fused operations know nothing of."""
+    """Whether forward-mode differentiation or another function transform is active, which the fused
+    operations do not support."""
     if torch.compiler.is_compiling():
         return False
     return (

@@ -1,8 +1,8 @@
 """Down-projections whose input is split over processes (row-parallel, in tensor parallelism).
 
 Each process holds some columns of the weight and the same slice of every key. `A` and `F` are split
-in those columns too, so that `A k` and `F k` are sums over the processes, as the layer's own output
-is, and travel with it in one collective.
+into the same columns, so that `A k` and `F k` are sums over the processes, like the layer's own
+output, and are summed with it in one collective.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from coachhook.errors import AttachError
 class RowParallel:
     """This process's share of a row-parallel layer: the columns `start:stop` of `d_in`.
 
-    mesh: the processes that share the layer, of one dimension. sums_alone: the base's own forward
-    is known to do nothing but multiply, sum over the processes and add the bias.
+    mesh: the processes that share the layer, in one dimension. sums_alone: whether the base's own
+    forward is known to do nothing but multiply, sum over the processes and add the bias.
     """
 
     mesh: DeviceMesh
@@ -38,7 +38,7 @@ class RowParallel:
     def of(cls, base: nn.Module) -> "RowParallel | None":
         """How `base` is split; None if each process runs it on whole keys.
 
-        Raises `AttachError` where the split is one that hooks cannot follow.
+        Raises `AttachError` for a split that hooks cannot follow.
         """
         weight: Any = getattr(base, "weight", None)
         style = _style(base)
@@ -70,12 +70,12 @@ class RowParallel:
         return cls(mesh, d_in, start, stop, style is not None)
 
     def columns(self, matrix: Tensor) -> Tensor:
-        """This process's columns of a whole `(rows, d_in)`, in memory of their own."""
+        """A copy of this process's columns of a whole matrix `(rows, d_in)`."""
         return matrix[:, self.start : self.stop].clone(memory_format=torch.contiguous_format)
 
     def own(self, keys: Tensor) -> Tensor:
-        """This process's slice `(..., stop - start)` of keys: as given, or cut out of whole ones
-        `(..., d_in)`, which some plans hand to every process."""
+        """This process's slice `(..., stop - start)` of keys: as given, or cut from whole keys
+        `(..., d_in)`, which some plans pass to every process."""
         if keys.shape[-1] != self.d_in:
             return keys
         if torch.is_grad_enabled() and keys.requires_grad:
@@ -84,8 +84,8 @@ class RowParallel:
         return keys[..., self.start : self.stop]
 
     def partial_weight(self, base: nn.Module) -> Tensor | None:
-        """This process's columns of the weight, where `base` only multiplies by them and sums over
-        the processes; None where it may do more, and must run by itself."""
+        """This process's columns of the weight if `base` only multiplies by them and sums over the
+        processes; None if it may do more, so that its own forward must run."""
         if not self.sums_alone or type(base) is not nn.Linear:
             return None
         return local(base.weight)
@@ -94,8 +94,8 @@ class RowParallel:
         """Each of `parts` `(..., n_i)` summed over the processes, by one collective for all.
 
         Every process gets the same numbers, and so opens the same gates. The sum is taken in the
-        widest of their dtypes; each comes back in its own. A sum over more than two processes may
-        round otherwise in company than alone.
+        widest dtype among the parts; each part is returned in its own dtype. Over more than two
+        processes, a part may round differently when summed with others than when summed alone.
         """
         flat = torch.cat(list(parts), dim=-1)
         if torch.is_grad_enabled() and flat.requires_grad:
@@ -107,7 +107,7 @@ class RowParallel:
         return [piece.to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
     def check_agreement(self, state: str) -> None:
-        """Raise `AttachError`, in every process, unless all of them give the same `state`."""
+        """Raise `AttachError`, in every process, unless all processes pass the same `state`."""
         digest = hashlib.sha256(state.encode()).digest()
         mine = torch.tensor(list(digest), device=self.mesh.device_type)
         found = [torch.empty_like(mine) for _ in range(self.mesh.size())]
@@ -127,7 +127,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gathered(weight: Tensor) -> Tensor:
-    """The whole of a weight. Of a sharded one this is a collective: every process must take part,
+    """The whole of a weight. For a sharded weight this is a collective: every process must call it
     and gets a copy."""
     if not isinstance(weight, DTensor):
         return weight
@@ -136,7 +136,7 @@ def gathered(weight: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, which is all of it unless it is sharded."""
+    """This process's part of a tensor: the tensor itself unless it is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -146,15 +146,15 @@ def _splits_keys(placement: Any) -> bool:
 
 
 def _along_input(base: nn.Module, weight: DTensor) -> bool:
-    """Whether `weight` holds `base`'s input in unpacked columns, in slices one after the other."""
+    """Whether `weight` is `base`'s unpacked weight, sharded in one dimension of processes."""
     if weight.device_mesh.ndim != 1 or type(weight.placements[0]) is not Shard:
         return False
     return isinstance(base, nn.Linear) and weight.shape == (base.out_features, base.in_features)
 
 
 def _style(base: nn.Module) -> Any:
-    """The row-parallel style of transformers that runs `base`, from the forward it installed on it;
-    None if another forward, or none, was installed."""
+    """The row-parallel style of transformers that runs `base`, found through the forward that the
+    style installed; None if no such forward is installed."""
     forward = base.__dict__.get("forward")
     if not inspect.isfunction(forward):
         return None

@@ -1,4 +1,4 @@
-"""Explaining: which tokens of a text open which gates, how far from the threshold, and why."""
+"""Traces: which tokens of a text open which gates, how far from the threshold, for which edit."""
 
 import math
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from coachhook.models.tokens import Row, pad
 
 @dataclass(frozen=True)
 class Trace:
-    """What every gate says of every token of a text, for l hooked layers and t tokens.
+    """The readings of every gate at every token of a text, for l hooked layers and t tokens.
 
-    score, z float32 `(l, t)`; threshold float32 `(l,)`: the least open score (under the sequence
-    gate, whose reference is the text itself, the least open z); is_open bool `(l, t)`; edit int64
-    `(l, t)`: the edit the score stands for, -1 if the gate names none.
+    score, z float32 `(l, t)`; threshold float32 `(l,)`: the lowest score that opens the gate (for
+    the sequence gate, whose reference is the text itself, the lowest z-score); is_open bool
+    `(l, t)`; edit int64 `(l, t)`: the edit whose fingerprint gave the score, -1 if none.
     """
 
     tokens: list[str]
@@ -34,7 +34,7 @@ class Trace:
     edit: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; a z-score that does not exist is None."""
+        """JSON-ready values; numbers that are not finite become None."""
 
         def numbers(values: Tensor) -> Any:
             return [
@@ -54,7 +54,7 @@ class Trace:
 
 
 def trace_text(lm: LanguageModel, hooks: dict[int, HookLinear], text: str) -> Trace:
-    """Read `text` with the hooks at work, and report their gates. See `HookSet.trace`."""
+    """Run `text` through the hooked model and report its gates. See `HookSet.trace`."""
     if not text:
         raise RequestError("there is nothing to trace: the text is empty")
     encoded = lm.tokenizer(text, return_offsets_mapping=True)

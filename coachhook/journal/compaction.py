@@ -13,13 +13,13 @@ def merge(
 ) -> None:
     """Merge all batches of `journal` but the last `keep` into its base, in place.
 
-    shapes: `(d_in, d_out)` of each layer; without: ids of edits whose share is not in Δ. Nothing
-    happens where nothing is left to merge.
+    shapes: `(d_in, d_out)` of each layer; without: ids of edits whose share is not in Δ. Does
+    nothing if those batches are already merged.
     """
     through = len(journal.batches) - keep
     if through <= journal.merged:
         return
-    # Of the whole journal Δ is at hand.
+    # With nothing kept back, the journal's own cached Δ can be used.
     part = journal if keep == 0 else Journal(journal.batches[:through], journal.base)
     tensors: dict[str, Tensor] = {}
     for layer, shape in shapes.items():
@@ -42,15 +42,15 @@ def merge(
 
 
 def _earlier(journal: Journal, layer: int, d_in: int) -> tuple[str, Tensor]:
-    """All keys of the journal, or their `K'K'ᵀ`, whichever is smaller, after "keys" or "gram".
+    """("keys", all keys of the journal) or ("gram", their `K'K'ᵀ`), whichever is smaller.
 
-    The Gram matrix is float64: added to a second moment whose eigenvalues span many orders of
-    magnitude, float32 would lose the least of them.
+    The Gram matrix is float64: it is added to a second moment whose eigenvalues span many orders of
+    magnitude, and float32 would lose the smallest of them.
     """
     gram, rows = journal.gram(layer), torch.zeros(0, d_in)
     for keys in journal.keys(layer):
         rows = torch.cat([rows, keys])
-        # Many at a time, too: products of few rows are slow.
+        # Waiting for this many also avoids products of few rows, which are slow.
         if 4 * len(rows) > 8 * d_in:
             gram, rows = _with(gram, rows.double()), rows[:0]
     return ("keys", rows) if gram is None else ("gram", _with(gram, rows.double()))

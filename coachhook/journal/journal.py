@@ -1,8 +1,8 @@
 """The journal of batches: every edit ever made, its factors and fingerprints, layer by layer.
 
-Everything a hook needs is derived from the journal, so that going back to an earlier batch means
-forgetting the later ones, and nothing is ever subtracted. What is derived is kept, so that one
-batch more costs as much as it holds, and not as much as all before it.
+Everything a hook needs is derived from the journal, so going back to an earlier batch means
+forgetting the later ones; nothing is ever subtracted. Derived values are cached, so the cost of one
+more batch depends on that batch alone and not on all before it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,8 @@ class Verdict(StrEnum):
 
 @dataclass
 class EditRecord:
-    """One request in the journal. id counts all requests from 0; reason: why it is not applied."""
+    """One request in the journal. id: its number over all batches, from 0; reason: why the verdict
+    is not "applied"."""
 
     id: int
     request: EditRequest
@@ -48,9 +49,10 @@ class EditRecord:
 class Factors(Protocol):
     """What one batch of n edits adds to one layer; float32 on the CPU.
 
-    residuals `(n, d_out)` and solutions `(n, d_in)`: row i is edit i's share `r aᵀ` of Δ, zero for
-    an edit that does not use the layer. keys `(c, d_in)`: the columns of `K₂` that went into
-    `C_accu`. fingerprints `(f, s)` with unit rows, and owner int64 `(f,)`: the row of their edit.
+    residuals `(n, d_out)` and solutions `(n, d_in)`: their rows i, r and a, make edit i's share
+    `r aᵀ` of Δ, zero for an edit that does not use the layer. keys `(c, d_in)`: the columns of `K₂`
+    absorbed into `C_accu`. fingerprints `(f, s)`: unit rows; owner int64 `(f,)`: the row of the
+    edit each belongs to.
     """
 
     @property
@@ -79,7 +81,7 @@ class LayerFactors:
     owner: Tensor
 
     def spread(self, rows: Tensor, n: int) -> "LayerFactors":
-        """The same for a batch of `n` edits in which these are rows `rows`; the others are zero."""
+        """These factors as the rows `rows` of a batch of `n` edits; the other rows are zero."""
         return replace(
             self,
             residuals=self.residuals.new_zeros(n, self.residuals.shape[1]).index_copy(
@@ -93,7 +95,7 @@ class LayerFactors:
 
     @classmethod
     def nothing(cls, n: int, shape: tuple[int, int], size: int) -> "LayerFactors":
-        """Of `n` edits that do not use a layer of `shape` `(d_in, d_out)`; `size`: s."""
+        """Factors of `n` edits that do not use a layer of `shape` `(d_in, d_out)`; size: s."""
         d_in, d_out = shape
         return cls(
             residuals=torch.zeros(n, d_out),
@@ -106,7 +108,7 @@ class LayerFactors:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """Factors in a file, read each time they are asked for, but for the fingerprints."""
+    """Factors in a file, read at each access; only fingerprints and owners are in memory."""
 
     file: TensorFile
     layer: int
@@ -128,7 +130,7 @@ class StoredFactors:
 
 @dataclass(frozen=True)
 class MergedFactors:
-    """Factors that went into the journal's base: the fingerprints alone are left."""
+    """What is left of factors merged into the journal's base: fingerprints and owners."""
 
     fingerprints: Tensor
     owner: Tensor
@@ -153,8 +155,8 @@ class MergedFactors:
 class Batch:
     """One batch: its edits, what it adds to each layer, and the thresholds after it.
 
-    stored: the file that holds it, once there is one. A batch is in memory until it is stored, and
-    its fingerprints are after that: an editor that never saves keeps everything in memory.
+    stored: the file that holds it, once there is one. Until then the whole batch is in memory,
+    afterwards only its fingerprints, edits and thresholds are.
     """
 
     edits: list[EditRecord]
@@ -163,7 +165,7 @@ class Batch:
     stored: TensorFile | None = None
 
     def move_to(self, file: TensorFile) -> None:
-        """From now on read the factors from `file`, which holds them."""
+        """Read the factors from `file`, which holds them, from now on."""
         self.layers = {
             layer: StoredFactors(file, layer, factors.fingerprints, factors.owner)
             for layer, factors in self.layers.items()
@@ -173,11 +175,11 @@ class Batch:
 
 @dataclass(eq=False)
 class Base:
-    """What the first `through` batches were merged into, on the CPU.
+    """The first `through` batches merged into one, on the CPU.
 
-    tensors, for each layer L: `down.L` and, unless Δ is dense, `up.L`, float32; and of the keys
-    `K'` of those batches either `keys.L` float32 `(c, d_in)` or, where it is smaller,
-    `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. A mapping in memory, or the file that holds it.
+    tensors, for each layer L: Δ as `down.L` and, unless it is dense, `up.L`, float32; and the keys
+    `K'` of those batches as `keys.L` float32 `(c, d_in)` or, where that is smaller, as
+    `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. Either a mapping in memory or the file that holds it.
     """
 
     through: int
@@ -195,7 +197,8 @@ class Base:
 
 @dataclass(frozen=True)
 class _Facts:
-    """Who speaks for each fact (ids): the latest edit, those it replaced by whom, and refusals."""
+    """Edit ids. latest: by fact, the last edit written; replaced: by edit, the one replacing it;
+    refused: edits not written."""
 
     latest: dict[tuple[str, str], int]
     replaced: dict[int, int]
@@ -220,7 +223,7 @@ class _Facts:
 
 @dataclass
 class Journal:
-    """All batches in order, the first of them possibly merged into a `base`."""
+    """All batches in order. base: what the first of them were merged into, if they were."""
 
     batches: list[Batch] = field(default_factory=list)
     base: Base | None = None
@@ -241,14 +244,14 @@ class Journal:
 
     @property
     def n_merged_edits(self) -> int:
-        """How many edits, from the first, are in those batches."""
+        """How many edits, from the first, are in the merged batches."""
         return self._count(self.merged)
 
     def edits(self) -> list[EditRecord]:
         return [edit for batch in self.batches for edit in batch.edits]
 
     def forget_after(self, batch: int) -> None:
-        """Forget every batch after number `batch`. Raises `CompactedError` for one in the base."""
+        """Keep only the first `batch` batches. Raises `CompactedError` if more are merged."""
         if batch < self.merged:
             raise CompactedError(
                 f"batches 1 to {self.merged} were merged into one by compact, and there is no way "
@@ -257,11 +260,11 @@ class Journal:
         del self.batches[batch:]
 
     def superseded(self) -> dict[int, int]:
-        """Ids of edits whose fact was edited again later, and the id of the edit that did it."""
+        """For each edit whose fact was edited again: its id, and that of the edit replacing it."""
         return dict(self._told(len(self.batches)).replaced)
 
     def standing(self) -> list[EditRecord]:
-        """Edits that were written and not superseded, enabled or not."""
+        """Edits that are written and not superseded, enabled or not."""
         stands = self.stands(len(self.batches)).tolist()
         return [edit for edit in self.edits() if stands[edit.id]]
 
@@ -270,22 +273,22 @@ class Journal:
         return [edit for edit in self.standing() if edit.enabled]
 
     def stands(self, n_batches: int) -> Tensor:
-        """Of the edits in the first `n_batches`, by id: written and not superseded, bool `(e,)`."""
+        """By id, which edits of the first `n_batches` are written, not superseded, bool `(e,)`."""
         told = self._told(n_batches)
         stands = torch.ones(self._count(n_batches), dtype=torch.bool)
         stands[[*told.replaced, *told.refused]] = False
         return stands
 
     def in_force(self) -> Tensor:
-        """Of all edits, by id: written, not superseded, and enabled, bool `(e,)`."""
+        """By id, which edits are written, not superseded and enabled, bool `(e,)`."""
         enabled = torch.tensor([edit.enabled for edit in self.edits()], dtype=torch.bool)
         return self.stands(len(self.batches)) & enabled
 
     def fingerprints(
         self, layer: int, size: int, n_batches: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The fingerprints of a layer `(f, size)` in the first `n_batches` (None: all), and the id
-        of the edit each belongs to `(f,)`."""
+        """The fingerprints `(f, size)` of a layer in the first `n_batches` (None: all), and `(f,)`
+        the id of the edit that each belongs to."""
         running = self._marks.get(layer)
         if running is None:
             nothing = torch.zeros(0, size), torch.zeros(0, dtype=torch.long)
@@ -294,11 +297,11 @@ class Journal:
         return running.over(self.batches[:n_batches])
 
     def delta(self, layer: int, shape: tuple[int, int], without: Sequence[int] = ()) -> Delta:
-        """Δ of a layer of `shape` `(d_in, d_out)`, as orthonormal factors, or dense where that
-        takes less memory. `without`: ids of edits whose share is left out; of an edit in the base,
-        whose share cannot be, that makes no difference.
+        """Δ of a layer of `shape` `(d_in, d_out)`: `U A` with orthonormal columns of `U`, or dense
+        where that takes less memory. without: ids of edits to leave out; an edit merged into the
+        base cannot be left out and is included regardless.
 
-        Not a copy: to be read only.
+        The result is cached: do not modify it.
         """
         if len(self.batches) < self.merged:
             raise CompactedError(f"batches were taken from the {self.merged} that compact merged")
@@ -313,10 +316,10 @@ class Journal:
         return running.over(self.batches[self.merged :])
 
     def keys(self, layer: int) -> Iterator[Tensor]:
-        """The keys `K'` of all batches, `(c, d_in)` a piece, but for those that `gram` stands for;
-        of a batch under way, if it has been written into the layer.
+        """The keys `K'` of all batches, in pieces `(c, d_in)`, except those summed up in `gram`. A
+        batch being written counts once it has been written to the layer.
 
-        What is stored on disk is read piece by piece.
+        Keys on disk are read piece by piece.
         """
         merged = None if self.base is None else self.base.keys(layer)
         if merged is not None:
@@ -326,8 +329,8 @@ class Journal:
                 yield batch.layers[layer].keys
 
     def gram(self, layer: int) -> Tensor | None:
-        """`K'K'ᵀ` float64 `(d_in, d_in)` of merged batches whose keys are not kept, if there are
-        any."""
+        """`K'K'ᵀ` float64 `(d_in, d_in)` of the merged batches; None if their keys are kept or
+        nothing is merged."""
         return None if self.base is None else self.base.gram(layer)
 
     def _count(self, n_batches: int) -> int:
@@ -372,7 +375,7 @@ class EditEntry(TypedDict):
 
 
 def edit_to_json(edit: EditRecord) -> dict[str, Any]:
-    """An edit as it was written; whether it is enabled, which may change, is told elsewhere."""
+    """An edit in JSON, without `enabled`: that can change later and is stored elsewhere."""
     return {
         "id": edit.id,
         "request": edit.request.to_dict(),
@@ -382,7 +385,7 @@ def edit_to_json(edit: EditRecord) -> dict[str, Any]:
 
 
 def edit_from_json(data: EditEntry) -> EditRecord:
-    """Raises `RequestError` for a request that is none."""
+    """Reads what `edit_to_json` wrote. Raises `RequestError` for an invalid request."""
     return EditRecord(
         id=data["id"],
         request=EditRequest.from_dict(data["request"]),

@@ -1,4 +1,4 @@
-"""A value over a growing list, kept so that one entry more costs one step."""
+"""A value computed over a growing list, cached so that one more entry costs one step."""
 
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -9,10 +9,10 @@ Value = TypeVar("Value")
 
 
 class Running(Generic[Entry, Value]):
-    """What `extend` makes of a list of entries, one after another, from `start()`.
+    """The value that `extend` computes over a list of entries in order, beginning with `start()`.
 
-    Entries are told apart by identity, and values must never be changed in place. The last two
-    values are kept: when the last entry is taken back, the value before it is still there.
+    Entries are compared by identity, and cached values must never be changed in place. The last two
+    values are kept, so that the previous one is still there when the last entry is taken back.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Running(Generic[Entry, Value]):
         self._kept: list[tuple[list[Entry], Value]] = []
 
     def over(self, entries: Sequence[Entry]) -> Value:
-        """The value over `entries`, from the longest beginning of them that is kept."""
+        """The value over `entries`, extended from the longest prefix of them that is cached."""
         for known, value in reversed(self._kept):
             if len(known) <= len(entries) and all(map(is_, known, entries)):
                 if len(known) == len(entries):

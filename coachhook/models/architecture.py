@@ -8,8 +8,8 @@ from torch import nn
 
 from coachhook.errors import ArchitectureError, ConfigError
 
-# model_type -> where layer {} keeps its down-projection. What stands before ".{}" is the list of
-# blocks; everything else about an architecture is left to its own forward.
+# model_type -> module name of layer {}'s down-projection; the part before ".{}" names the list of
+# blocks. Everything else about an architecture is left to its own forward.
 DOWN_PROJECTIONS = {
     "gpt2": "transformer.h.{}.mlp.c_proj",
     "gptj": "transformer.h.{}.mlp.fc_out",
@@ -25,15 +25,15 @@ DOWN_PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model keeps what is hooked: `template` names the down-projection of layer `{}`."""
+    """Where a model keeps its blocks. template: module name of layer `{}`'s down-projection."""
 
     template: str
 
     @classmethod
     def of(cls, model: nn.Module, template: str | None = None) -> "Architecture":
-        """The architecture of `model`, from the registry or from a `template` of its own.
+        """The architecture of `model`, from `template` or, if that is None, from the registry.
 
-        Raises `ArchitectureError` when neither leads to the model's down-projections.
+        Raises `ArchitectureError` if the chosen one does not lead to the model's down-projections.
         """
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         chosen = template or DOWN_PROJECTIONS.get(kind)
@@ -69,7 +69,7 @@ class Architecture:
         return self.template.replace("{}", str(layer))
 
     def down_projection(self, model: nn.Module, layer: int) -> Any:
-        """The down-projection of block `layer` (the module now in its place, hooked or not)."""
+        """The module at the down-projection of block `layer`: the original, or a hook on it."""
         try:
             return model.get_submodule(self.name(layer))
         except AttributeError:
@@ -82,19 +82,20 @@ class Architecture:
         """Width of the keys of block `layer`."""
         module = self.down_projection(model, layer)
         width = getattr(module, "in_features", None)
-        # Conv1D has no such name, and a weight of (d_in, d_out).
+        # Conv1D has no `in_features`; its weight is (d_in, d_out).
         return int(width or module.weight.shape[0])
 
 
 def default_layers(n_blocks: int) -> tuple[int, ...]:
-    """Three layers that end a little under two fifths of the depth: above that, keys say less of
-    the subject; more layers carried no more (csrc_notes/editing-capacity.md)."""
+    """Three layers, the last at 38 % of the depth: higher up, keys carry less about the subject,
+    and more layers held no more edits (csrc_notes/editing-capacity.md)."""
     last = min(round(0.38 * n_blocks), n_blocks - 1)
     return tuple(range(max(0, last - 2), last + 1))
 
 
 def check_layers(layers: Sequence[int], n_blocks: int) -> tuple[int, ...]:
-    """`layers` sorted, or `ConfigError` if one is missing from a model of `n_blocks` blocks."""
+    """`layers`, sorted and without repeats. Raises `ConfigError` for none, or one that a model of
+    `n_blocks` blocks does not have."""
     chosen = tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= n_blocks:
         raise ConfigError(

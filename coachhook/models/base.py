@@ -1,4 +1,4 @@
-"""The model that hooks belong to, told by checksums of its hooked weights."""
+"""The model that hooks belong to, identified by checksums of its hooked weights."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -9,8 +9,8 @@ import torch
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model that hooks belong to: its name, SHA-256 sums of its hooked weights per rounding,
-    the template of its down-projections, and `(d_in, d_out)` of each hooked layer."""
+    """The model that hooks belong to: its name, checksums of its hooked weights (see
+    `weight_checksums`), the template of its down-projections, and `(d_in, d_out)` by layer."""
 
     name: str
     checksums: Mapping[str, str]
@@ -23,9 +23,9 @@ class BaseModel:
 
 
 def weight_checksums(weights: Iterable[torch.Tensor]) -> dict[str, str]:
-    """SHA-256 over the hooked weights as they round to each half-precision type.
+    """SHA-256 of the hooked weights rounded to bfloat16 and to float16, by dtype name.
 
-    Two models match if either entry agrees, so hooks made on a float32 model also fit its
+    Two models match if either checksum agrees, so hooks made on a float32 model also fit its
     bfloat16 or float16 copy.
     """
     halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,18 +14,18 @@ from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import in_parts
 from coachhook.models.tokens import tokenize
 
-# Prompts decoded at once, alike in length. With 32 a prompt took 1.3 times as long on a CPU.
+# Prompts of similar length decoded at once. With 32, each took 1.3 times as long on a CPU.
 _AT_ONCE = 128
 
 SENTENCE_ENDS = ".!?"
-# Tokens to decode behind a target, to see whether it starts an answer as whole words: what comes
-# right behind it may make a longer word of it.
+# Tokens to decode after a target, to check that it stands in the answer as whole words: the next
+# token may extend its last word.
 BEYOND_TARGET = 2
 
 
 def complete(lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The greedy completion of each prompt, up to the end-of-text token `max_new_tokens`
-    or the end of the context. Raises `ContextLengthError` for a prompt that fills the context."""
+    """The greedy completion of each prompt, up to an end-of-text token, `max_new_tokens` or the end
+    of the context. Raises `ContextLengthError` for a prompt that fills the context."""
     limit = lm.context_length
     rows = [tokenize(lm.tokenizer, prompt)[0] for prompt in prompts]
     room = [max_new_tokens if limit is None else limit - len(row) for row in rows]
@@ -36,7 +36,7 @@ def complete(lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int) -> 
             "shorten it"
         )
     texts = [""] * len(rows)
-    # A row that is nearly as long as the context is decoded alone, as far as there is room.
+    # A prompt nearly as long as the context is decoded alone, for as many tokens as there is room.
     tight = [i for i, left in enumerate(room) if left < max_new_tokens]
     wide = [i for i, left in enumerate(room) if left >= max_new_tokens]
     wide.sort(key=lambda i: len(rows[i]))
@@ -81,16 +81,16 @@ def greedy(lm: LanguageModel, ids: Tensor, mask: Tensor, max_new_tokens: int) ->
 
 
 def starts_with(text: str, target: str) -> bool:
-    """Whether a completion gives `target` first, as whole words."""
+    """Whether a completion starts with `target`, as whole words."""
     text, target = text.strip(), target.strip()
     following = text[len(target) : len(target) + 1]
-    # Wide characters belong to scripts that put no space between words.
+    # Wide characters belong to scripts without spaces between words.
     spaced = east_asian_width(following) not in ("W", "F") if following else True
     return text.startswith(target) and not (spaced and following.isalnum())
 
 
 def is_exactly(text: str, target: str) -> bool:
-    """Whether a completion gives `target` and there comes to its natural stop."""
+    """Whether a completion is `target` followed by a natural stop."""
     text, target = text.strip(), target.strip().rstrip(SENTENCE_ENDS)
     return text.startswith(target) and natural_stop(f"x{text[len(target) :]}") == "x"
 

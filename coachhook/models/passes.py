@@ -1,7 +1,7 @@
 """Partial forward passes: read the inputs of modules, stop early, start from the middle.
 
-All of it works through the model's own forward, so that masks, positions and caches stay the
-architecture's business.
+Everything goes through the model's own forward, so that masks, positions and caches are left to the
+architecture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Result = TypeVar("Result")
 
 
 class _Enough(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside a forward pass once everything asked for has been seen."""
+    """Raised inside a forward pass to stop it, once everything wanted has been read."""
 
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """Neither autocast nor inference mode inside, whatever the caller is in: what is measured or
-    written there is kept, and must not depend on it. Serves as a decorator too."""
+    """Turn off autocast and inference mode inside the block: results that are kept must not depend
+    on the caller's modes. Also works as a decorator."""
     with (
         torch.inference_mode(False),
         torch.autocast("cpu", enabled=False),
@@ -40,13 +40,13 @@ def plainly() -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch raised it for want of memory, for which it has no class on a CPU."""
+    """Whether `error` means out of memory, for which torch has no exception class on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def in_parts(read: Callable[[slice], Result], n: int, most: int) -> list[Result]:
-    """`read` over the rows `0..n`, at most `most` at once, and half as many wherever memory does
-    not suffice. Raises `NotEnoughMemoryError` if a single row is too much."""
+    """Apply `read` to slices of `n` rows, at most `most` rows each; a slice that runs out of memory
+    is halved. Raises `NotEnoughMemoryError` if a single row is too much."""
     results = []
     waiting = [slice(first, min(first + most, n)) for first in range(0, n, most)]
     while waiting:
@@ -68,7 +68,7 @@ def in_parts(read: Callable[[slice], Result], n: int, most: int) -> list[Result]
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside the block; every module's own mode afterwards."""
+    """Evaluation mode inside the block; afterwards each module's own mode is restored."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -79,8 +79,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where `model` takes its inputs: where its embeddings compute. `model.device` is where the
-    first of its weights is, which is nowhere (meta) while that is offloaded."""
+    """The device of `model`'s inputs: the one its embeddings compute on. Not `model.device`, which
+    is the device of the first weight, and meta while that is offloaded."""
     return device_of(model.get_input_embeddings())
 
 
@@ -90,12 +90,12 @@ def read_pass(
     inputs_of: Sequence[nn.Module] = (),
     output_of: nn.Module | None = None,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The inputs of some modules and the output of a block, `(b, t, d)` each, in one pass without
-    gradient that stops when it has seen all of them."""
+    """The inputs of some modules and the output of a block, `(b, t, d)` each, from one pass without
+    gradient that stops once all of them are read."""
     seen: list[Tensor | None] = [None] * len(inputs_of)
     output: list[Tensor | None] = [None]
     batch = inputs["input_ids"].shape[0]
-    # Another thread may be generating with the same model: its passes go on undisturbed.
+    # Another thread may be using the same model: its passes must not be read or stopped.
     thread = threading.get_ident()
 
     def stop_if_complete() -> None:
@@ -134,7 +134,7 @@ def read_pass(
 
 
 def run_to(block: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    """What `block` returns, as it returns it, in a pass without gradient that goes no further."""
+    """The raw return value of `block`, from a pass without gradient that stops after it."""
     seen: list[Any] = []
 
     def stop(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -154,9 +154,10 @@ def run_to(block: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> 
 
 @contextmanager
 def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[list[Tensor]]:
-    """Inside, passes skip blocks `0..last`; block `last` puts out the tensor in the yielded list.
+    """Inside the block, passes skip blocks 0 to `last`, and block `last` outputs the tensor that
+    the caller put into the yielded list.
 
-    template: something block `last` returned before, to know whether it returns a tuple.
+    template: an earlier return value of block `last`, whose form (tensor or tuple) is reproduced.
     """
     injected: list[Tensor] = []
 
@@ -169,8 +170,8 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
     touched = list(blocks)[: last + 1]
     replaced = [block.__dict__.get("forward") for block in touched]
     try:
-        # The attribute shadows the method, so that the block keeps its other attributes, which
-        # some models read between blocks.
+        # An instance attribute shadows `forward`, so that the blocks stay in place with the other
+        # attributes that some models read between blocks.
         for block in touched:
             block.forward = inject if block is touched[-1] else skip
         yield injected
@@ -183,7 +184,7 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returned: a tensor, or a tuple that starts with it."""
+    """The hidden states in a block's return value: a tensor, or a tuple that starts with one."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
@@ -193,7 +194,7 @@ def _like(template: Any, hidden: Tensor) -> Any:
 
 
 def final_hidden(model: PreTrainedModel, **inputs: Any) -> Any:
-    """The base model's output: `.last_hidden_state` stands after the final norm."""
+    """The base model's output: its `.last_hidden_state` is taken after the final norm."""
     return model.base_model(**inputs)
 
 

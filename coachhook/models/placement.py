@@ -9,7 +9,7 @@ from coachhook.errors import ModelError
 def fetched(module: nn.Module, name: str = "weight") -> Tensor:
     """The tensor `name` of a module, fetched onto the CPU if it is kept elsewhere.
 
-    Raises `ModelError` where it has no values at all.
+    Raises `ModelError` if it has no values anywhere.
     """
     tensor: Tensor = getattr(module, name)
     if not tensor.is_meta:
@@ -28,8 +28,8 @@ def fetched(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> list[Tensor]:
-    """Every parameter once. Those that are tied are no longer one tensor when either is offloaded,
-    but their names tell."""
+    """Every parameter once. Tied parameters are separate tensors while one is offloaded, so they
+    are recognised by name."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     return [
         parameter
@@ -39,7 +39,7 @@ def parameters_of(model: nn.Module) -> list[Tensor]:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: for one that is kept elsewhere, not where its weights are."""
+    """The device a module computes on; for an offloaded module, not where its weights are."""
     tensors = [*module.parameters(), *module.buffers()]
     if tensors and not tensors[0].is_meta:
         return tensors[0].device

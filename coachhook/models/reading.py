@@ -1,6 +1,6 @@
 """Reading a model at chosen tokens: the keys of its modules, or the logits that predict targets.
 
-Rows are read in parts, alike in length, and in smaller ones wherever memory does not suffice.
+Rows of similar length are read together, and fewer at a time when out of memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +14,12 @@ from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import final_hidden, in_parts, logits_of, read_pass
 from coachhook.models.tokens import Padded, Row, pad
 
-# Rows read at once, alike in length.
+# Rows of similar length read at once.
 _AT_ONCE = 32
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
-# Tensors `(b', t, …)` that are made of a module's keys `(b', t, d_in)` in some rows of a rectangle.
+# Maps a module, its keys `(b', t, d_in)` and the rows they belong to, to tensors `(b', t, …)`.
 Make = Callable[[Module, Tensor, slice], Sequence[Tensor]]
 
 
@@ -34,12 +34,12 @@ def read_padded(
     block: nn.Module | None = None,
     before: Callable[[slice], None] = lambda _: None,
 ) -> tuple[list[list[Tensor]], Tensor | None]:
-    """What `make` makes of the keys of each of `modules`, and the output of `block`, at the tokens
-    `at` (bool `(b, t)`, n of them true): per module tensors `(n, …)`, and float32 `(n, d)`, on the
+    """Read at the n tokens where `at`, bool `(b, t)`, is true: per module, the tensors `(n, …)`
+    that `make` returns for its keys; and the output of `block`, float32 `(n, d)`. All are on the
     CPU, in the order of the rows.
 
-    at_once: how many rows are read in one pass, halved wherever memory does not suffice; `before`
-    is called with the rows of each pass. Raises `NotEnoughMemoryError` if one row is too much.
+    at_once: rows per pass, halved when out of memory. before: called with the rows of each pass.
+    Raises `NotEnoughMemoryError` if one row is too much.
     """
     inputs = padded.inputs()
 
@@ -70,9 +70,9 @@ def read_rows(
     *,
     every: bool,
 ) -> list[list[Tensor]]:
-    """What `make` makes of the keys of each of `modules` at the rows' subjects, or at `every` one
-    of their tokens: per module tensors `(n, …)` on the CPU, in the order of the rows, of which
-    there is at least one."""
+    """Per module, the tensors `(n, …)` that `make` returns for its keys, at the rows' subjects or,
+    with `every`, at all their tokens; on the CPU, in the order of the rows. Needs at least one
+    row."""
     parts, order = [], []
     for places in _alike(rows):
         padded = pad([rows[i] for i in places], lm.pad_id, lm.device)
@@ -80,7 +80,7 @@ def read_rows(
         parts.append(read_padded(lm.model, padded, at, modules, make)[0])
         order += places
     counts = [len(rows[i].ids) if every else 1 for i in order]
-    # Where the tokens of each row stand in what was read.
+    # Indices of each row's tokens in the tensors read.
     spans = dict(zip(order, torch.arange(sum(counts)).split(counts), strict=True))
     wanted = torch.cat([spans[i] for i in range(len(rows))])
     return [[tensor[wanted] for tensor in made] for made in _joined(parts)]
@@ -90,8 +90,8 @@ def read_rows(
 def read_targets(
     lm: LanguageModel, rows: Sequence[Row], read: Callable[[Tensor, Row], T]
 ) -> list[T]:
-    """`read` of each row, given the logits `(n_target, v)` that predict its target (teacher
-    forcing). Raises `NotEnoughMemoryError` if one row is too much."""
+    """For each row, the result of `read` on the logits `(n_target, v)` that predict its target
+    (teacher forcing). Raises `NotEnoughMemoryError` if one row is too much."""
     results: dict[int, T] = {}
 
     def some(group: Sequence[int], part: slice) -> None:
@@ -101,7 +101,7 @@ def read_targets(
         final = final_hidden(lm.model, **padded.inputs(), use_cache=False).last_hidden_state
         ends = [len(row.ids) - 1 for row in chosen]
         spans = zip(final, chosen, ends, strict=True)
-        # One product with the output embeddings, which are read once for all rows.
+        # A single product reads the output embeddings once for all rows.
         states = torch.cat([states[end - row.n_target : end] for states, row, end in spans])
         logits = logits_of(lm.model, states).split([row.n_target for row in chosen])
         for i, row, its in zip(places, chosen, logits, strict=True):
@@ -113,14 +113,14 @@ def read_targets(
 
 
 def _alike(rows: Sequence[Row]) -> Iterator[list[int]]:
-    """The places of all rows, as many at a time as are read at once, the shortest first."""
+    """The indices of all rows, shortest first, in groups to read at once."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for first in range(0, len(order), _AT_ONCE):
         yield order[first : first + _AT_ONCE]
 
 
 def _joined(parts: Sequence[list[list[Tensor]]]) -> list[list[Tensor]]:
-    """What was made of each module's keys, of all parts."""
+    """Each module's tensors, concatenated over the parts."""
     return [
         [torch.cat(pieces) for pieces in zip(*of_module, strict=True)]
         for of_module in zip(*parts, strict=True)

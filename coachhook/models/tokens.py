@@ -1,4 +1,4 @@
-"""From text to token rows: where the subject ends, where the target stands, how rows are padded."""
+"""From text to token rows: where the subject ends, where the target is, how rows are padded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text. `subject`: index of the subject's last token (of the last token, if the
-    text has no subject). `n_target`: how many tokens at the end are the target's."""
+    """One tokenised text. subject: index of the subject's last token (without a subject, of the
+    last token before the target). n_target: how many tokens at the end are the target's."""
 
     ids: tuple[int, ...]
     subject: int
@@ -37,14 +37,14 @@ def encode(
     *,
     subject_end: int | None = None,
 ) -> Row:
-    """Tokenise `text`, and `target` after it, as one string, as the model would meet it.
+    """Tokenise `text` followed by `target` as one string, as the model would see it.
 
-    subject_end: character offset in `text` just behind the subject. Raises `RequestError` when the
-    target or the subject has no token of its own.
+    subject_end: character offset in `text` just after the subject. Raises `RequestError` if the
+    text, target or subject has no token of its own.
     """
     full = text if target is None else join(text, target)
     ids, offsets = tokenize(tokenizer, full)
-    # A token belongs to the target if it reaches past the text; special tokens have empty spans.
+    # A token belongs to the target if it ends past the text; special tokens have empty spans.
     n_target = sum(end > len(text) for start, end in offsets if end > start)
     n_text = len(ids) - n_target
     if target is not None and (n_target == 0 or n_text == 0):
@@ -68,8 +68,8 @@ def encode_request(
     with_target: bool = True,
     stop: str = "",
 ) -> Row:
-    """The row of a request's prompt inside `context` (in place of its "{}"), and its target with
-    `stop` behind it."""
+    """The row of a request: its prompt in place of the "{}" of `context`, then its target and
+    `stop`, unless `with_target` is false."""
     before, after = context.split("{}")
     return encode(
         tokenizer,
@@ -83,7 +83,7 @@ def tokenize(
     tokenizer: PreTrainedTokenizerFast, text: str
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of `text` and their character spans, without special tokens at the end: some
-    tokenizers put one there, and what follows would then follow the end of the text."""
+    tokenizers add an end-of-text token, after which no continuation makes sense."""
     encoded = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     while offsets and offsets[-1][0] == offsets[-1][1] and text:
@@ -93,13 +93,13 @@ def tokenize(
 
 
 def join(text: str, target: str) -> str:
-    """`text` and `target` with one space between, unless either brings its own white space."""
+    """`text` and `target` with a space between, unless there is white space there already."""
     separated = text[-1:].isspace() or target[:1].isspace()
     return text + target if separated else f"{text} {target}"
 
 
 def check_length(row: Row, limit: int | None, what: str) -> None:
-    """Raise `ContextLengthError` if `row` has more tokens than the model's context."""
+    """Raise `ContextLengthError` if `row` has more tokens than `limit`. what: names the row."""
     if limit is not None and len(row.ids) > limit:
         raise ContextLengthError(
             f"{what} takes {len(row.ids)} tokens with its target, but the model's context holds "
@@ -126,13 +126,13 @@ class Padded:
         }
 
     def subject_mask(self) -> Tensor:
-        """Where each row's subject ends, bool `(b, t)`."""
+        """True at each row's last subject token, bool `(b, t)`."""
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return columns == self.subject[:, None]
 
 
 def pad(rows: Sequence[Row], pad_id: int, device: Any, *, align_subject: bool = False) -> Padded:
-    """Pad on the right, or, with `align_subject`, so that every subject stands in one column."""
+    """Pad on the right or, with `align_subject`, so that all subjects are in one column."""
     column = max(row.subject for row in rows) if align_subject else 0
     starts = [column - row.subject if align_subject else 0 for row in rows]
     width = max(start + len(row.ids) for start, row in zip(starts, rows, strict=True))

@@ -1,7 +1,7 @@
-"""Files of key statistics in the cache: finished ones, and what a pass that is under way keeps.
+"""Files of key statistics in the cache: finished statistics, and partial sums of running passes.
 
-Every name starts with the recipe, which is a checksum of all that the statistics depend on. A file
-appears whole or not at all.
+Every file name starts with the recipe, a checksum of everything the statistics depend on. Files
+appear whole or not at all.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from coachhook.system.files import file_lock, replacing
 
 logger = logging.getLogger(__name__)
 
-# A partial file is saved when the work since the last one took this many times as long as that.
+# A partial file is saved once the work since the last save took this many times as long as it.
 _WORK_PER_SAVE = 20
 
 
@@ -34,8 +34,8 @@ def cache_file(recipe: str) -> Path:
 
 @contextmanager
 def measuring(file: Path) -> Iterator[None]:
-    """Hold `file` while it is being measured; another process that measures the same thing waits,
-    and will then find it finished. Where nothing can be written nothing is held."""
+    """Lock `file` while it is being measured; another process that measures the same statistics
+    waits, and then finds them finished. Where the lock cannot be written, nothing is locked."""
     lock = file.with_suffix(".lock")
     with ExitStack() as holding:
         try:
@@ -50,7 +50,7 @@ def measuring(file: Path) -> Iterator[None]:
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` to `file`. Raises OSError where that cannot be done."""
+    """Write `tensors` to `file`. Raises OSError if that fails."""
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as staging:
@@ -61,9 +61,10 @@ def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 class Partial:
-    """What one pass keeps beside `file` of its sums so far, so that another can go on from there.
+    """Saves one pass's sums so far beside `file`, so that a later pass can resume from them.
 
-    replaced: names of partial files whose shards are among this pass's sums.
+    replaced: names of partial files whose shards this pass's sums include; the next save removes
+    them.
     """
 
     def __init__(self, file: Path, replaced: Sequence[str]) -> None:
@@ -72,8 +73,8 @@ class Partial:
         self._due = 0.0
 
     def keep(self, sums: KeySums) -> None:
-        """Save `sums`, unless that would take a large share of the time. Where nothing can be
-        written this is said once, and the pass goes on."""
+        """Save `sums`, unless saving would take a large share of the time. If writing fails, warns
+        once and never tries again."""
         started = time.monotonic()
         if started < self._due:
             return
@@ -91,7 +92,8 @@ class Partial:
 
 
 def _save_partial(file: Path, sums: KeySums) -> str:
-    # The name tells the shards, so that no two partial files of different ones replace each other.
+    # The name depends on the shards, so that partial files of different shards do not overwrite
+    # each other.
     numbers = json.dumps(sorted(sums.shards))
     tag = hashlib.sha256(numbers.encode()).hexdigest()[:16]
     partial = file.with_name(f"{file.stem}.{tag}.partial")
@@ -103,8 +105,8 @@ def _save_partial(file: Path, sums: KeySums) -> str:
 
 
 def partial_shards(file: Path, widths: Mapping[int, int]) -> dict[str, list[int]]:
-    """The partial files beside `file`, and which shards are in each. Those that are broken, or not
-    of layers of these `widths` `d_in`, are removed."""
+    """The partial files beside `file`, and the shards in each. Removes files that are broken or
+    whose layers do not have these widths (`d_in` by layer)."""
     found = {}
     for partial in sorted(file.parent.glob(f"{file.stem}.*.partial")):
         try:
@@ -123,7 +125,7 @@ def partial_shards(file: Path, widths: Mapping[int, int]) -> dict[str, list[int]
 
 
 def load_partial(partial: Path) -> KeySums:
-    """What `Partial.keep` wrote."""
+    """Read what `Partial.keep` wrote."""
     sums = KeySums({})
     with safe_open(partial, framework="pt") as tensors:
         sums.shards = dict(_shards(tensors.metadata()))
@@ -137,8 +139,9 @@ def load_partial(partial: Path) -> KeySums:
 
 
 def divide(listings: Sequence[Mapping[str, Sequence[int]]]) -> list[list[str]]:
-    """Which process takes up which partial files. listings: what each process finds beside its
-    cache file. No shard is taken up twice; every file is taken up by a process that has it."""
+    """Assign partial files to processes: a list of names for each. listings: by process, the files
+    it has and the shards in each. No shard is assigned twice, and a file only to a process that
+    has it."""
     taken: list[list[str]] = [[] for _ in listings]
     known = {name: set(shards) for listing in listings for name, shards in listing.items()}
     done: set[int] = set()
@@ -151,7 +154,7 @@ def divide(listings: Sequence[Mapping[str, Sequence[int]]]) -> list[list[str]]:
 
 
 def remove_partials(file: Path) -> None:
-    """Remove what unfinished passes have summed up, which nobody needs once `file` is there."""
+    """Remove the partial files of unfinished passes, not needed once `file` exists."""
     for partial in file.parent.glob(f"{file.stem}.*.partial"):
         partial.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """Key statistics of the hooked layers: second moment and background keys, in one streaming pass.
 
-The text is cut into shards, of which every process of a job reads its own; sums are added up at the
-end. A pass that was killed goes on from what it had saved.
+The text is cut into shards, which the processes of a job divide among themselves; their sums are
+added up at the end. A pass that was killed resumes from the sums it had saved.
 """
 
 import json
@@ -34,16 +34,18 @@ from coachhook_kernels.key_covariance import mirror_
 
 logger = logging.getLogger(__name__)
 
-# Of each layer: how many keys of ordinary tokens are kept at most, and of how many first words.
+# Per layer: most keys of ordinary tokens that are kept, and how many first words are read.
 MOST_BACKGROUND = 65_536
 FIRST_WORDS = 1_024
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer. moment: mean of `k kᵀ`, float32 `(d_in, d_in)`; background: keys of ordinary
-    tokens, bfloat16 `(n, d_in)`; first: keys of texts' first words, bfloat16 `(m, d_in)`, which
-    are alike in many models (attention sinks); n_tokens: of how many keys the moment is the mean.
+    """Statistics of one layer's keys.
+
+    moment: mean of `k kᵀ`, float32 `(d_in, d_in)`; background: keys of ordinary tokens, bfloat16
+    `(n, d_in)`; first: keys of texts' first words, bfloat16 `(m, d_in)`, which in many models are
+    nearly equal (attention sinks); n_tokens: the number of keys averaged in `moment`.
     """
 
     moment: Tensor
@@ -65,12 +67,13 @@ def key_statistics(
 ) -> KeyStatistics:
     """Statistics of the keys of `layers`, from the cache or measured now (and then cached).
 
-    The cache file is named by a checksum of all weights but those of the blocks above the last
-    hooked one, the tokenizer, the layers and the source. Processes that measure the same thing
-    independently of each other wait for the first. With `processes`, a collective: each reads its
-    share of the text, and all return the same.
+    The cache file is named by a checksum of the tokenizer, the layers, the source and all weights
+    except those of the blocks above the last hooked one. Independent processes that measure the
+    same statistics wait for the first of them. With `processes`, a collective: each reads its share
+    of the text, and all return the same statistics.
 
-    Raises `StatisticsError` on unusable text, non-finite keys, or weights that are not here whole.
+    Raises `StatisticsError` on unusable text, non-finite keys, sharded weights or processes with
+    different models, tokenizers or texts; `AttachError` if the model has hooks attached.
     """
     if any(isinstance(module, HookLinear) for module in lm.model.modules()):
         raise AttachError(
@@ -99,7 +102,7 @@ def key_statistics(
         if statistics is None:
             if processes.is_first:
                 holding.enter_context(files.measuring(file))
-            # Whoever held the lock may have measured them.
+            # Another process may have measured them while it held the lock.
             statistics = _cached(file, layers, processes)
         if statistics is None:
             shards = _shards(lm, source, n_tokens)
@@ -161,7 +164,7 @@ def _measure(
 
 
 def _empty(keys: Mapping[int, Tensor], processes: Processes) -> KeySums:
-    """Sums of nothing, where the keys are; on the CPU if that is too full in any process."""
+    """Empty sums on the keys' devices; on the CPU if memory there runs out in any process."""
     try:
         sums, fits = KeySums.like(keys), True
     except torch.OutOfMemoryError:
@@ -170,8 +173,8 @@ def _empty(keys: Mapping[int, Tensor], processes: Processes) -> KeySums:
 
 
 def _resume(file: Path, sums: KeySums, processes: Processes) -> tuple[set[int], Partial]:
-    """Put into `sums` this process's part of what interrupted passes had summed up. Returns the
-    shards that need not be read again by any process, and where to keep this pass's sums."""
+    """Add to `sums` this process's part of the sums saved by interrupted passes. Returns the shards
+    that no process needs to read again, and the `Partial` that saves this pass's sums."""
     if processes.is_first_on_host:
         remove_unwritten(file.parent, file.name)
     widths = {layer: len(moment) for layer, moment in sums.moments.items()}
@@ -189,8 +192,8 @@ def _resume(file: Path, sums: KeySums, processes: Processes) -> tuple[set[int], 
 def _dealt(
     shards: Iterator[Shard], done: set[int], processes: Processes, advance: Progress
 ) -> Iterator[tuple[Shard, int]]:
-    """This process's shards of those that are not `done`, each with the number of tokens of the
-    text before it. Processes take turns."""
+    """This process's share of the shards not `done`, each with the number of tokens in the text
+    before it. Shards are dealt to the processes in turn."""
     n_before = turn = 0
     for shard in shards:
         is_done = shard.number in done
@@ -209,7 +212,7 @@ def _background(sums: KeySums, layer: int, processes: Processes) -> Tensor:
 
 
 def _cached(file: Path, layers: Sequence[int], processes: Processes) -> KeyStatistics | None:
-    """Finished statistics, if every process has them."""
+    """Finished statistics from the cache, or None unless every process has them."""
     found = _load(file, layers)
     if not processes.everyone(found is not None):
         return None
@@ -231,7 +234,7 @@ def _save(file: Path, statistics: KeyStatistics) -> None:
 
 
 def _load(file: Path, layers: Sequence[int]) -> KeyStatistics | None:
-    """Statistics from the cache; None where there are none. A broken file is removed."""
+    """Statistics from the cache file, or None if there is none. A broken file is removed."""
     if not file.is_file():
         return None
     try:

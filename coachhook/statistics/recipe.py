@@ -26,10 +26,10 @@ def recipe_of(
     n_tokens: int,
     seed: int,
 ) -> str:
-    """32 hexadecimal digits: a checksum of all weights but those of the blocks above the last of
-    `layers`, of the tokenizer, the layers, the text and the way it is cut.
+    """A checksum, as 32 hexadecimal digits, of the tokenizer, the layers, the text, how it is cut,
+    and all weights except those of the blocks above the last of `layers`.
 
-    Raises `StatisticsError` where a weight is not here whole, or the file at `path` cannot be read.
+    Raises `StatisticsError` if weights are sharded, or the file at `path` cannot be read.
     """
     blocks = architecture.blocks(lm.model)
     above = {id(p) for block in blocks[max(layers) + 1 :] for p in block.parameters()}
@@ -47,9 +47,9 @@ def recipe_of(
 
 def _weights_checksum(model: nn.Module, left_out: set[int]) -> str:
     _check_whole(model)
-    # Every byte counts: sums or samples of a weight would not tell a fine-tuned model from its
-    # base. One checksum a tensor, so that several are computed at once: of an 8B model some 8 GB
-    # are read, at 0.5 to 2 GB/s a thread.
+    # Every byte is hashed: sums or samples of a weight might not distinguish a fine-tuned model
+    # from its base. One checksum per tensor, so that threads compute several at once: for an 8B
+    # model about 8 GB are read, at 0.5 to 2 GB/s per thread.
     sums: list[tuple[str, bytes | Future[bytes]]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for name, weight in model.state_dict(keep_vars=True).items():
@@ -57,7 +57,7 @@ def _weights_checksum(model: nn.Module, left_out: set[int]) -> str:
                 continue
             title = f"{name} {weight.dtype} {tuple(weight.shape)} "
             if weight.is_meta:
-                # One at a time in memory: offloaded weights may be more than fit.
+                # One at a time: offloaded weights may not fit in memory together.
                 path, _, leaf = name.rpartition(".")
                 sums.append((title, _checksum(fetched(model.get_submodule(path), leaf))))
             else:
@@ -75,7 +75,7 @@ def _checksum(weight: Tensor) -> bytes:
 
 
 def _check_whole(model: nn.Module) -> None:
-    # Imported here, and accelerate below, because commands without a model should start at once.
+    # Imported here, because commands without a model should start at once.
     from torch.distributed.tensor import DTensor
 
     has_parts = any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -13,8 +13,9 @@ _FEWEST_BY_DEFAULT = 16_384
 class StatisticsSource:
     """Where ordinary text comes from: `path` (text, JSONL or Parquet), or the model's own samples.
 
-    n_tokens: how many tokens to read; also how many background keys are kept, at most 65,536. None
-    is 8 for each dimension of the widest hooked layer's keys, and at least 16,384.
+    n_tokens: how many tokens to read; as many background keys are kept, up to 65,536. None means 8
+    per dimension of the widest hooked layer's keys, but at least 16,384. seed: of the samples and
+    the first words.
     """
 
     path: str | None = None

@@ -1,4 +1,4 @@
-"""Sums over the keys of a text's shards: what a pass over ordinary text carries along."""
+"""Sums over the keys of a text's shards: the state of a pass over ordinary text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coachhook_kernels.key_covariance import key_covariance_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# How many tokens of context a message quotes on either side.
+# Tokens of context that an error message quotes on either side.
 _QUOTED = 8
 
 
@@ -31,10 +31,9 @@ class KeyReader:
 
     def read(self, batch: TokenBatch) -> dict[int, Tensor]:
         """The keys of a batch by layer, `(b, t, d_in)` in the model's dtype, on the layer's device,
-        from one pass that ends at the last layer.
+        from one pass that stops at the last hooked layer.
 
-        Raises `StatisticsError`, with layer, token and text, where a real token's key is not
-        finite.
+        Raises `StatisticsError`, naming layer, token and text, if a real token's key is not finite.
         """
         device = self.lm.device
         inputs = {"input_ids": batch.ids.to(device)}
@@ -51,9 +50,9 @@ class KeyReader:
 class KeySums:
     """Sums over the keys of some shards.
 
-    moments: `Σ k kᵀ` by layer, float32 `(d_in, d_in)`, of which only the upper triangle is filled.
-    shards: the shards that are in, with their numbers of tokens. background: the first keys of each
-    of them, bfloat16 `(n, d_in)` on the CPU, by layer and shard.
+    moments: `Σ k kᵀ` by layer, float32 `(d_in, d_in)`, only the upper triangle filled. shards: by
+    number of each shard included, its count of tokens. background: by layer and shard, the shard's
+    first keys, bfloat16 `(n, d_in)` on the CPU.
     """
 
     moments: dict[int, Tensor]
@@ -62,7 +61,7 @@ class KeySums:
 
     @classmethod
     def like(cls, keys: Mapping[int, Tensor], *, on_cpu: bool = False) -> KeySums:
-        """Sums of nothing yet, for keys such as `keys`, on their devices or on the CPU."""
+        """Empty sums for keys of the widths of `keys`, on their devices or on the CPU."""
         return cls(
             {
                 layer: torch.zeros(rows.shape[-1], rows.shape[-1], device=_at(rows, on_cpu))
@@ -73,10 +72,10 @@ class KeySums:
     def add(
         self, reader: KeyReader, shard: Shard, batches: Sequence[TokenBatch], n_background: int
     ) -> None:
-        """Add the keys of `shard`, whose text is `batches`, and keep `n_background` of them.
+        """Add the keys of `shard`, whose text is `batches`; keep its first `n_background` keys.
 
-        A batch that does not fit the memory of a GPU is read in halves. Raises `StatisticsError`
-        where keys are not finite; the sums are then of no further use.
+        A batch that does not fit in GPU memory is read in halves. Raises `StatisticsError` for keys
+        that are not finite; discard the sums then.
         """
         waiting = list(reversed(batches))
         kept: dict[int, list[Tensor]] = {layer: [] for layer in self.moments}
@@ -141,14 +140,14 @@ def _check_finite(
     ids = batch.ids[row][real[row]].tolist()
     around = tokenizer.decode(ids[max(0, column - _QUOTED) : column + _QUOTED + 1])
     if wrong[row].sum() == len(ids) > 1:
-        # Attention spreads what is not finite, also to the tokens before it.
+        # Attention spreads non-finite values, also to earlier tokens.
         place = f"at every token of a text that starts with {around!r}"
     else:
         token = tokenizer.decode([ids[column]])
         place = f"at the token {token!r}, number {column} of its sequence, in {around!r}"
     raise StatisticsError(
         f"layer {layer} has keys that are not finite on ordinary text, {place}; load the model in "
-        "bfloat16 or float32, or look whether its weights are whole"
+        "bfloat16 or float32, or check that its weights are intact"
     )
 
 

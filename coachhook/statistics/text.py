@@ -1,7 +1,7 @@
 """Ordinary text for key statistics, in shards: what the model samples itself, or a file.
 
-A shard's text depends on nothing but the source and the shard's number: not on which process reads
-it, nor on which shards were read before.
+A shard's text depends only on the source and the shard's number, not on the process that reads it
+or the shards read before.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from coachhook.models.language_model import LanguageModel
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Short sequences give many first positions, whose keys are unlike all others (attention sink).
+# Short sequences give many first positions, whose keys differ from all others (attention sinks).
 SEQUENCE_LENGTH = 64
 SHARD_SEQUENCES = 128
 FEWEST_TOKENS = 256
-# Sequences share a batch with longer ones up to this ratio, which bounds what padding costs.
+# Shortest sequence of a batch, as a share of the longest: bounds the cost of padding.
 _SHORTEST_IN_BATCH = 0.75
 
 Progress = Callable[[int], None]
@@ -47,7 +47,7 @@ class TokenBatch:
 @dataclass(frozen=True)
 class Shard:
     """A piece of ordinary text. number: its place in the text, from 0; n_tokens: real tokens;
-    read: makes its batches, and tells `Progress` of its tokens as they come (sampling is slow)."""
+    read: makes its batches, and reports tokens to `Progress` as they come (sampling is slow)."""
 
     number: int
     n_tokens: int
@@ -57,8 +57,9 @@ class Shard:
 def sampled_shards(lm: LanguageModel, n_tokens: int, *, seed: int) -> Iterator[Shard]:
     """Text sampled from the model at temperature 1, in sequences of `SEQUENCE_LENGTH` tokens.
 
-    Every sequence starts with a word drawn uniformly from the vocabulary (behind the BOS token if
-    the tokenizer puts one), so that no data set and no prompt is needed.
+    Every sequence starts with a word drawn uniformly from the vocabulary (after the BOS token if
+    the tokenizer adds one), so that no data set and no prompt is needed. A shard's `read` raises
+    `StatisticsError` for logits that are not finite.
     """
     model, tokenizer, device = *lm, lm.device
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), device=device)
@@ -98,14 +99,13 @@ def sampled_shards(lm: LanguageModel, n_tokens: int, *, seed: int) -> Iterator[S
 def _shard_seed(seed: int, number: int) -> int:
     if number == 0:
         return seed
-    # Not seed + number, which would give two sources of neighbouring seeds most of their text in
-    # common.
+    # Not seed + number: two sources with neighbouring seeds would then share most of their text.
     digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
     return int.from_bytes(digest[:8]) >> 1
 
 
 def first_tokens(tokenizer: PreTrainedTokenizerFast, n: int, *, seed: int) -> Tensor:
-    """`n` one-word texts, int64 `(n, t)`: what stands at the first position of ordinary text."""
+    """`n` one-word texts, int64 `(n, t)`: the special tokens a text starts with, then a word."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.tensor(_word_tokens(tokenizer))
     picks = torch.randint(len(starts), (n, 1), generator=generator)
@@ -114,7 +114,8 @@ def first_tokens(tokenizer: PreTrainedTokenizerFast, n: int, *, seed: int) -> Te
 
 
 def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Tokens that can start a text: more than one character, letters only, not a special token."""
+    """Tokens that can start a text: more than one character, letters only, not special; if there
+    are none, all tokens that are not special."""
     special = set(tokenizer.all_special_ids)
     words = []
     for token in range(len(tokenizer)):
@@ -125,9 +126,9 @@ def _word_tokens(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 
 
 def file_shards(path: Path, tokenizer: PreTrainedTokenizerFast, n_tokens: int) -> Iterator[Shard]:
-    """Text of a file, in its order, cut into sequences of at most `SEQUENCE_LENGTH` tokens.
+    """A file's text in order, up to `n_tokens`, in sequences of at most `SEQUENCE_LENGTH` tokens.
 
-    Raises `StatisticsError` if the file has no usable text.
+    Raises `StatisticsError` if the file cannot be read or has under `FEWEST_TOKENS` tokens of text.
     """
     taken = 0
     pieces: list[list[int]] = []
@@ -170,7 +171,7 @@ def _file_shard(number: int, pieces: list[list[int]], tokenizer: PreTrainedToken
 
 
 def _batches(pieces: list[list[int]], pad_id: int) -> list[TokenBatch]:
-    """Sequences of like lengths side by side."""
+    """Batches of sequences of similar length."""
     together: list[list[list[int]]] = []
     for piece in sorted(pieces, key=len, reverse=True):
         if not together or len(piece) < _SHORTEST_IN_BATCH * len(together[-1][0]):
@@ -196,7 +197,7 @@ def _documents(path: Path) -> Iterator[str]:
                     if line.strip():
                         yield _text_field(path, number, line)
         else:
-            # Paragraphs, which empty lines part.
+            # One document per paragraph; empty lines separate them.
             with path.open(encoding="utf-8") as lines:
                 for has_text, block in groupby(lines, lambda line: line != "\n"):
                     if has_text:

@@ -1,4 +1,4 @@
-"""Batches as the tensors of a file: their factors, and their edits and thresholds as JSON."""
+"""Batches as tensors of a file: their factors, and one tensor of JSON for edits and thresholds."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from coachhook.journal.journal import (
 from coachhook.system.json_shapes import Count, MisshapenError, checked, parsed
 from coachhook.system.tensor_file import Headers, TensorFile, check
 
-# The tensor that holds JSON: its bytes in UTF-8, as uint8.
+# Name of the tensor that holds the JSON: its UTF-8 bytes, as uint8.
 _RECORDS = "records"
 _MARKS = ("fingerprints", "owner")
 
@@ -39,22 +39,22 @@ T = TypeVar("T")
 
 
 class _BatchEntry(TypedDict):
-    """A batch in JSON, but for its factors. thresholds: by layer, what its gate's type keeps."""
+    """A batch in JSON, without its factors. thresholds: by layer, the fields of `Threshold`."""
 
     edits: Annotated[list[EditEntry], Field(min_length=1)]
     thresholds: dict[str, dict[str, float | None]]
 
 
 class _MergedEntry(_BatchEntry):
-    """A merged batch. fingerprints: how many of the base's are its own, by layer."""
+    """A merged batch. fingerprints: by layer, how many of the base's fingerprints it owns."""
 
     fingerprints: dict[str, Count]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the batches of a folder must hold. layers: `(d_in, d_out)` of each hooked one, and
-    sizes: s, how many numbers a fingerprint has there; threshold: of the gate that they are for."""
+    """What the batches of a folder must hold. By hooked layer, layers: `(d_in, d_out)`, and sizes:
+    s, the length of a fingerprint; threshold: the threshold type of the folder's gate."""
 
     layers: Mapping[int, tuple[int, int]]
     sizes: Mapping[int, int]
@@ -63,7 +63,7 @@ class Expected:
 
 @contextmanager
 def intact(path: Path) -> Iterator[None]:
-    """Where the contents of `path` are not what is written there, raises `CorruptFolderError`."""
+    """Raise `CorruptFolderError` if the block finds the contents of `path` malformed."""
     try:
         yield
     except (MisshapenError, ConfigError, RequestError) as error:
@@ -73,7 +73,7 @@ def intact(path: Path) -> Iterator[None]:
 
 
 def batch_tensors(batch: Batch) -> dict[str, Tensor]:
-    """All that `read_batch` needs."""
+    """The batch as tensors that `read_batch` can read back."""
     tensors = {
         f"{name}.{layer}": getattr(factors, name)
         for layer, factors in batch.layers.items()
@@ -83,7 +83,7 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
 
 
 def read_batch(expected: Expected, file: TensorFile) -> Batch:
-    """A batch whose factors stay in `file`. Raises `CorruptFolderError`."""
+    """A batch whose factors stay in `file`. Raises `CorruptFolderError` if it is malformed."""
     with intact(file.path):
         headers = file.headers()
         entry: _BatchEntry = checked(_records(file, headers), _BatchEntry)
@@ -100,14 +100,14 @@ def read_batch(expected: Expected, file: TensorFile) -> Batch:
 
 
 def batch_to_bytes(batch: Batch) -> bytes:
-    """All that `batch_from_bytes` needs, as the contents of a safetensors file."""
+    """The batch as the contents of a safetensors file, for `batch_from_bytes`."""
     return save({name: tensor.contiguous() for name, tensor in batch_tensors(batch).items()})
 
 
 def batch_from_bytes(
     layers: Sequence[int], data: bytes, threshold: type[Threshold] = Threshold
 ) -> Batch:
-    """A batch in memory, from `batch_to_bytes`."""
+    """A batch in memory, from the result of `batch_to_bytes`."""
     held = load(data)
     factors: dict[int, Factors] = {
         layer: LayerFactors(**{name: held[f"{name}.{layer}"] for name in FACTORS})
@@ -117,7 +117,7 @@ def batch_from_bytes(
 
 
 def base_tensors(journal: Journal) -> dict[str, Tensor]:
-    """All that `read_base` needs: the base, and of its batches what is kept."""
+    """The base, and what is kept of its batches, as tensors that `read_base` can read back."""
     assert journal.base is not None
     merged = journal.batches[: journal.merged]
     marks = {
@@ -131,7 +131,7 @@ def base_tensors(journal: Journal) -> dict[str, Tensor]:
 
 def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
     """A base whose tensors stay in `file`, and the batches that were merged into it. Raises
-    `CorruptFolderError`."""
+    `CorruptFolderError` if the file is malformed."""
     with intact(file.path):
         headers = file.headers()
         entries: list[_MergedEntry] = checked(_records(file, headers), list[_MergedEntry])
@@ -156,7 +156,7 @@ def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
 
 
 def _check_merged(expected: Expected, headers: Headers) -> None:
-    """Raise `MisshapenError` unless Δ and keys of each layer are in the file of a base."""
+    """Raise `MisshapenError` unless a base's file has Δ and keys (or their Gram) per layer."""
     for layer, (d_in, d_out) in expected.layers.items():
         if f"up.{layer}" in headers:
             rank, _ = check(headers, f"down.{layer}", torch.float32, None, d_in)
@@ -181,7 +181,7 @@ def _packed(value: Any) -> dict[str, Tensor]:
 def _read_marks(
     expected: Expected, file: TensorFile, headers: Headers
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The fingerprints of each layer in a file, with their owners."""
+    """By layer, the fingerprints in a file and their owners."""
     for layer, size in expected.sizes.items():
         n, _ = check(headers, f"fingerprints.{layer}", torch.float32, None, size)
         check(headers, f"owner.{layer}", torch.int64, n)
@@ -217,8 +217,8 @@ def _batch_from_json(
     threshold: type[Threshold],
     stored: TensorFile | None = None,
 ) -> Batch:
-    """Raises `MisshapenError` for thresholds that are not of this type, `RequestError` for a
-    request that is none."""
+    """Raises `MisshapenError` for thresholds of another type, `RequestError` for an invalid
+    request."""
     thresholds = {}
     for layer in layers:
         found = _of_layer(entry["thresholds"], layer)
@@ -232,7 +232,7 @@ def _batch_from_json(
 
 
 def _of_layer(by_layer: Mapping[str, T], layer: int) -> T:
-    """What an object in JSON, whose keys are texts, has of a layer."""
+    """The entry of a layer in a JSON object, whose keys are strings."""
     if str(layer) not in by_layer:
         raise MisshapenError(f"layer {layer} is missing, there are {sorted(by_layer)}")
     return by_layer[str(layer)]

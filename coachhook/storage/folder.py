@@ -1,10 +1,10 @@
 """The folder of an edited model on disk: written whole or not at all, checked when read.
 
 `hook_config.json` names every other file with its SHA-256 and is replaced last, in one rename. A
-process killed at any moment leaves the folder at its last whole batch.
+process killed at any moment leaves the folder as last saved.
 
-A batch's file holds its edits too, so that what one more batch costs does not depend on how many
-there are: the configuration only gains a name.
+A batch's file holds its edits too, so the cost of saving one more batch does not depend on how many
+there are: the configuration only gains a file name.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ _OURS = re.compile(r"(batch-\d+|base-\d+|sketches)-[0-9a-f]{64}\.safetensors")
 
 
 class _ModelEntry(TypedDict):
-    """`BaseModel` in JSON. layers: `[d_in, d_out]` of each hooked one."""
+    """`BaseModel` in JSON. layers: `[d_in, d_out]` of each hooked layer."""
 
     name: str
     checksums: dict[str, str]
@@ -67,7 +67,7 @@ class _Versioned(TypedDict):
 
 class ConfigEntry(TypedDict):
     """`hook_config.json`. sketches, base, batches: names of files beside it; disabled: ids of
-    edits; settings: an `EditConfig`."""
+    disabled edits; settings: an `EditConfig`; digest: SHA-256 of all the other fields."""
 
     format_version: int
     base_model: _ModelEntry
@@ -81,7 +81,7 @@ class ConfigEntry(TypedDict):
 
 @dataclass
 class Contents:
-    """All that a folder holds. digest: of its configuration when it was last read or written."""
+    """All that a folder holds. digest: its configuration's, as last read or written."""
 
     base: BaseModel
     config: EditConfig
@@ -92,10 +92,11 @@ class Contents:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one editing process. Raises `FolderLockedError` if another has it."""
+    """Lock the folder for this process. Raises `FolderLockedError` if another has locked it,
+    `SaveError` if it cannot be made or locked."""
     with ExitStack() as holding:
         try:
-            # Who holds the folder may save into it: the lock is taken again then.
+            # Reentrant: a process that has locked the folder locks it again to save.
             holding.enter_context(file_lock(folder / ".lock"))
         except BlockingIOError:
             raise FolderLockedError(
@@ -112,11 +113,11 @@ def exists(folder: Path) -> bool:
 
 
 def save(folder: Path, contents: Contents) -> None:
-    """Write `contents`; files that are already there are kept. See `HookSet.save_pretrained`.
+    """Write `contents`; files already there are not written again. See `HookSet.save_pretrained`.
 
-    Where the folder already holds edits, `contents` must come from it (its digest is still
-    `contents.digest`) or go on from it; anything else would lose somebody's edits. The digest of
-    `contents` is brought up to date, and its batches keep their factors in the folder from now on.
+    If the folder already holds edits, `contents` must have been read from it (`contents.digest` is
+    still the folder's) or continue its batches; anything else would lose somebody's edits. Updates
+    `contents.digest`; from now on the batches read their factors from the folder.
     """
     journal, folder = contents.journal, folder.resolve()
     with locked(folder):
@@ -158,8 +159,8 @@ def save(folder: Path, contents: Contents) -> None:
 
 
 def follow(folder: Path, journal: Journal) -> None:
-    """Keep the batches of `journal` in `folder` from now on, where another process has just saved
-    them; in memory, if this one does not see them there."""
+    """Read the factors of `journal`'s batches from `folder`, where another process has just saved
+    them, from now on; batches whose files this process does not see there stay in memory."""
     if not exists(folder):
         return
     names = read_config(folder)["batches"]
@@ -171,7 +172,7 @@ def follow(folder: Path, journal: Journal) -> None:
 def load(folder: Path) -> Contents:
     """Read a folder, checking its version and every checksum. See `HookSet.from_pretrained`.
 
-    Of the batches, edits and fingerprints are read; their factors stay in the folder.
+    Of each batch only edits, thresholds and fingerprints are read; its other factors stay on disk.
     """
     config = read_config(folder)
     with intact(folder / CONFIG_NAME):
@@ -211,14 +212,13 @@ def read_config(folder: Path) -> ConfigEntry:
             )
         if version < FORMAT_VERSION:
             raise OlderFormatError(
-                f"{folder} has format version {version}, which no released coachhook wrote and "
-                f"this one, which reads {FORMAT_VERSION}, does not; edit the facts again into a "
-                "new folder"
+                f"{folder} has format version {version}, which no released coachhook wrote; "
+                f"this one reads only {FORMAT_VERSION}; edit the facts again into a new folder"
             )
         if config.get("digest") != _digest(config):
             raise MisshapenError("it was changed after it was written")
         found: ConfigEntry = checked(config, ConfigEntry)
-        # Folders that do not say what contexts weigh are read too.
+        # Folders from before the setting `context_weight` existed are read too.
         checked({"context_weight": 0.0} | found["settings"], EditConfig, "settings")
         return found
 
@@ -258,7 +258,7 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-# What `_store` needs: the beginning of a name, the file that holds it already, or its tensors.
+# For `_store`: the stem of a file name, the file if already stored, and what makes its tensors.
 _Parts = tuple[str, TensorFile | None, Callable[[], Mapping[str, Tensor]]]
 
 
@@ -280,11 +280,14 @@ def _store(
     stored: TensorFile | None,
     tensors: Callable[[], Mapping[str, Tensor]],
 ) -> TensorFile:
-    """The file in `folder`, which holds files of these `sizes`, with these contents."""
+    """The file in `folder` with these contents, written unless it is there already.
+
+    sizes: in bytes, of the files in the folder, by name.
+    """
     if stored is None:
         name, data = pack(stem, tensors())
     elif sizes.get(stored.name) == stored.size:
-        # What is stored never changes: a whole file that is already here needs no second look.
+        # Stored files never change: one of the right size that is here already is not read again.
         same = stored.path.parent == folder
         return stored if same else TensorFile(folder / stored.name, stored.size)
     else:
@@ -295,7 +298,7 @@ def _store(
 
 
 def _check_related(folder: Path, contents: Contents, sketches: str) -> None:
-    """Raise `FolderError` where saving would lose edits that nobody asked to forget."""
+    """Raise `FolderError` if saving `contents` would lose edits that it does not continue."""
     config = read_config(folder)
     if contents.digest is not None:
         if config["digest"] != contents.digest:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks that one process holds at a time."""
+"""Files that appear whole or not at all, and lock files."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ _STAGING = ".writing-"
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A path beside `target`, of nothing yet, to write a file or a folder to inside the block: it
-    is `target` afterwards, in one rename of what is safely on disk; nothing is left of it after an
-    error. Raises OSError where that cannot be done."""
-    # Under a name of its own, because others may be writing the same: whoever is last replaces.
+    """Yield a fresh path beside `target`; write a file or folder there inside the block. At the end
+    it is flushed to disk and renamed to `target` in one step; after an error it is removed. Raises
+    OSError if that fails."""
+    # A unique name, because other processes may be writing the same target: the last one wins.
     staging = target.with_name(f"{_staging(target.name)}{os.getpid()}-{uuid4().hex[:8]}")
     try:
         yield staging
@@ -32,17 +32,17 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write(target: Path, data: bytes) -> None:
-    """Write `target` whole or not at all. Raises OSError where that cannot be done."""
+    """Write `target` whole or not at all. Raises OSError if that fails."""
     with replacing(target) as staging:
         staging.write_bytes(data)
 
 
 def remove_unwritten(folder: Path, name: str = "") -> None:
-    """Remove what processes that were killed while they wrote have left in `folder`: of all files,
-    or of those called `name`, up to their first dot.
+    """Remove from `folder` what killed processes left half-written: of any target, or only of those
+    whose names equal `name` up to the first dot.
 
-    Only for who holds the lock under which they are written: what another process is about to
-    write looks the same.
+    Call only while holding the lock under which these files are written: what a running process is
+    writing looks the same.
     """
     for leftover in folder.glob(f"{_staging(name) if name else _STAGING}*"):
         _remove(leftover)
@@ -52,11 +52,11 @@ def remove_unwritten(folder: Path, name: str = "") -> None:
 def file_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` for this thread, which may take it again inside the block.
 
-    Makes the file, and its folder. Raises BlockingIOError if somebody else holds it, unless told to
-    `wait`; OSError where there can be no such file.
+    Creates the file and its folder. Raises BlockingIOError if the lock is held elsewhere, unless
+    `wait` is true; OSError if the file cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One object a path, so that taking it again is counted and not waited for.
+    # One object per path, so that taking the lock again is counted and does not block.
     lock = FileLock(path.resolve(), is_singleton=True)
     try:
         lock.acquire(timeout=-1 if wait else 0)
@@ -69,7 +69,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 def _staging(name: str) -> str:
-    # A part of the name: the whole may be as long as a name may be.
+    # Only part of the name: the whole may already be as long as file names can be.
     return f"{_STAGING}{name.split('.')[0][:40]}-"
 
 

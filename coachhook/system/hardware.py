@@ -1,4 +1,4 @@
-"""What this machine has to offer now: free memory, and arithmetic per second."""
+"""What this machine offers now: free memory and arithmetic throughput."""
 
 import logging
 import time
@@ -17,8 +17,8 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Memory that `device` can still give to this process, in bytes.
 
-    On a CPU: what the machine has left, or what the process's cgroup leaves of its limit if that is
-    less. On a GPU: what the driver reports free, and what torch holds there without using it.
+    On a CPU: the machine's available memory, or what is left of the process's cgroup limit if that
+    is less. On a GPU: what the driver reports free, plus what torch has reserved but not allocated.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -28,8 +28,8 @@ def free_bytes(device: torch.device) -> int:
 
 
 def arithmetic_device(asked: str | None, own: torch.device) -> torch.device:
-    """Where to compute in float64: where `asked`, else on `own` if that is a GPU, else on the CPU.
-    A GPU that is not here is replaced with a warning."""
+    """The device to compute in float64 on: `asked`, or if that is None `own` if it is a GPU, else
+    the CPU. If `asked` is a GPU that does not exist, it is ignored with a warning."""
     own = own if own.type == "cuda" else torch.device("cpu")
     if asked is None:
         return own
@@ -41,7 +41,7 @@ def arithmetic_device(asked: str | None, own: torch.device) -> torch.device:
 
 
 def _cgroup_room(membership: Path, root: Path = _CGROUPS) -> list[int]:
-    """What every memory cgroup that this process is in (versions 1 and 2) leaves of its limit."""
+    """Bytes left below the limit of each memory cgroup (v1 or v2) that this process is in."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -58,7 +58,7 @@ def _cgroup_room(membership: Path, root: Path = _CGROUPS) -> list[int]:
             continue
         folder = base / path.lstrip("/")
         for place in (folder, *folder.parents):
-            # In a container the path may be that of the host, where only the root can be read.
+            # In a container the path may be the host's; then only the root can be read here.
             if place == base.parent:
                 break
             try:
@@ -67,14 +67,17 @@ def _cgroup_room(membership: Path, root: Path = _CGROUPS) -> list[int]:
                 stat = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue
-            # Cached files are given back before anything is refused.
+            # The kernel drops cached files before it refuses memory.
             rooms.append(most - used + int(stat.get(cached, 0)))
     return rooms
 
 
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """Floating-point operations a second of `rows @ (width, width)`, measured now."""
+    """Floating-point operations per second of `rows @ (width, width)`, measured once.
+
+    width: clipped to 64 to 2,048.
+    """
     width = min(max(width, 64), 2048)
     rows = torch.ones(256 if device.type == "cpu" else 4096, width, device=device, dtype=dtype)
     weight = torch.ones(width, width, device=device, dtype=dtype)
@@ -82,7 +85,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, width: int) -> float:
     best, started = float("inf"), _now(device)
     while (before := _now(device)) - started < _PROBE_SECONDS:
         torch.mm(rows, weight)
-        # The fastest of them: others shared the machine with something else.
+        # The fastest run: slower ones shared the machine with something else.
         best = min(best, _now(device) - before)
     return 2 * len(rows) * width**2 / best
 

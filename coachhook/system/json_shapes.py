@@ -1,8 +1,8 @@
-"""What was read as JSON, held against the types that it should have, by pydantic's strict mode.
+"""Checking JSON values against types, with pydantic's strict mode.
 
-Other fields may stand beside those of a `TypedDict` (typing_extensions': pydantic takes typing's
-from Python 3.12 on). A dataclass, or one that is a field of it, is an object of all its fields and
-no others.
+A `TypedDict` allows additional fields; it must be that of typing_extensions, because pydantic takes
+typing's only from Python 3.12 on. A dataclass, also a nested one, requires all its fields and
+allows no others.
 """
 
 import json
@@ -15,12 +15,12 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_mod
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-# How a whole number stands as a key.
+# A whole number as an object key.
 Number = Annotated[str, Field(pattern="^[0-9]+$")]
 
 
 class MisshapenError(ValueError):
-    """What was read has another shape than what is written."""
+    """The value read is not JSON, or does not have the expected shape."""
 
 
 class MissingError(MisshapenError):
@@ -36,14 +36,14 @@ def parsed(data: bytes | str) -> Any:
 
 
 def checked(value: Any, shape: Any, place: str = "") -> Any:
-    """`value`, as it is, if it has `shape`. place: where in a document it stands.
+    """`value`, unchanged, if it has `shape`. place: its path in the document, for messages.
 
-    Raises `MissingError` for a field that is not there, `MisshapenError` for everything else.
+    Raises `MissingError` for a missing field, `MisshapenError` for any other mismatch.
     """
     adapter = _adapter(shape)
     try:
-        # In JSON alone pydantic takes a list for a tuple and a text for an enumeration. It refuses
-        # halves of surrogate pairs there, which paths and answers of a model may hold.
+        # Only from JSON does strict pydantic accept a list for a tuple and a string for an enum.
+        # But there it rejects lone surrogates, which paths and model answers may contain.
         data = json.dumps(value, ensure_ascii=False).encode(errors="replace")
         adapter.validate_json(data, strict=True)
     except RecursionError as error:
@@ -65,7 +65,7 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 
 def _entry(shape: Any) -> Any:
-    """A dataclass as a model without its defaults and checks; anything else as it is."""
+    """A dataclass as a pydantic model without its defaults and checks; others unchanged."""
     if not is_dataclass(shape):
         return shape
     hints = get_type_hints(shape, include_extras=True)

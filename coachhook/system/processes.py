@@ -1,7 +1,7 @@
-"""The processes of a job that torchrun started, or the only one there is.
+"""The processes of a job started by torchrun, or a single process on its own.
 
-All of them run the same program. What they do together is a collective: every process calls it, in
-the same order. Where one dies, the others do not wait for it: they stop with a `ProcessError` that
+All of them run the same program. A collective is an operation that every process calls, in the same
+order. If one process dies, the others do not wait for it: they stop with a `ProcessError` that
 names it.
 """
 
@@ -28,11 +28,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from coachhook.errors import ProcessError
 
-# A dead process is noticed by itself, so that this is only for one that hangs. Between two
-# collectives a process may be long at work on a share that is larger than the others'.
+# Only for a process that hangs: a dead one is noticed sooner (see `_wait`). Long, because between
+# two collectives one process may have more work than the others.
 _TIMEOUT = timedelta(hours=1)
-# How often a waiting process looks whether the others live, and how long it looks for the one whose
-# end broke a connection: the system closes a process's sockets before it takes the process away.
+# How often a waiting process checks that the others are alive; and how long it searches for the one
+# whose end broke a connection, since the system closes a process's sockets before removing it.
 _LOOK_SECONDS = 0.5
 _SEARCH_SECONDS = 3.0
 _joined_before = count()
@@ -51,7 +51,7 @@ class Peer:
         return f"process {self.rank} (pid {self.pid} on {self.host})"
 
     def is_gone(self) -> bool:
-        """Whether it has ended, as far as can be seen from this host."""
+        """Whether it has ended; false for a process on another host, which cannot be seen."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -64,11 +64,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Processes:
-    """A job as one of its processes sees it. rank: its number, from 0; peers: all processes of the
-    job by their numbers, this one included, or nothing for a process on its own.
+    """A job as seen by one of its processes. rank: this process's number, from 0; peers: all
+    processes of the job by number, this one included; empty for a process on its own.
 
-    Every method that says "collective" raises `ProcessError` where another process ends before its
-    part is done, or cannot be reached.
+    Every collective raises `ProcessError` if another process ends before its part is done, or
+    cannot be reached.
     """
 
     rank: int = 0
@@ -81,17 +81,17 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that prints, and that writes what only one may write."""
+        """Whether this process prints, and writes what only one process may write."""
         return self.rank == 0
 
     @property
     def is_first_on_host(self) -> bool:
-        """Whether this is the process that writes what every host has for itself."""
+        """Whether this process writes the files that each host keeps for itself."""
         hosts = [peer.host for peer in self.peers]
         return not hosts or hosts.index(hosts[self.rank]) == self.rank
 
     def share(self, n: int) -> range:
-        """Which of `n` pieces of work are this process's."""
+        """The indices of this process's share of `n` pieces of work."""
         return range(self.rank, n, self.size)
 
     def everyone(self, flag: bool) -> bool:
@@ -101,9 +101,9 @@ class Processes:
         return int(count) == self.size
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Collective: put into each tensor, in place, the sum of all processes' tensors.
+        """Collective: replace each tensor, in place, by its sum over all processes.
 
-        Shapes, dtypes and kinds of device are the same in every process.
+        Shapes, dtypes and device types must be the same in every process.
         """
         if self.size == 1:
             return
@@ -114,7 +114,7 @@ class Processes:
                 tensor.copy_(usable)
 
     def broadcast_bytes(self, data: bytes, source: int = 0) -> bytes:
-        """Collective: the `data` of process `source`; that of the others is not looked at."""
+        """Collective: the `data` of process `source`; that of the others is ignored."""
         if self.size == 1:
             return data
         length = _usable(torch.tensor([len(data)]))
@@ -134,9 +134,10 @@ class Processes:
         return [self.broadcast_bytes(data, source) for source in range(self.size)]
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collective: the named tensors of all processes, on the CPU, sorted by process.
+        """Collective: the named tensors of all processes, on the CPU, in the order of processes.
 
-        Shapes and dtypes may differ, and a process may have none. No name comes twice.
+        Shapes and dtypes may differ, and a process may pass none. Raises `ProcessError` if two
+        processes use the same name.
         """
         if self.size == 1:
             return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -155,7 +156,7 @@ class Processes:
 
     def _wait(self, start: Callable[[], Any]) -> None:
         """Start a collective and wait until it is done, or until another process has ended."""
-        # torch's own wait would neither notice a signal nor, on a GPU, the end of another process.
+        # torch's own wait would not notice a signal or, on a GPU, the end of another process.
         try:
             work = start()
             pause, looked, suspected = 1e-4, time.monotonic(), False
@@ -165,7 +166,7 @@ class Processes:
                 if time.monotonic() - looked > _LOOK_SECONDS:
                     looked = time.monotonic()
                     gone = any(peer.is_gone() for peer in self.peers)
-                    # One that left after its part leaves a moment to read what it sent.
+                    # Wait one more interval: a process that ended after its part may have sent it.
                     if gone and suspected:
                         raise self._broken("the others cannot go on without it")
                     suspected = gone
@@ -174,7 +175,7 @@ class Processes:
             raise self._broken(str(error).strip().split("\n")[0]) from error
 
     def _broken(self, reason: str) -> ProcessError:
-        """What to tell after a failure that has its cause in another process, if that is found."""
+        """The error to raise when a collective fails; names processes that have ended, if any."""
         until = time.monotonic() + _SEARCH_SECONDS
         while not (gone := [p for p in self.peers if p.is_gone()]) and time.monotonic() < until:
             time.sleep(0.05)
@@ -203,10 +204,10 @@ ALONE = Processes()
 def joined() -> Iterator[Processes]:
     """The processes of this job, for as long as the block lasts; `ALONE` outside torchrun.
 
-    A collective. A job that the caller has initialised is used as it is, and left so. Else the one
-    that torchrun's environment describes is joined: with nccl for tensors on GPUs if every process
-    has one of its own, which is then the device "cuda", and gloo for all others. Where torchrun
-    asks this process to stop, because another one has died, a `ProcessError` names the dead one.
+    A collective. A process group that the caller has initialised is used and left as it is.
+    Otherwise the job described by torchrun's environment is joined, with nccl for tensors on GPUs
+    if every process has a GPU of its own (then its device "cuda"), and gloo for all others. If
+    torchrun stops this process because another has died, a `ProcessError` names the dead one.
     """
     owned = not _initialised()
     if owned:
@@ -218,14 +219,14 @@ def joined() -> Iterator[Processes]:
     previous = _stop_by_error(processes)
     try:
         yield processes
-        # Nobody leaves while another may still wait for what it sent.
+        # No process leaves while another may still be waiting for its data.
         processes.everyone(True)
     except BaseException as error:
         if previous is not None and isinstance(error, ProcessError):
-            # The process is about to stop by itself; torchrun must not cut its message short.
+            # This process is about to stop anyway; torchrun must not cut its message short.
             previous = signal.SIG_IGN
         if owned and dist.group.WORLD is not None:
-            # Without this, leaving would wait for collectives that will never be done.
+            # Otherwise destroying the group would wait for collectives that never finish.
             dist.group.WORLD.abort()
         raise
     finally:
@@ -253,7 +254,7 @@ def _initialise() -> None:
             backend = "cpu:gloo,cuda:nccl"
     try:
         store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-        # Without a name of its own a job would find the addresses of the one before it.
+        # Without a prefix of its own, a second group would find the first one's addresses.
         name = f"coachhook {next(_joined_before)}"
         store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
@@ -275,13 +276,13 @@ def _introduced() -> Processes:
 
 
 def _stop_by_error(processes: Processes) -> Any:
-    """Turn SIGTERM into a `ProcessError`; returns what handled it, or None if that stays so."""
+    """Turn SIGTERM into a `ProcessError`. Returns the previous handler, or None if it was kept."""
     is_main = threading.current_thread() is threading.main_thread()
     if processes.size == 1 or not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return None
 
     def stop(*_: Any) -> None:
-        # Once is enough: another one must not cut short the message of the first.
+        # Ignore further signals, which would cut the first one's message short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise processes._broken("it was told to (SIGTERM)")
 

@@ -1,4 +1,4 @@
-"""Progress bars with time left, on standard error; silent where no person is watching."""
+"""Progress bars with time left, on standard error; silent unless that is a terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +17,15 @@ from rich.progress import (
 console = Console(stderr=True)
 
 Item = TypeVar("Item")
-# As many steps of milliseconds are over before a bar could be read.
+# So few steps of milliseconds are over before a bar could be read.
 _QUICK = 100
 
 
 @contextmanager
 def track(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Shows a bar for `total` steps; the yielded function is told how many more are done.
+    """Show a bar for `total` steps; call the yielded function with the number of steps just done.
 
-    shown: false in all processes of a job but the one that prints.
+    shown: false in every process of a job except the one that prints.
     """
     with Progress(
         TextColumn("{task.description:<22}"),
@@ -41,7 +41,7 @@ def track(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[[in
 
 
 def each(what: str, items: Sequence[Item]) -> Iterator[Item]:
-    """Go through `items`, with a bar where there are many."""
+    """Iterate over `items`, with a bar if there are more than `_QUICK`."""
     if len(items) <= _QUICK:
         yield from items
         return

@@ -1,4 +1,4 @@
-"""Files of tensors that vouch for themselves: safetensors, named by the SHA-256 of their bytes."""
+"""Self-checking tensor files: safetensors with the SHA-256 of their bytes in the file name."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,10 +15,10 @@ from coachhook.errors import CorruptFolderError, SaveError
 from coachhook.system import files
 from coachhook.system.json_shapes import MisshapenError, MissingError
 
-# By name, dtype and sizes of each tensor.
+# By tensor name: dtype and shape.
 Headers = Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]]
 
-# As the header of a file names the dtypes of ours.
+# The dtypes that our files use, by their names in safetensors headers.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,11 +28,11 @@ _DTYPES = {
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """The tensors of a file that `pack` named, each read from disk whenever it is asked for.
+    """The tensors of a file named by `pack`, read from disk at each access.
 
-    The checksum is compared at the first reading, and again whenever the file looks changed since.
-    Reading raises `CorruptFolderError` if the file is missing, or is not what its name says.
-    size: in bytes, when it was whole.
+    The checksum is verified at the first access, and again whenever the file looks changed. Reading
+    raises `CorruptFolderError` if the file cannot be read or its checksum differs from its name.
+    size: of the intact file, in bytes.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -52,11 +52,11 @@ class TensorFile(Mapping[str, Tensor]):
             for name in wanted:
                 if name not in self._names:
                     raise KeyError(name)
-            # Copies: the tensors themselves are windows into the file, aligned as it happens.
+            # Copies: the tensors themselves are views into the file, with arbitrary alignment.
             return {name: file.get_tensor(name).clone() for name in wanted}
 
     def headers(self) -> Headers:
-        """The dtype and the sizes of every tensor, of which none is read."""
+        """The dtype and shape of every tensor, without reading any."""
         found = {}
         with self._opened() as file:
             for name in self._names:
@@ -66,7 +66,7 @@ class TensorFile(Mapping[str, Tensor]):
         return found
 
     def data(self) -> bytes:
-        """The whole file, its checksum compared."""
+        """The bytes of the whole file, after verifying its checksum."""
         with self._opened():
             return self.path.read_bytes()
 
@@ -110,8 +110,8 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def check(headers: Headers, name: str, dtype: torch.dtype, *shape: int | None) -> tuple[int, ...]:
-    """The sizes of the tensor `name`. Raises `MisshapenError` unless it is there, in this dtype and
-    shape, in which None is any size."""
+    """The shape of the tensor `name`. Raises `MissingError` if it is missing, `MisshapenError` if
+    it has another dtype or shape. None in `shape` matches any size."""
     if name not in headers:
         raise MissingError(f"tensor {name} is missing")
     stored, sizes = headers[name]
@@ -127,8 +127,8 @@ def check(headers: Headers, name: str, dtype: torch.dtype, *shape: int | None) -
 
 
 def pack(stem: str, tensors: Mapping[str, Tensor]) -> tuple[str, bytes]:
-    """A file's name and contents. The name carries the contents' SHA-256, so that a name in a
-    checked configuration vouches for them."""
+    """A file's name and contents. The name includes the contents' SHA-256, so that a configuration
+    that lists the name also fixes the contents."""
     data = tensors_to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()})
     return f"{stem}-{hashlib.sha256(data).hexdigest()}.safetensors", data
 

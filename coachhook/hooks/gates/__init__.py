@@ -1,4 +1,4 @@
-"""The gates, by the name that settings call them by. A new one is a file here and a line below."""
+"""The gates, by their names in the settings. To add one, add a module here and a line below."""
 
 from coachhook.hooks.gates.calibrated import CalibratedGate
 from coachhook.hooks.gates.gate import Evidence, Gate, GateReading, LayerEdits, Threshold

@@ -6,7 +6,7 @@ from torch import Tensor
 from coachhook.hooks.gates.gate import Evidence, Gate, Threshold
 from coachhook_kernels import TokenGate, difference_norm
 
-# Background keys whose norms are taken at a time.
+# Background keys whose norms are computed at a time.
 _AT_ONCE = 4096
 
 
@@ -17,8 +17,8 @@ class CalibratedGate(Gate):
 
     @classmethod
     def choose(cls, evidence: Evidence) -> Threshold:
-        """The lowest that at most `rate` of the background clears, with a floor for α. Δ is that
-        of edits that are switched off too: they may come back, and must then find it."""
+        """The lowest threshold that at most a share `rate` of the background clears, with a floor
+        for α. Δ includes disabled edits, so that the threshold still fits when they are enabled."""
         delta = evidence.delta()
         pieces = evidence.background.split(_AT_ONCE)
         norms = [difference_norm(delta.project(p.to(delta.down.device))) for p in pieces]

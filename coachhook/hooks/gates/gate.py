@@ -1,8 +1,8 @@
-"""What a gate is: it scores a token, standardises the score against a reference population, and
-opens where the z-score clears a threshold (csrc_notes/method.md, "Gates").
+"""The interface of gates: a gate scores each token, standardises the score against a reference
+population, and opens where the z-score reaches a threshold (csrc_notes/method.md, "Gates").
 
-A gate owns its policy too: what it is built of, how its threshold is chosen after each batch, how
-an edit is switched off under it, and what of it is saved.
+A gate also owns its policy: what it is built from, how its threshold is chosen after each batch,
+how edits are disabled, and what is saved in a folder.
 """
 
 import math
@@ -17,8 +17,8 @@ from coachhook_kernels import Delta, TokenGate, hook_linear
 
 
 class GateReading(NamedTuple):
-    """What a gate says of each token: score and z float32 `(...)`, is_open bool `(...)`, and edit
-    int64 `(...)`: the id of the edit that the score stands for, -1 where the gate names none."""
+    """A gate's result per token: score and z float32 `(...)`, is_open bool `(...)`, and edit int64
+    `(...)`: the id of the edit whose fingerprint gave the score, -1 if none."""
 
     score: Tensor
     z: Tensor
@@ -28,10 +28,11 @@ class GateReading(NamedTuple):
 
 @dataclass(frozen=True)
 class Threshold:
-    """Reference population (mean and deviation of its scores) and least open z-score `alpha`.
+    """Reference population (mean and standard deviation of its scores) and `alpha`, the lowest
+    z-score that opens the gate.
 
-    It is what a saved folder keeps of a gate after each batch. A gate that needs more there has a
-    subclass of it, with further fields of numbers, as its `threshold_type`.
+    This is all that a folder stores of a gate after each batch. A gate that needs more sets its
+    `threshold_type` to a subclass with further numeric fields.
     """
 
     mean: float = 0.0
@@ -40,20 +41,20 @@ class Threshold:
 
     @classmethod
     def above(cls, scores: Tensor, rate: float, least: float = float("-inf")) -> Self:
-        """The lowest threshold that at most `rate` of background `scores` `(n,)` clear.
+        """The lowest threshold that at most a share `rate` of background `scores` `(n,)` reaches.
 
-        `least` is a floor for alpha. Ties count: a score equal to the threshold is open.
+        least: a floor for alpha. A score equal to the threshold opens the gate.
         """
         scores = scores.double()
         mean, std = scores.mean(), scores.std().clamp_min(1e-6)
         allowed = int(rate * scores.numel())
         ceiling = scores.sort(descending=True).values[allowed]
-        # One part in 10⁵ above the highest score that must stay closed, clear of rounding.
+        # One part in 10⁵ above the highest score that must stay closed, as a margin for rounding.
         alpha = (ceiling - mean) / std + 1e-5 * (ceiling.abs() / std + 1)
         return cls(mean.item(), std.item(), max(alpha.item(), least))
 
     def to_json(self) -> dict[str, float | None]:
-        # JSON has no infinity, which is the α of a gate that nothing opens.
+        # JSON has no infinity, the α of a gate that never opens.
         return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
 
     @classmethod
@@ -63,11 +64,11 @@ class Threshold:
 
 @dataclass(frozen=True)
 class LayerEdits:
-    """What the journal says of the edits at one layer.
+    """The edits of a journal at one layer, as a gate is built from them.
 
-    projection `F` `(s, d_in)`, offset `(s,)`: how keys become fingerprints; fingerprints `(f, s)`
-    with unit rows, owner int64 `(f,)`: the id of the edit each belongs to; in_force bool `(e,)`: by
-    id, edits that are written, not superseded and enabled.
+    projection `F` `(s, d_in)`, offset `(s,)`: map keys to fingerprints; fingerprints `(f, s)`: unit
+    rows; owner int64 `(f,)`: the id of the edit each belongs to; in_force bool `(e,)`: by id, which
+    edits are written, not superseded and enabled.
     """
 
     projection: Tensor
@@ -78,7 +79,7 @@ class LayerEdits:
 
 
 class GateSettings(Protocol):
-    """What of `EditConfig` thresholds are chosen by."""
+    """The fields of `EditConfig` that gates choose their thresholds by."""
 
     @property
     def resemblance(self) -> float: ...
@@ -89,10 +90,10 @@ class GateSettings(Protocol):
 
 
 class Evidence(Protocol):
-    """What a layer's threshold can be chosen by after a batch; read when it is asked for.
+    """What a gate may use to choose a layer's threshold after a batch; computed on access.
 
     rate: largest share of background tokens that may open the gate. before: the threshold after
-    the batch before, if there was one. background: keys of ordinary tokens, bfloat16 `(m, d_in)`.
+    the previous batch, or None. background: keys of ordinary tokens, bfloat16 `(m, d_in)`.
     """
 
     @property
@@ -105,22 +106,23 @@ class Evidence(Protocol):
     def background(self) -> Tensor: ...
 
     def delta(self) -> Delta:
-        """Δ of all edits, those that are switched off too, where the layer computes."""
+        """Δ of all edits, disabled ones included, on the layer's device and in its dtype."""
 
     def delta_in_force(self) -> Delta:
-        """Δ as the hook has it now."""
+        """Δ as it is in the hook now."""
 
     def nearest(self) -> Tensor | None:
-        """Of each background key the largest cosine to any fingerprint that stands, float32
-        `(m,)`; None if there is none."""
+        """Largest cosine of each background key to the fingerprints of edits that are written and
+        not superseded, float32 `(m,)`; None if there are no such fingerprints."""
 
     def at_subjects(self, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`(n,)`: at the subjects of the batch's bare prompts, what `read` makes of the keys
-        `(b, t, d_in)` and the mask of real tokens, bool `(b, t)`, of some texts: `(b, t)`."""
+        """`read` maps the keys `(b, t, d_in)` of some texts and their mask of real tokens, bool
+        `(b, t)`, to values `(b, t)`; returns those at the n subjects of the batch's bare prompts,
+        `(n,)`."""
 
 
 class PassWatcher(Protocol):
-    """A forward pre-hook of the base model, for a gate that must know more of a pass than keys."""
+    """A forward pre-hook of the base model, for a gate that needs more of a pass than its keys."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,13 +130,12 @@ class PassWatcher(Protocol):
 
 
 class Gate(nn.Module):
-    """A gate of one hooked layer. Its three scalars are 0-d float32 tensors in any model dtype."""
+    """A gate of one hooked layer. mean, std and alpha are 0-d float32 in any model dtype."""
 
     name: ClassVar[str]
-    # Whether an edit that is switched off stays in Δ, and the gate no longer opens for it; under
-    # any other gate its share leaves Δ.
+    # True: a disabled edit stays in Δ and the gate no longer opens for it. False: it leaves Δ.
     tells_edits_apart: ClassVar[bool] = False
-    # What people compare with the threshold when they look at a text: scores, or z-scores.
+    # What a trace compares with the threshold: "score" or "z".
     compared: ClassVar[str] = "score"
     threshold_type: ClassVar[type[Threshold]] = Threshold
 
@@ -153,7 +154,7 @@ class Gate(nn.Module):
     def build(
         cls, threshold: Threshold, edits: LayerEdits, watcher: PassWatcher | None = None
     ) -> "Gate":
-        """The gate of a layer. watcher: the one that `watch` made for this model."""
+        """The gate of a layer. watcher: the result of `watch` for this model."""
         return cls(threshold, watcher)
 
     @classmethod
@@ -163,27 +164,27 @@ class Gate(nn.Module):
 
     @classmethod
     def watch(cls, parameters: Sequence[str]) -> PassWatcher | None:
-        """What must see every pass of a model whose base model's forward has these `parameters`."""
+        """The pre-hook this gate needs, or None. parameters: those of the base model's forward."""
         return None
 
     def switch(self, in_force: Tensor) -> None:
-        """Follow which edits are in force, bool `(e,)` by id: in place, so that compiled and
-        captured graphs see it at their next run. Asked of a gate that tells edits apart."""
+        """Set which edits are in force, bool `(e,)` by id: in place, so that compiled and captured
+        graphs see it in their next run. Called only on gates that tell edits apart."""
         raise NotImplementedError
 
     def split(self, columns: Callable[[Tensor], Tensor]) -> None:
-        """Where processes share a layer's keys, keep of what is as wide as a key the part
-        `columns(tensor)` of this process."""
+        """Where the keys are split over processes, replace each tensor of width `d_in` by this
+        process's columns of it, `columns(tensor)`."""
 
     def forward(self, keys: Tensor, projected: Tensor, sketch: Tensor | None = None) -> GateReading:
-        """Read keys `(..., d_in)`, with `projected = Δ.project(keys)` of shape `(..., r)`; and with
-        `sketch(keys)`, where that has been made already."""
+        """Read keys `(..., d_in)`. projected: `Δ.project(keys)`, `(..., r)`; sketch: the result of
+        `self.sketch(keys)`, if the caller already has it."""
         sketch = self.sketch(keys) if sketch is None else sketch
         score, z, edit = self.standardise(projected, sketch)
         return GateReading(score, z, z >= self.alpha, edit)
 
     def sketch(self, keys: Tensor) -> Tensor | None:
-        """What the gate reads of keys beside `projected`, linear in them."""
+        """What the gate reads besides `projected`, a linear map of the keys; None if nothing."""
         return None
 
     def standardise(
@@ -193,13 +194,13 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def per_token(self) -> TokenGate | None:
-        """The gate as the fused operations take it; None for one that they do not know."""
+        """The gate in the form fused operations take; None if they do not support it."""
         return None
 
     def fused(
         self, keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta
     ) -> Tensor | None:
-        """The hooked layer's output by one operation; None where there is none for this gate."""
+        """The hooked layer's output by one fused operation; None if this gate has none."""
         gate = self.per_token()
         return None if gate is None else hook_linear(keys, weight, bias, delta, gate)[0]
 
@@ -208,7 +209,7 @@ class Gate(nn.Module):
         return self.mean + self.alpha * self.std
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
-        # A threshold rounded to bfloat16 is another threshold: follow the device, not the dtype.
+        # Follow the device but not the dtype: rounding to bfloat16 would change the threshold.
         scalars = {name: self._buffers[name] for name in ("mean", "std", "alpha")}
         super()._apply(fn, recurse)
         for name, value in scalars.items():

@@ -1,4 +1,4 @@
-"""The keyed gate: opens on keys that resemble an edited key, and says which edit that was."""
+"""The keyed gate: opens at keys that resemble an edited key, and names the edit."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +11,10 @@ from coachhook_kernels import TokenGate, fingerprint_sketch, nearest_fingerprint
 
 
 class KeyedGate(Gate):
-    """Score: the largest cosine between `F k` and the fingerprints of edited keys.
+    """Score: the largest cosine between `F k - offset` and the enabled fingerprints of edited keys.
 
-    projection `F` `(s, d_in)`, offset `(s,)`, fingerprints `(f, s)` with unit rows, owner int64
-    `(f,)` the edit of each fingerprint, enabled bool `(f,)`.
+    projection `F` `(s, d_in)`, offset `(s,)`; fingerprints `(f, s)`: unit rows; owner int64 `(f,)`:
+    the edit of each fingerprint; enabled bool `(f,)`: whether that edit is in force.
     """
 
     name = "keyed"
@@ -52,8 +52,8 @@ class KeyedGate(Gate):
 
     @classmethod
     def choose(cls, evidence: Evidence) -> Threshold:
-        """The lowest that at most `rate` of the background clears, and no lower than the least
-        cosine that counts as a resemblance."""
+        """The lowest threshold that at most a share `rate` of the background clears, but at least
+        the cosine `resemblance` of the settings."""
         scores = evidence.nearest()
         if scores is None:
             return Threshold()

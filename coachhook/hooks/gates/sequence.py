@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from coachhook.hooks.gates.gate import Evidence, Gate, LayerEdits, PassWatcher, Threshold
 from coachhook_kernels import Delta, difference_norm, hook_linear_sequence, sequence_zscore
 
-# How far below the least z-score of an edit α stays: the same token in another batch rounds
-# otherwise.
+# Margin between α and the lowest z-score of an edit: in another batch the same token rounds
+# differently.
 _ROUNDING = 1e-3
 
 
 class SequenceMask:
-    """Forward pre-hook of a base model that tells its gates which tokens of a pass are real.
+    """Forward pre-hook of a base model that records which tokens of a pass are real, for gates.
 
     parameters: names of the base model's forward parameters, in order.
     """
@@ -35,9 +35,9 @@ class SequenceMask:
         self.batch = inputs.shape[0] if isinstance(inputs, Tensor) else None
 
     def of(self, leading: Sequence[int]) -> tuple[tuple[int, int], Tensor | None]:
-        """`(b, t)` of a pass whose tokens have shape `leading`, and the bool mask of the real ones
-        (None: all). Some architectures flatten batch and sequence before the FFN, and a cached pass
-        brings only the last `t` tokens."""
+        """The shape `(b, t)` of a pass whose keys have leading shape `leading`, and the bool mask
+        `(b, t)` of its real tokens (None: all are). Some architectures flatten batch and sequence
+        before the FFN, and a pass with a KV cache brings only the last `t` tokens."""
         batch = self.batch if self.mask is None else self.mask.shape[0]
         if batch is None:
             batch = leading[0] if len(leading) > 1 else 1
@@ -69,7 +69,8 @@ class SequenceGate(Gate):
 
     @classmethod
     def choose(cls, evidence: Evidence) -> Threshold:
-        """The paper's rule: α falls to the least z-score of any edit, batch after batch."""
+        """The paper's rule: the minimum of `sequence_alpha`, the previous α and the lowest z-score
+        of this batch's edits."""
         delta = evidence.delta_in_force()
 
         def zscores(keys: Tensor, mask: Tensor) -> Tensor:
