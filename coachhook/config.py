@@ -1,5 +1,4 @@
-"""Settings of an editor. The defaults are what the figures of csrc_notes/figures.md were measured
-with."""
+"""Settings of an editor. The figures of csrc_notes/figures.md were measured with the defaults."""
 
 import math
 import re
@@ -24,17 +23,17 @@ def _check_positive(settings: Any, *names: str) -> None:
 class ValueConfig:
     """How target values are optimised (csrc_notes/method.md, "Target values").
 
-    contexts: texts with {} in place of the prompt, so that the value holds elsewhere too.
+    contexts: texts with {} in place of the prompt, so that the value works behind other text too.
     gain: share of the shift that prefixed contexts receive while optimising; a paraphrase's key
     resembles the edited key only in part and will receive only part of the shift.
-    steps, rate: Adam steps, and its rate in units of `‖h‖ / √d`.
+    steps, rate: steps of Adam, and its learning rate in units of `‖h‖ / √d`.
     clamp: largest norm of the shift in units of `‖h‖`. kl, decay: weights of the two penalties.
-    stop: what is made likely behind a target, "." say, so that a completion ends there and not in
-    the middle of a longer word; nothing behind one that ends a sentence itself. Exact answers, for
-    some of the generality.
+    stop: text such as "." that is made likely behind a target, unless the target itself ends a
+    sentence, so that a completion ends there and not in the middle of a longer word. It gains exact
+    answers and costs some generality.
     enough: a request is done when its mean negative log-likelihood (nats) falls below this.
-    tokens: how many tokens, all contexts counted, are optimised at once; halved whenever memory
-    does not suffice.
+    tokens: how many tokens, counted over all contexts, are optimised at once; halved whenever
+    memory does not suffice.
     """
 
     contexts: tuple[str, ...] = (
@@ -70,16 +69,16 @@ class EditConfig:
     layers: hooked blocks, or None for the default share of the model's depth. template: module
     name of the down-projection, for architectures outside the registry. gate: "keyed",
     "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
-    context_weight: weight of an edit's keys read under the contexts against its bare prompt's, in
-    solves and in what later batches preserve. A layer is full after `d_in` keys of weight 1. fit:
-    weight of a batch's own keys in its solve; larger values leave less of the residual. With both
-    at 1 it is the paper's closed form. false_alarms: largest share of background tokens that may
-    open a gate. fingerprint_size: s. resemblance: least cosine that opens the keyed gate.
-    calibrated_alpha: least α of the calibrated gate; sequence_alpha: where the paper's α rule
-    starts. inverse_dtype: how the `d_in² / 2` numbers of each layer's inverse are stored,
-    "float64", or "float32" for half the memory and an error of Δ that is kept near 1 % at most.
-    inverse_device: where they are kept and updated, "cpu" or a GPU such as "cuda:1"; None is the
-    GPU that holds the layer, and the CPU for a layer that is on none.
+    context_weight: weight of an edit's keys under the contexts, where the key of its bare prompt
+    has 1, in solves and in what later batches preserve. A layer is full after `d_in` keys of weight
+    1. fit: weight of a batch's own keys in its solve; larger values leave less of the residual.
+    With context_weight and fit at 1 the solve is the paper's closed form. false_alarms: largest
+    share of background tokens that may open a gate. fingerprint_size: s. resemblance: lowest cosine
+    that opens the keyed gate. calibrated_alpha: lowest α of the calibrated gate; sequence_alpha:
+    where the paper's α rule starts. inverse_dtype: dtype in which the `d_in² / 2` numbers of each
+    layer's inverse are stored: "float64", or "float32" for half the memory and an error of Δ that
+    is kept near 1 % at most. inverse_device: where the inverse is kept and updated, "cpu" or a GPU
+    such as "cuda:1"; None is the GPU that holds the layer, or the CPU if no GPU does.
     """
 
     layers: tuple[int, ...] | None = None
@@ -136,7 +135,7 @@ class EditConfig:
         layers = data["layers"]
         return cls(
             **{
-                # Folders that do not say so were written with all keys of an edit alike.
+                # Folders without this setting were written with equal weights for an edit's keys.
                 "context_weight": 1.0,
                 **data,
                 "layers": None if layers is None else tuple(layers),

@@ -1,4 +1,4 @@
-"""`Editor`: batch after batch of facts into one model, with an account of which of them took."""
+"""`Editor`: edits batches of facts into one model and reports which of them took."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BatchReport:
 class Editor:
     """Edits facts into `model` through hooks, which stay attached to it while the editor is open.
 
-    `model`, `tokenizer` and `hooks` are public. Nothing of the model itself is ever changed.
+    `model`, `tokenizer` and `hooks` are public. The model's own weights are never changed.
 
     With several `processes`, each has a copy of the model and an editor, and all call `edit` with
     the same requests: statistics and target values are shared out among them, the first process
@@ -153,7 +153,7 @@ class Editor:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the hooks, with all that `resume` needs. See `HookSet.save_pretrained`.
 
-        With several processes, a collective: the first one writes.
+        With several processes, all of them must call it; the first one writes.
         """
         if self._processes.is_first:
             self.hooks.save_pretrained(directory)
@@ -163,12 +163,13 @@ class Editor:
 
     @plainly()
     def edit(self, requests: Sequence[EditRequest], values: Tensor | None = None) -> BatchReport:
-        """Edit one batch of facts. If anything fails on the way, nothing of it remains.
+        """Edit one batch of facts. If anything fails on the way, the whole batch is undone.
 
-        values: float32 `(n, d)`, what `optimise_values` found for these requests at the last hooked
-        layer, one row each; by default it is asked now.
+        values: float32 `(n, d)`, target values of `optimise_values` at the last hooked layer, one
+        row for each distinct request; by default they are optimised now.
 
-        Raises `RequestError` and its kinds for unusable requests, before any work is done.
+        Raises `RequestError` or a subclass for unusable requests and `ConfigError` for values of
+        another shape, before any work is done.
         """
         requests = check_batch(requests)
         self.check(requests)
@@ -211,7 +212,8 @@ class Editor:
     def rollback(self, batch: int) -> None:
         """Forget every batch after number `batch`; 0 forgets them all.
 
-        Raises `CompactedError` for a batch before the last that `compact` merged.
+        Raises `ConfigError` for a number that is no batch, and `CompactedError` for a batch before
+        the last that `compact` merged.
         """
         if not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
@@ -228,7 +230,7 @@ class Editor:
         self._forget_inverses()
 
     def close(self) -> None:
-        """Take the hooks off the model, which is then bit for bit what it was."""
+        """Take the hooks off the model, which is then bit for bit what it was before."""
         self.hooks.detach(self.model)
 
     def __enter__(self) -> Editor:
@@ -238,7 +240,7 @@ class Editor:
         self.close()
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Raise `RequestError` or its kinds where a request does not fit tokenizer or context."""
+        """Raise `RequestError` or a subclass if a request does not fit the tokenizer or context."""
         limit = self._lm.context_length
         for request in requests:
             for context in ("{}", *self.hooks.config.values.contexts):
@@ -246,8 +248,8 @@ class Editor:
                 check_length(row, limit, f"prompt {request.prompt[:80]!r}")
 
     def sinks(self, requests: Sequence[EditRequest]) -> list[EditRequest]:
-        """Those that `edit` refuses: their subject is a text's first token, with the key that all
-        first tokens share. Another prompt, with words before the subject, may do."""
+        """The requests that `edit` refuses, because their subject is the text's first token, whose
+        key all first tokens share. A prompt with words before the subject may work."""
         records = [EditRecord(i, request) for i, request in enumerate(requests)]
         with eval_mode(self.model):
             refuse_sinks(self._lm, self.hooks, self._writers, records)
@@ -272,7 +274,7 @@ class Editor:
             ).hidden
 
     def _share_verdicts(self, edits: Sequence[EditRecord]) -> None:
-        """Take over from the first process which edits are refused before any work."""
+        """Copy to every process the verdicts of the first, which refuses edits before any work."""
         refused = [[edit.verdict, edit.reason] for edit in edits]
         known = json.loads(self._processes.broadcast_bytes(json.dumps(refused).encode()))
         for edit, (verdict, reason) in zip(edits, known, strict=True):
@@ -307,7 +309,7 @@ class Editor:
 
 
 def _name_of(model: Any) -> str:
-    """What `resume` will load, from any working directory."""
+    """The name that `resume` will load the model by, from any working directory."""
     loaded = not isinstance(model, str | Path)
     name = (model.config._name_or_path or type(model).__name__) if loaded else model
     return str(Path(name).resolve()) if Path(name).is_dir() else str(name)

@@ -1,7 +1,7 @@
-"""What a run will need, part by part: memory and time, told and checked before it starts.
+"""The memory and time that a run will need, part by part, checked before it starts.
 
-Moments, inverses and background keys are counted exactly. Activations are estimates: the numbers
-of values kept per token below are rules of thumb, and right within a factor of two.
+Moments, inverses and background keys are counted exactly. Activations are estimated, within a
+factor of two, from rules of thumb for the number of values kept per token.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 _HOST = torch.device("cpu")
-# Bytes of each of a layer's d_in² numbers: the float32 moment; one triangle of the inverse.
+# Bytes for each of a layer's d_in² numbers: of the float32 moment, and of one inverse triangle.
 _MOMENT, _INVERSE = 4, {"float64": 4, "float32": 2}
-# Of what is alive beside those two while they are made, in float64: the matrix, and its factor.
+# The same of the float64 matrix and its factor, which exist only while the inverse is made.
 _SCRATCH = 16
-# Bytes of each number of a batch's Gram matrix, its factors and its products with the inverse.
+# Bytes of a number in a batch's Gram matrix, its factors and its products with the inverse.
 _NUMBER = 8
-# Values of width `hidden` and of width `d_in` that a block keeps of a token for its backward pass,
-# or has alive at once in a pass without one.
+# For each token of a block, vectors of width `hidden` and of width `d_in` that are kept for the
+# backward pass, or are alive at once in a pass without one.
 _KEPT_HIDDEN, _KEPT_INNER, _ALIVE_HIDDEN, _ALIVE_INNER = 8, 4, 8, 3
-# Passes are slower than a matrix product of the same operations: norms, attention, Python.
+# Norms, attention and Python make a pass slower than one matrix product of as many operations.
 _EFFICIENCY = 0.5
 _NEW_TOKENS = 5
 _SAMPLE = 64
-# How many layers calibration tries together at most.
+# Most layers that calibration tries together.
 MOST_HOOKED = 5
 
 _ADVICE = {
@@ -66,8 +66,8 @@ _ADVICE = {
 class Part:
     """One thing that a run needs.
 
-    n_bytes on `device`. seconds: time it takes, at most. passing: whether the memory is free again
-    before the next passing part; what is not passing stays until the end.
+    n_bytes: memory on `device`. seconds: upper estimate of its time. passing: whether the memory is
+    free again before the next passing part; otherwise it is held until the end.
     """
 
     name: str
@@ -79,15 +79,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of a run, what is in place already (bytes of model weights on each device), and
-    what each device has free (bytes)."""
+    """The parts of a run. in_place: bytes of model weights already on each device; free: bytes
+    still free there."""
 
     parts: Sequence[Part]
     in_place: dict[str, int] = field(default_factory=dict)
     free: dict[str, int] = field(default_factory=dict)
 
     def needed(self, device: str) -> int:
-        """Bytes that the run will have in use on `device` at its peak, beside what is in place."""
+        """Peak bytes that the run will use on `device`, on top of what is in place."""
         here = [part for part in self.parts if part.device == device]
         staying = sum(part.n_bytes for part in here if not part.passing)
         return staying + max((part.n_bytes for part in here if part.passing), default=0)
@@ -96,7 +96,7 @@ class Plan:
         return sum(part.seconds for part in self.parts)
 
     def check(self) -> Plan:
-        """The plan itself. Raises `NotEnoughMemoryError`, with the arithmetic, if it cannot fit."""
+        """Raise `NotEnoughMemoryError`, with the arithmetic, if the plan cannot fit; return it."""
         for device, free in self.free.items():
             needed = self.needed(device)
             if needed <= free:
@@ -126,18 +126,18 @@ class Plan:
 
 
 def gigabytes(n_bytes: int) -> str:
-    """Bytes as people read them, in units of 10⁹; small amounts keep two figures."""
+    """Bytes in units of 10⁹, for people: one decimal, below 1 two significant figures."""
     amount = n_bytes / 1e9
     return f"{amount:.1f}" if amount >= 1 else f"{amount:.2g}"
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides the cost of a model's passes.
+    """The sizes of a model that decide the cost of its passes.
 
-    parameters: of the whole model, and block_parameters of one block. heads_width: width of all
-    query heads together, cache_width that of a token's keys and values in one block's KV cache.
-    weights_bytes: of the weights and buffers that are in memory. itemsize: of one activation.
+    parameters: number in the whole model, block_parameters: in one block. heads_width: width of all
+    query heads together; cache_width: of a token's keys and values in one block's KV cache.
+    weights_bytes: of the weights and buffers that are in memory. itemsize: bytes of an activation.
     """
 
     blocks: int
@@ -155,7 +155,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: PreTrainedModel, architecture: Architecture) -> Sizes:
-        """The sizes of `model`, which may be offloaded in part or stand on the meta device."""
+        """The sizes of `model`, which may be partly offloaded or on the meta device."""
         config = model.config.get_text_config()
         blocks = architecture.blocks(model)
         hidden, heads = config.hidden_size, config.num_attention_heads
@@ -183,17 +183,17 @@ class Sizes:
         return operations / (_EFFICIENCY * matmul_rate(self.device, self.dtype, self.hidden))
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes of the KV cache of so many tokens."""
+        """Bytes of the KV cache of `tokens`."""
         return tokens * self.blocks * self.cache_width * self.itemsize
 
     def pass_bytes(self, tokens: int) -> int:
-        """Bytes alive at once in a pass over so many tokens that keeps nothing."""
+        """Bytes alive at once in a pass over `tokens` that keeps nothing for a backward pass."""
         width = _ALIVE_HIDDEN * self.hidden + _ALIVE_INNER * self.d_in
         return tokens * width * self.itemsize
 
 
 def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSource) -> Plan:
-    """What `statistics.key_statistics` will need when they are not cached."""
+    """What `key_statistics` will need if its result is not cached."""
     tokens, d_in, n = source.tokens_for(sizes.d_in), sizes.d_in, len(layers)
     kept = min(tokens, MOST_BACKGROUND)
     at_once = min(SHARD_SEQUENCES, -(-tokens // SEQUENCE_LENGTH))
@@ -203,7 +203,7 @@ def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSourc
     sampled = 0.0 if source.path else 2.0 * tokens * sizes.parameters
     read = 2.0 * tokens * (layers[-1] + 1) * sizes.block_parameters + n * tokens * d_in**2
     background = n * (kept + FIRST_WORDS) * d_in * 2
-    # While they are joined, the pieces of the background keys are there a second time.
+    # Joining the pieces of the background keys holds them twice.
     working = max(sampling, reading) + (background if sizes.device == _HOST else 0)
     parts = [
         Part("moments", "cpu", n * d_in**2 * _MOMENT),
@@ -228,8 +228,8 @@ def edit_plan(
     batch_size: int,
     earlier: int = 0,
 ) -> Plan:
-    """What editing `requests` into `layers`, so many a batch, will need beside `earlier` edits;
-    statistics included."""
+    """What editing `requests` into `layers`, `batch_size` at a time, will need, statistics
+    included; the folder already holds `earlier` edits."""
     n, d_in, hidden, contexts = len(layers), sizes.d_in, sizes.hidden, len(config.values.contexts)
     edits, batch = earlier + len(requests), min(batch_size, len(requests))
     device = arithmetic_device(config.inverse_device, sizes.device)
@@ -237,10 +237,10 @@ def edit_plan(
     rate = matmul_rate(device, torch.float64, d_in)
     texts = _Texts.of(tokenizer, requests, config, batch)
     sketches = kept * config.fingerprint_size * 4
-    # Two fingerprints an edit, and of the batch under way residuals, solutions and keys.
+    # Two fingerprints for each edit; residuals, solutions and keys of the batch under way.
     journal = 8 * edits * config.fingerprint_size + 4 * batch * (hidden + (2 + contexts) * d_in)
     delta = min(edits * (d_in + hidden), d_in * hidden) * sizes.itemsize
-    # One pass up to the last hooked block for each layer and one for the verdict, then decoding.
+    # For each hooked layer, and for the verdict, a pass up to the last one; then decoding.
     rows, width = batch * (1 + contexts), texts.left + texts.right
     at_once = min(rows * width, max(width, config.values.tokens))
     passes = 2.0 * rows * width * (n + 1) * (layers[-1] + 1) * sizes.block_parameters
@@ -253,7 +253,7 @@ def edit_plan(
         sizes,
         [
             *statistics_plan(sizes, layers, config.statistics).parts,
-            # Factor and inverse are made twice: for the sketches, and for the writers.
+            # The factor and the inverse are computed twice: for the sketches and for the writers.
             Part(
                 "inverses", str(device), n * (d_in**2 * inverse + sketches), 2 * n * d_in**3 / rate
             ),
@@ -275,7 +275,7 @@ def calibration_plan(
     probes: Sequence[EditRequest],
     trials: int,
 ) -> Plan:
-    """What reading the keys of `layers` and so many trials with the probes will need."""
+    """What reading the keys of `layers` and `trials` edits of all probes will need."""
     config = EditConfig(statistics=source)
     reading = statistics_plan(sizes, layers, source)
     one = edit_plan(sizes, layers[-MOST_HOOKED:], config, tokenizer, probes, len(probes))
@@ -287,8 +287,8 @@ def calibration_plan(
 
 @dataclass(frozen=True)
 class _Texts:
-    """Tokens of one batch's widest rows: left of the subject's last token, from there on, and
-    the number of target tokens of a row."""
+    """Sizes of a batch's rows. left, right: most tokens before the subject's last token, and from
+    it on; targets: mean number of target tokens."""
 
     left: int
     right: int
@@ -318,7 +318,7 @@ class _Texts:
 def _values_part(
     sizes: Sizes, layer: int, config: EditConfig, texts: _Texts, batch: int, batches: int
 ) -> Part:
-    """Target values: one pass over whole rows, then steps over what stands right of the subject."""
+    """Target values: one pass over whole rows, then steps over the tokens from the subject on."""
     texts_of_one = 2 + len(config.values.contexts)
     rows = batch * texts_of_one
     above = sizes.blocks - layer - 1
@@ -326,10 +326,10 @@ def _values_part(
     together = min(batch, max(1, config.values.tokens // (width * texts_of_one)))
     held = together * texts_of_one
     block = texts.right * (_KEPT_HIDDEN * sizes.hidden + _KEPT_INNER * sizes.d_in)
-    # A step's own copy of the cache, and keys and values repeated for every query head.
+    # A step's own copy of the KV cache, and its keys and values repeated for every query head.
     block += width * (sizes.cache_width + 2 * sizes.heads_width)
     kept = sizes.cache_bytes(held * width) + held * above * block * sizes.itemsize
-    # Logits, their logarithms and their gradient; those before the shift as well.
+    # Logits, log-probabilities and gradient at target positions; reference log-probabilities.
     logits = (held * texts.targets * 3 + 4 * together) * sizes.vocabulary * 4
     first = 2.0 * rows * width * sizes.parameters
     head = rows * (texts.targets + 1) * sizes.hidden * sizes.vocabulary
@@ -341,7 +341,7 @@ def _values_part(
 def check_weights(name: str) -> None:
     """Raise `NotEnoughMemoryError` if the weights of a model that is to be loaded will not fit.
 
-    Whatever else may be wrong with `name` is left to `models.load_model` to tell.
+    Anything else that is wrong with `name` is left to `load_model`; quantised models pass.
     """
     source = str(embedded.embedded_model() if name == embedded.NAME else name)
     try:
@@ -367,6 +367,6 @@ def _planned(sizes: Sizes, parts: list[Part]) -> Plan:
 
 
 def _share(device: torch.device) -> int:
-    """Free bytes of `device` for this process: those of a job share their host's memory."""
+    """Free bytes of `device` for this process; the processes of a job share the host's memory."""
     n_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device == _HOST else 1
     return free_bytes(device) // n_here

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What the caller asks of a run; None where the folder, a profile or the default decides.
+    """Settings that the caller asks for; None where the folder, a profile or the default decides.
 
     text: path of the file whose text the statistics are measured on. profile: a file that
-    `coachhook calibrate` wrote. Raises `ConfigError` for a setting that there is not.
+    `coachhook calibrate` wrote. Raises `ConfigError` for a value that `EditConfig` refuses.
     """
 
     gate: str | None = None
@@ -79,7 +79,7 @@ class Settings:
 class Session:
     """A run of edits into `directory`.
 
-    held: the hooks that the folder has already, or None. batches: the requests that remain.
+    held: the hooks that the folder already holds, or None. batches: the requests that remain.
     """
 
     directory: Path
@@ -94,8 +94,8 @@ class Session:
         return [request for batch in self.batches for request in batch]
 
     def settings(self, model: PreTrainedModel) -> Settings:
-        """The settings to edit `model` with: those of the folder, or in a new one those of a
-        profile, the given one or the model's own.
+        """The settings to edit `model` with: those of the folder; for a new folder, those of the
+        given profile or else of the model's own; without any profile, the options alone.
 
         Raises `BaseModelMismatchError` if the folder was made for another model, and `ProfileError`
         if the given profile cannot be read.
@@ -153,25 +153,25 @@ def opened(
     options: Options | None = None,
     processes: Processes = ALONE,
 ) -> Iterator[Session]:
-    """The run that edits `requests` into `directory`, so many a batch; no other process can edit
-    the folder as long as the block lasts. With several `processes`, a collective.
+    """The run that edits `requests` into `directory`, `batch_size` at a time. No other process can
+    edit the folder inside the block. With several `processes`, all of them must call it.
 
-    Raises `FolderLockedError` if another process edits it, `ConfigError` if it was made with other
-    settings than those asked for, and `ContradictionError` if two requests of one batch exclude
-    each other.
+    Raises `FolderLockedError` if another process edits the folder, `ConfigError` if the folder was
+    made with settings other than `options`, and `ContradictionError` if two requests of one batch
+    contradict each other.
     """
     options = options or Options()
     with ExitStack() as holding:
         if processes.is_first:
             holding.enter_context(folder.locked(directory))
-        # The others look into the folder once the first has it.
+        # The other processes read the folder only after the first has locked it.
         processes.everyone(True)
         held = HookSet.from_pretrained(directory) if folder.exists(directory) else None
         if held is not None:
             _check_options(options, held, directory)
         done = [] if held is None else [record.request for record in held.edits]
         left = remaining(done, requests)
-        # All of them are checked before the first, and before the model is loaded.
+        # All batches are checked before any is edited, and before the model is loaded.
         batches = [
             check_batch(left[start : start + batch_size])
             for start in range(0, len(left), batch_size)

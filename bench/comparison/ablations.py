@@ -1,4 +1,4 @@
-"""What each choice is worth: one of them changed at a time, all else as it is by default.
+"""The worth of each setting: one is changed at a time, and all others keep their defaults.
 
     python -m bench.comparison.ablations [FACTS] [--first 0] [--edits 50] [--only GROUP]...
         [--text FILE] [--run DIR] [--json]
@@ -50,7 +50,7 @@ _PREFIXES = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One run: `group` is what changes, `name` to what."""
+    """One run. group: the setting that changes; name: its value."""
 
     group: str
     name: str
@@ -60,7 +60,7 @@ class Variant:
 
 
 def variants(n_blocks: int, text: Path | None) -> list[Variant]:
-    """All of them, the default first."""
+    """All variants, the default first."""
     default = ch.EditConfig()
     layers = default_layers(n_blocks)
     last = layers[-1]
@@ -109,7 +109,7 @@ def variants(n_blocks: int, text: Path | None) -> list[Variant]:
 
 
 class Values:
-    """Target values on the unedited model, computed once for all variants that want the same."""
+    """Target values on the unedited model, computed once for all variants that share them."""
 
     def __init__(self, requests: Sequence[EditRequest]) -> None:
         self._requests = requests
@@ -136,7 +136,10 @@ class Values:
 def measure(
     variant: Variant, model_name: str, requests: Sequence[EditRequest], values: Values
 ) -> dict[str, Any]:
-    """A variant that fails is one that failed, with its reason; the others go on."""
+    """The result of one variant. One that fails has its reason instead, and the others go on.
+
+    Raises `NotEnoughMemoryError`, which depends on the machine, not on the variant.
+    """
     found: dict[str, Any] = {"group": variant.group, "name": variant.name}
     try:
         return found | edited(variant, model_name, requests, values)

@@ -3,13 +3,13 @@
     python -m bench.comparison.quality [FACTS] [--first 0] [--edits 200] [--batch-size 10]
         [--every 10] [--editor NAME]... [--run DIR] [--json]
 
-FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. A batch as wide
-as the edits is single-round editing. After every `every` batches, and at the end, the last request
-of every fact so far is evaluated by the code of `coachhook eval`, also where an editor refused it.
-Target values are optimised once, on the unedited model, and given to every editor that takes them.
-NAME is one of bench/comparison/editors, with @ and a number behind it where its own number is not
-wanted. With --run the values and each editor's result are kept in DIR, and the same command goes on
-with the editors that are missing.
+FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. One batch of
+all edits is single-round editing. After every `every` batches, and at the end, the last request of
+every fact so far is evaluated by the code of `coachhook eval`, even if an editor refused it. Target
+values are optimised once, on the unedited model, and given to every editor that takes them. NAME is
+an editor of bench/comparison/editors, optionally with @ and a number in place of its default. With
+--run the values and each editor's result are kept in DIR, and the same command goes on with the
+editors that are missing.
 """
 
 import gc
@@ -61,13 +61,13 @@ from coachhook.models.loading import load_model
 from coachhook.report.runs import VERSION
 from coachhook.system.progress import track
 
-# Of the speeds: tokens that are read, tokens that are decoded, turns.
+# For the speeds: tokens read, tokens decoded, and turns.
 _PROMPT, _DECODED, _ROUNDS = 64, 16, 5
 
 
 @dataclass(frozen=True)
 class Values:
-    """hidden: wanted outputs of the last hooked block, float32 `(n, d)`; seconds: of them all."""
+    """hidden: target values at the last hooked block, float32 `(n, d)`; seconds: for all."""
 
     hidden: Tensor
     seconds: float
@@ -103,7 +103,7 @@ def main(
 def protocol_of(
     facts: Path, requests: Sequence[EditRequest], batch_size: int, every: int, model: str
 ) -> dict[str, Any]:
-    """What tells one comparison from another."""
+    """The facts and settings that identify a comparison."""
     return {
         "version": VERSION,
         "facts": facts.name,
@@ -121,11 +121,11 @@ def protocol_of(
 def compare(
     protocol: dict[str, Any], requests: Sequence[EditRequest], names: Sequence[str], place: Path
 ) -> dict[str, Any]:
-    """Each editor's result; those that `place` has are read."""
+    """Each editor's result, read from `place` where it is kept there."""
     config = ch.EditConfig.from_dict(protocol["config"])
     with run_folder(place, protocol):
         lm = load_model(protocol["model"], dtype=torch.float32)
-        # What does not fit the model is told before the work of hours.
+        # First, since it refuses prompts that do not fit the model, and the rest takes hours.
         known = before_edits(lm, requests)
         values = target_values(lm, requests, config, place)
         with ch.Editor.from_pretrained(*lm, config=config) as engine:
@@ -143,12 +143,12 @@ def measure(
     sinks: frozenset[EditRequest],
     name: str,
 ) -> dict[str, Any]:
-    """One editor on a fresh model: seconds of its batches, the most memory that it edited in, the
-    model with it, and scores along the way. One that fails at a batch is one that failed, with its
-    reason and what was measured before; but what memory is free now says nothing of an editor."""
-    # The editor before this one, which may refer to itself, is not part of this one's memory.
+    """One editor on a fresh model: seconds of its batches, peak memory while editing (model
+    included), and scores along the way; after a failure, its reason and what was measured before.
+    Raises `NotEnoughMemoryError`, which depends on the machine, not on the editor."""
+    # The previous editor may hold reference cycles, and must not count as this one's memory.
     gc.collect()
-    # Adapters and fine-tuning draw and train; nothing else depends on it.
+    # For the adapters, whose initial weights are random.
     torch.manual_seed(0)
     lm = load_model(protocol["model"], dtype=torch.float32)
     config = ch.EditConfig.from_dict(protocol["config"])
@@ -199,7 +199,8 @@ def measure(
 
 def overhead(lm: LanguageModel, edits: Edits) -> dict[str, Any]:
     """Seconds to the first token after `_PROMPT` tokens, and tokens a second of greedy decoding,
-    with the edits and without: medians of `_ROUNDS` turns; ratio: of the speeds, within turns."""
+    with and without the edits, as medians of `_ROUNDS` turns. Ratios: speed with the edits to speed
+    without, medians of the ratios within turns."""
     ids = lm.tokenizer(ordinary_text(), return_tensors="pt")["input_ids"].to(lm.model.device)
     prompt = ids[:, :_PROMPT]
     mask = torch.ones_like(prompt)
@@ -208,7 +209,7 @@ def overhead(lm: LanguageModel, edits: Edits) -> dict[str, Any]:
         with torch.no_grad():
             lm.model(input_ids=prompt, attention_mask=mask, logits_to_keep=1)
 
-    # By turn; a model may come to an end before it is cut off.
+    # Tokens decoded in each state; a model may stop before `_DECODED`.
     decoded = {"unedited": 0, "edited": 0}
     turn = ""
 
@@ -242,7 +243,7 @@ def overhead(lm: LanguageModel, edits: Edits) -> dict[str, Any]:
 def consecutive(
     requests: Sequence[EditRequest], size: int
 ) -> list[tuple[Sequence[EditRequest], list[EditRequest]]]:
-    """Batches in order, each with what an editor is given of it: one request a fact."""
+    """Batches in order, each with the requests that editors are given: one for each fact."""
     return [(batch, latest(batch)) for batch in in_batches(requests, size)]
 
 
@@ -252,9 +253,9 @@ def target_values(
     config: ch.EditConfig,
     place: Path,
 ) -> Values:
-    """The values of all requests, from `place` or measured now and kept there.
+    """The target values of all requests, from `place`, or optimised now and kept there.
 
-    Raises `damaged` if what is kept there are not whole values of so many requests.
+    Raises `typer.BadParameter` if the kept file is damaged or has another number of values.
     """
     path = place / "values.safetensors"
     if not path.exists():
@@ -311,7 +312,7 @@ def show(document: dict[str, Any]) -> None:
             f"{last['divergence']:.4f}",
             f"{result['seconds_per_edit']:.2f}",
         )
-    # As wide as it needs to be, also into a file.
+    # Wide enough for all columns, even when written to a file.
     Console(width=max(Console().width, 160)).print(table)
 
 

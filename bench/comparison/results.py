@@ -3,10 +3,10 @@
     python -m bench.comparison.results COUNTERFACT QAEDIT --run DIR [--only NAME]...
     python -m bench.comparison.results --write
 
-The first takes hours on two cores, and goes on where it was stopped; the second writes the page
-alone, from bench/comparison/results/*.json. COUNTERFACT and QAEDIT are files of records of those
-kinds, which are not shipped here. The figures of each run go to NAME.json in that folder, and a
-page to look at to DIR/NAME.html.
+The first takes hours on two cores, and resumes where it was stopped; the second only writes the
+page, from bench/comparison/results/*.json. COUNTERFACT and QAEDIT are files of CounterFact and
+QAEdit records, which are not shipped here. The figures of each run go to NAME.json in that folder,
+and a report to DIR/NAME.html.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ MODEL = "smollm2"
 KEPT = Path(__file__).with_name("results")
 PAGE = Path(__file__).parents[2] / "RESULTS.md"
 FORMS = ("greedy", "teacher_forced", "exact")
-# Harmonic means by the forms they are of; the last of locality, where it is another.
+# The forms of the metrics in each harmonic mean; a second form is that of locality.
 MEANS = {
     "greedy": ("greedy",),
     "greedy, locality teacher-forced": ("greedy", "teacher_forced"),
@@ -80,7 +80,7 @@ def main(
         if unknown:
             names = ", ".join(asked.name for asked in RUNS)
             raise typer.BadParameter(f"there is no run {unknown.pop()!r}; there are {names}")
-        # All of them are read before the first of these runs, each of which takes an hour.
+        # All files are read before the first run, since each run takes an hour.
         facts = {name: ch.load_requests(file).requests for name, file in files.items()}
         for asked in RUNS:
             if not only or asked.name in only:
@@ -100,14 +100,14 @@ def keep(asked: Asked, file: Path, facts: Sequence[EditRequest], place: Path) ->
     KEPT.mkdir(exist_ok=True)
     found = {"asked": vars(asked), **figures(protocol, results)}
     write_json(KEPT / f"{asked.name}.json", found)
-    # A folder may hold editors of other numbers beside these.
+    # The folder may also hold editors with other numbers, which the report leaves out.
     whole = load_run(place / asked.name)
     write_report(replace(whole, editors=dict(results)), place / f"{asked.name}.html")
 
 
 def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page tells of a comparison: everything but the records themselves."""
-    # One that failed half-way has answered fewer records: it is told apart, not compared.
+    """The figures of a comparison for the page: everything but the records themselves."""
+    # An editor that failed half-way answered fewer records: it is listed apart, not compared.
     last = {name: r["points"][-1] for name, r in results.items() if not r["failure"]}
     best = max(last, key=lambda name: last[name]["harmonic_mean"] or 0.0, default=None)
     ahead = last[best]["records"] if best else None
@@ -142,8 +142,8 @@ def figures(protocol: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
 def means_of(
     records: Sequence[dict[str, Any]], ahead: Sequence[dict[str, Any]] | None
 ) -> dict[str, Any]:
-    """Harmonic means of an editor's records, and how far they are behind those of the editor
-    `ahead`, None if there is none."""
+    """Harmonic means of an editor's records with their 95 % intervals. behind: 95 % interval of the
+    paired difference from the records `ahead` of the best editor, None without them."""
     found = {}
     for form, forms in MEANS.items():
         mean = partial(_harmonic, forms)
@@ -160,7 +160,7 @@ def _harmonic(forms: Sequence[str], records: Sequence[dict[str, Any]]) -> float 
 
 
 def before(point: Mapping[str, Any]) -> dict[str, Any]:
-    """The unedited model, which is the same beside every editor."""
+    """The scores of the unedited model, which are the same for every editor."""
     return {
         "reliability": point["before_reliability"],
         "already_true": point["already_true"],
@@ -193,7 +193,7 @@ def section(found: Mapping[str, Any]) -> str:
         finished, key=lambda n: finished[n]["means"]["greedy"]["mean"] or 0, reverse=True
     )
     editors = {name: finished[name] for name in order}
-    # A run may have gone on elsewhere.
+    # A run may have been resumed on another machine.
     machines = dict.fromkeys(described(found["machine"]) for found in editors.values())
     preferred = [kind for kind, value in before["preferences"].items() if value is not None]
     lines = [

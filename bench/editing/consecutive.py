@@ -1,4 +1,4 @@
-"""Consecutive batch editing, end to end: seconds an edit, memory, and what the edits do.
+"""Consecutive batch editing, end to end: seconds an edit, memory, and the scores of the edits.
 
     python -m bench.editing.consecutive [FACTS] [--edits 1000] [--batch-size 50] [--run DIR]
         [--json]
@@ -66,7 +66,7 @@ def main(
 def edit_all(
     requests: Sequence[ch.EditRequest], batch_size: int, model: str, gate: str, place: Path
 ) -> tuple[ch.Editor, list[dict[str, Any]]]:
-    """The editor after every batch, and what each took; goes on from what `place` holds."""
+    """The editor after the last batch, and the time and memory of each; resumes from `place`."""
     lines = place / "batches.jsonl"
     with opened(place / "edits", requests, batch_size, Options(gate=gate)) as session:
         if session.held is not None:
@@ -106,7 +106,7 @@ def check_same_run(
 
 
 def noted(lines: Path) -> list[dict[str, Any]]:
-    """What was noted of the batches of an interrupted run. Raises `damaged` if it is not whole."""
+    """The log of an interrupted run's batches. Raises `typer.BadParameter` if it is damaged."""
     try:
         return [json.loads(line) for line in lines.read_text().splitlines()]
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def outcome(
     lm = LanguageModel(editor.model, editor.tokenizer)
     scores = evaluate(lm, editor.hooks, live)
     held = scores.reliability.teacher_forced or 0.0
-    # The first batches, weighted by how many of their facts are in force.
+    # Retention of the first batches, weighted by how many of their facts are in force.
     in_force = {id(request) for request in live}
     early, total = 0.0, 0
     for number, batch in enumerate(journal.batches, 1):

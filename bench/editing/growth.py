@@ -1,9 +1,9 @@
-"""What one more batch costs, from the first to the last: seconds a batch, and memory.
+"""The cost of each further batch, from the first to the last: seconds, and memory.
 
     python -m bench.editing.growth [--batches 200] [--edits 25] [--gate keyed] [--json]
 
 Random factors at the embedded model's shapes go through the editor's own path: Δ, gates, threshold,
-folder. No model runs, so the times are those of keeping the books and of nothing else.
+folder. No model runs, so only this bookkeeping is timed.
 """
 
 import json
@@ -35,7 +35,7 @@ CONTEXTS = 3
 
 
 class Layers(nn.Module):
-    """As much of a model as hooks need to be attached to."""
+    """The part of a model that hooks are attached to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def request(number: int, distinct: int) -> EditRequest:
 
 
 def empty_hooks(gate: str) -> tuple[HookSet, dict[int, LayerWriter]]:
-    """A hook set without edits, and what writing into its layers needs, but for the inverse."""
+    """A hook set without edits, and the writers of its layers, without an inverse."""
     config = EditConfig(layers=LAYERS, gate=gate)
     rng = torch.Generator().manual_seed(0)
     sketches, writers = {}, {}
@@ -102,7 +102,7 @@ def add_batch(
     requests: list[EditRequest],
     rng: torch.Generator,
 ) -> None:
-    """What `write_batch` does once the factors of a layer are solved for."""
+    """The work of `write_batch` after the factors of a layer are solved for."""
     first = len(hooks.edits)
     batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
     hooks.journal.batches.append(batch)
@@ -121,8 +121,8 @@ def add_batch(
 def measure(batches: int = 200, edits: int = 25, gate: str = "keyed") -> list[dict[str, Any]]:
     """One entry a batch: seconds of its hooks (Δ, gates and thresholds of all layers), seconds to
     save the folder, and resident memory in MB after it. The last entry: seconds to load the folder
-    and to attach, before and after compaction, and of compaction itself. Seconds are the
-    processor's, which other work on the machine disturbs less; waiting for the disk is not in them.
+    and to attach, before and after compaction, and of compaction itself. Seconds are CPU time,
+    which other work on the machine disturbs less, and which does not count waiting for the disk.
     """
     hooks, writers = empty_hooks(gate)
     model, rng = Layers(), torch.Generator().manual_seed(1)
@@ -187,7 +187,7 @@ def main(
             table.add_row(
                 str(number),
                 str(row["edits"]),
-                # Of the last few, so that one hiccup of the machine is not taken for growth.
+                # A median, so that one hiccup of the machine is not taken for growth.
                 f"{1e3 * middle(found, number, 'hooks_s'):.1f}",
                 f"{1e3 * middle(found, number, 'save_s'):.1f}",
                 f"{row['rss_mb']:.0f}",

@@ -1,11 +1,11 @@
-"""What key statistics cost beside the forward pass that they ride on.
+"""The cost of key statistics beside the forward pass that they are read from.
 
     python -m bench.editing.key_statistics [--model smollm2] [--rounds 5] [--threads 2] [--json]
 
-Both read the same tokens, taking turns: the bare pass ends at the last hooked layer and leaves the
-keys alone; the other is what `coachhook statistics` does with text that is there already (sampling
-it takes longer than both), saving apart. Beside the ratio of times stands that of CPU seconds,
-which other work on the machine disturbs less.
+Two passes read the same tokens in turns. The bare pass ends at the last hooked layer and ignores
+the keys. The other does what `coachhook statistics` does with a given text, but for saving;
+sampling a text would take longer than both. The ratio of CPU seconds is given as well, which other
+work on the machine disturbs less.
 """
 
 import json
@@ -27,13 +27,13 @@ from coachhook.models.passes import read_pass
 from coachhook.statistics.sums import KeyReader, KeySums
 from coachhook.statistics.text import SEQUENCE_LENGTH, Shard, TokenBatch
 
-# Fewer than a shard has, so that a round is short beside what else the machine does.
+# Fewer than a shard has, so that other work on the machine hardly changes within a round.
 SEQUENCES = 32
 
 
 def measure(model: str = "smollm2", rounds: int = 5) -> dict[str, Any]:
-    """Tokens a second of both, medians over the rounds; `statistics_overhead` is the median over
-    the rounds of the statistics' speed over the bare pass's, so that 1 would be free."""
+    """Tokens a second of both passes, medians over the rounds. `statistics_overhead` is the median
+    ratio of speeds within a round, with statistics to bare: at 1 statistics would be free."""
     lm = load_model(model)
     architecture = Architecture.of(lm.model)
     layers = default_layers(len(architecture.blocks(lm.model)))

@@ -3,9 +3,9 @@
     python -m bench.editing.parts [FACTS] [--edits 10] [--d-in 6400] [--json]
 
 FACTS is any file that `coachhook edit` reads; without it, facts of the demo. Target values against
-the published procedure (published_values.py); the update of one layer against a direct solve
-(update.py); key statistics against the bare forward pass (key_statistics.py). Each can be run, and
-is described, by itself.
+the published procedure (target_values.py); the update of one layer against a direct solve
+(update.py); key statistics against the bare forward pass (key_statistics.py). Each is described in
+its module; the last two can be run by themselves.
 """
 
 import json

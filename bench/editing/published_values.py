@@ -1,9 +1,9 @@
 """The published procedure for target values, written plainly: the baseline of ours.
 
-One request at a time; its prompt bare and behind prefixes that the model has sampled; in every step
-a forward pass over all rows and the whole model with all logits, and a backward pass down to the
-hooked block. Contexts, steps, rate and penalties are a ValueConfig's. It takes every step; when it
-would have stopped, had it stopped at `enough` as ours does, is noted beside.
+It optimises one request at a time, with the prompt bare and behind prefixes sampled from the model.
+Every step takes a forward pass of all rows through the whole model, with all logits, and a backward
+pass down to the hooked block. Contexts, steps, rate and penalties come from a ValueConfig. It takes
+every step, and notes when it would have stopped at `enough`, as ours does.
 """
 
 import time

@@ -1,8 +1,9 @@
 """Target values: edits a second, ours against the published procedure, in one run.
 
-Ours optimises all requests together with the default settings, with the published procedure's own
-prefixes, and with those and every one of its steps. The values of each are written by the same
-editor, and the share of bare prompts whose first choices are the target is their reliability.
+Ours optimises all requests together, in three variants: with the default settings, with the
+published procedure's prefixes, and with its prefixes and all of its steps. The same editor writes
+the values of each; reliability is the share of the bare prompts' target tokens that are then first
+choices.
 """
 
 import math
@@ -34,10 +35,10 @@ def measure(
     steps: int = PUBLISHED_STEPS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """`values_speedup` and what it comes from: seconds an edit, final losses (nats), reliability.
+    """`values_speedup` and its sources: seconds an edit, final losses (nats), reliability.
 
-    editor: without edits. steps: of the published procedure. `values_speedup_if_it_stopped` is
-    against the published procedure up to the step at which ours would have stopped it.
+    editor: without edits. steps: of the published procedure. `values_speedup_if_it_stopped`:
+    against the published procedure, had it stopped at `enough` as ours does.
     """
     lm = LanguageModel(editor.model, editor.tokenizer)
     architecture = Architecture(editor.hooks.base.template)
@@ -84,7 +85,8 @@ def measure(
 
 
 def reliability(editor: ch.Editor, requests: Sequence[ch.EditRequest], values: Tensor) -> float:
-    """Share of target tokens that are first choices once `values` are written, and only then."""
+    """Mean share of target tokens that are first choices while `values` are written; they are
+    rolled back at the end."""
     editor.edit(requests, values)
     lm = LanguageModel(editor.model, editor.tokenizer)
     hits = target_hits(lm, [encode_request(lm.tokenizer, request) for request in requests])

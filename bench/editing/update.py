@@ -2,11 +2,12 @@
 
     python -m bench.editing.update [--d-in 6400] [--keys 100] [--json PATH or -]
 
-The baseline is `torch.linalg.solve` in float64 of `C_accu X = K₂`, the matrix ready made; ours is
-`solve` and `absorb` of the same keys, with the check. They take turns, after they have been found
-to agree. Then 200 consecutive batches in a smaller layer, each against its own direct solve. If
-either is off by more than 10⁻⁶, nothing more is done and the exit code is 1. Moments and keys are
-synthetic: eigenvalues that span 10⁶, keys in narrow clusters, some of them repeated.
+The baseline is `torch.linalg.solve` in float64 of `C_accu X = K₂`, with the matrix already built;
+ours is `solve`, with its check on probes, and `absorb` of the same keys. Both must agree before
+they are timed in turns. Then come 200 consecutive batches in a smaller layer, each against its own
+direct solve. If the float64 update is off by more than 10⁻⁶ in either part, the script ends with
+exit code 1. Moments and keys are synthetic: eigenvalues that span 10⁶, keys in narrow clusters,
+some of them repeated.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,7 @@ RANK = 64
 
 @dataclass
 class Layer:
-    """A synthetic layer: its moment, the centres its keys lie around, and keys so far."""
+    """A synthetic layer: its moment, the centres of its clusters of keys, and the keys so far."""
 
     moment: Tensor
     centres: Tensor
@@ -56,7 +57,7 @@ class Layer:
         moment = strong.T @ strong
         moment.diagonal().add_(scale.square())
         accumulated = PRESERVATION * moment
-        # The ridge that the update adds, without which the two would solve different systems.
+        # The ridge that the update adds too; without it the two would solve different systems.
         accumulated.diagonal().add_(1e-5 * accumulated.diagonal().mean())
         return cls(moment, 2 * normal(20, d_in) * scale, scale, [], accumulated, generator)
 
@@ -84,7 +85,7 @@ class Layer:
 def compare_speed(
     d_in: int, n_keys: int, rounds: int, device: torch.device, advance: Callable[[], object]
 ) -> dict[str, Any]:
-    """Seconds of both, their ratio, and operations a second beside those of a large product."""
+    """Seconds of both, their ratio, and their operations a second against a large product's."""
     layer = Layer.of(d_in, device)
     solver, keys = layer.inverse(), layer.batch(n_keys)
     solution = solver.solve(keys, fit=1.0)
@@ -168,9 +169,9 @@ def measure(
     batches: int = 200,
     messages: Console | None = None,
 ) -> dict[str, Any]:
-    """ "update_speedup", "update_error" and what goes with them; on a GPU if there is one.
+    """ "update_speedup", "update_error" and their details; on a GPU if there is one.
 
-    Raises `WrongResultError` if the update is not within 10⁻⁶ of the direct solution.
+    Raises `WrongResultError` if the float64 update is not within 10⁻⁶ of the direct solution.
     """
     device = main_device()
     with (

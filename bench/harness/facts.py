@@ -16,7 +16,7 @@ def demo_facts() -> Path:
 
 
 def chosen_facts(facts: Path | None, first: int, edits: int) -> tuple[Path, list[EditRequest]]:
-    """The file, the demo's where none is given, and its records from number `first` on.
+    """The file (by default the demo's), and at most `edits` of its records from number `first` on.
 
     Raises `RecordError` if the file cannot be read, and `typer.BadParameter` as `part_of` does.
     """
@@ -36,5 +36,5 @@ def part_of(
 
 
 def in_batches(requests: Sequence[EditRequest], size: int) -> list[Sequence[EditRequest]]:
-    """All of them in order, `size` at a time."""
+    """The requests in order, `size` at a time."""
     return [requests[i : i + size] for i in range(0, len(requests), size)]

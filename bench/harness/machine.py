@@ -13,12 +13,12 @@ def main_device() -> torch.device:
 
 
 def device_name() -> str:
-    """What people call `main_device()`."""
+    """The name of `main_device()`, for people."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def machine() -> dict[str, Any]:
-    """What seconds on the CPU depend on, JSON-ready."""
+    """The properties of the machine that CPU timings depend on, JSON-ready."""
     return {
         "processor": platform.machine(),
         "cores": os.cpu_count(),
@@ -28,6 +28,6 @@ def machine() -> dict[str, Any]:
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads; None leaves the number alone."""
+    """Compute with this many CPU threads; None leaves the number unchanged."""
     if threads is not None:
         torch.set_num_threads(threads)

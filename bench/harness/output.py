@@ -10,7 +10,8 @@ from rich.table import Table
 
 
 def put(result: dict[str, Any], table: Table, json_to: str | None) -> None:
-    """Print `table`, after writing `result` to the path `json_to`; for "-", print that alone."""
+    """Print `table`, after writing `result` to the path `json_to` if given; for "-", print only
+    `result`."""
     if json_to == "-":
         json.dump(result, sys.stdout)
         return

@@ -14,7 +14,7 @@ CALLS = 10 if GPU else 1
 
 
 def time_rounds(benchmark: Any, group: str, step: Callable[[], object]) -> None:
-    """Time `step` after one round that is not counted, among others of `group`."""
+    """Time `step` as part of `group`, after one round that is not counted."""
     benchmark.group = group
 
     def run() -> None:

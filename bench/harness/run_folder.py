@@ -1,4 +1,4 @@
-"""A folder that keeps what a long run has found, so that the same command goes on with the rest."""
+"""A folder that keeps the results of a long run, so that the same command can resume it."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from coachhook.system.files import file_lock, remove_unwritten
 
 @contextmanager
 def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
-    """Hold `place` for the run that `protocol` describes, and for it alone.
+    """Reserve `place` for the run that `protocol` describes.
 
     Raises `typer.BadParameter` if `place` belongs to another run or another process works in it.
     """
@@ -27,7 +27,7 @@ def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
             raise typer.BadParameter(f"another process works in {place}; wait for it") from None
         remove_unwritten(place)
         description = place / "protocol.json"
-        # As JSON has it: there are no tuples.
+        # Through JSON, which turns tuples into lists.
         wanted = json.loads(json.dumps(protocol))
         if description.exists() and read_json(description) != wanted:
             raise typer.BadParameter(
@@ -39,14 +39,14 @@ def run_folder(place: Path, protocol: dict[str, Any]) -> Iterator[None]:
 
 
 def kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `path` holds; measured and written now where there is no such file."""
+    """The contents of `path`; if there is no such file, `measure()`, written there first."""
     if not path.exists():
         write_json(path, measure())
     return read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` has written. Raises `damaged` for anything else."""
+    """The document that `write_json` wrote. Raises `typer.BadParameter` for anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -66,10 +66,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def damaged(path: Path) -> typer.BadParameter:
-    """The error for a kept file that is not what was written."""
+    """The error for a kept file that has changed since it was written."""
     return typer.BadParameter(f"{path} is damaged; delete it, and the same command goes on")
 
 
 def checksum(requests: Sequence[EditRequest]) -> str:
-    """SHA-256 of the requests: which facts a run is of."""
+    """SHA-256 of the requests, to tell the facts of one run from those of another."""
     return hashlib.sha256(json.dumps([r.to_dict() for r in requests]).encode()).hexdigest()

@@ -26,17 +26,17 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 JsonTo = Annotated[str | None, typer.Option("--json", help="A path, or - for standard output.")]
 
-# What makes an editor or a setting fail, and lets the others of a comparison go on.
+# Errors by which one editor or setting fails while the others of a comparison go on.
 FAILURES = (CoachhookError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
 
 class WrongResultError(AssertionError):
-    """A result that is to be timed is not the reference's."""
+    """An operation to be timed does not give the reference's result."""
 
 
 def run_script(main: Callable[..., Any]) -> None:
-    """`main` with the command line's arguments. What says itself what was wrong ends it with exit
-    status 2, without a traceback."""
+    """Run `main` with the command line's arguments. A `CoachhookError` or `OSError` ends it with
+    one line and exit status 2, without a traceback."""
     try:
         typer.run(main)
     except (CoachhookError, OSError) as error:
@@ -46,8 +46,8 @@ def run_script(main: Callable[..., Any]) -> None:
 
 @contextmanager
 def only_right_results(messages: Console, of: str = "") -> Iterator[None]:
-    """A `WrongResultError` in the block is told on `messages`, with what it is a result `of`, and
-    ends the script with exit status 1."""
+    """Print a `WrongResultError` of the block to `messages`, after the name `of` the measurement,
+    and end the script with exit status 1."""
     try:
         yield
     except WrongResultError as error:

@@ -1,6 +1,6 @@
-"""How long things take beside each other, and what the machine can do at most.
+"""Timings of contenders against each other, and the machine's peak rates.
 
-Contenders take turns within every round, so that whatever else the machine does meets all of them
+Contenders take turns within every round, so that other work on the machine affects all of them
 alike; a ratio is the median over the rounds of the ratio within a round.
 """
 
@@ -18,7 +18,7 @@ Step = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of one contender, one figure a round."""
+    """Seconds of one contender, one number for each round."""
 
     seconds: list[float]
 
@@ -28,7 +28,7 @@ class Timings:
 
     @property
     def best(self) -> float:
-        """What other work on the machine disturbs least."""
+        """The shortest round, which other work on the machine disturbed least."""
         return min(self.seconds)
 
     @property
@@ -37,7 +37,7 @@ class Timings:
         return _quartile_range(self.seconds) / self.median
 
     def over(self, other: "Timings") -> tuple[float, float]:
-        """How many times as long as `other`: median and interquartile range over the rounds."""
+        """Time as a multiple of `other`'s: median and interquartile range over the rounds."""
         ratios = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
         return statistics.median(ratios), _quartile_range(ratios)
 
@@ -70,7 +70,7 @@ def take_turns(
     device: torch.device,
     before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timings]:
-    """Time every step once a round, each round starting with another one.
+    """Time every step once in each round; each round starts with another step.
 
     before: called untimed with the name of the step that comes next.
     """
@@ -85,21 +85,21 @@ def take_turns(
 
 
 def in_a_row(steps: Sequence[Step]) -> Step:
-    """All of them as one step."""
+    """All `steps` as one step."""
     return lambda: [step() for step in steps]
 
 
 def captured(steps: list[Step], device: torch.device, warmups: int = 3) -> Step:
     """All `steps` in a row: one CUDA graph on a GPU, a loop elsewhere.
 
-    Steps that read different tensors keep each other's out of the last cache.
+    Steps that read different tensors push each other's out of the last cache.
     """
     if device.type != "cuda":
         return in_a_row(steps)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        # Compilation and choice of algorithms happen here, where they may wait for the device.
+        # Compilation and the choice of algorithms happen here, where the host may still wait.
         for step, _ in zip(cycle(steps), range(max(warmups, len(steps))), strict=False):
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
@@ -117,7 +117,7 @@ def _best(step: Step, device: torch.device, rounds: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, rounds: int = 20) -> float:
-    """Bytes a second of a large copy, read and written bytes both counted."""
+    """Bytes a second of a large copy; bytes read and bytes written both count."""
     size = 2**30 if device.type == "cuda" else 2**27
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -5,9 +5,9 @@
 
 Hooked and unhooked passes alternate, token by token, on the same weights; ratios are medians over
 the pairs. The edits are synthetic: a random Δ and random fingerprints behind a gate that no token
-of the run opens. First the closed hooks must leave the model's output alone and an open one must
-change it; otherwise nothing is timed and the exit code is 1. On a GPU decoding replays a CUDA graph
-over a static cache.
+of the run opens. Before any timing it is checked that closed hooks leave the model's output
+unchanged and that an open one changes it; if not, the exit code is 1. On a GPU decoding replays a
+CUDA graph over a static cache.
 """
 
 import os
@@ -55,7 +55,7 @@ class Run:
 
     def first_token(self, length: int, rounds: int) -> Row:
         prompt = random_prompt(self.model, 1, length)
-        # A round that is not counted: the first pass of a length chooses and allocates.
+        # A round that is not counted: the first pass of a length picks algorithms and allocates.
         steps = dict.fromkeys(VARIANTS, lambda: prefill(self.model, prompt))
         self._turns(steps, 1, f"warm-up, {length} tokens")
         timings = self._turns(steps, rounds, f"first token after {length}")
@@ -81,7 +81,8 @@ class Run:
 
 
 def row(case: str, batch: int, tokens: int, timings: dict[str, Timings]) -> Row:
-    """One line: tokens of a call, milliseconds, and the ratio of the speeds, hooked to unhooked."""
+    """One line: milliseconds, tokens a second, and the ratio of speeds, hooked to unhooked. tokens:
+    of one call."""
     ratio, spread = timings["unhooked"].over(timings["hooked"])
     found: Row = {"case": case, "batch": batch, "pairs": len(timings["hooked"].seconds)}
     for name in VARIANTS:

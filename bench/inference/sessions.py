@@ -1,4 +1,4 @@
-"""One model generating: prefill and single steps, and the check that hooks do what they say."""
+"""Generation with one model: prefill and single steps, and the checks of its hooks."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def prefill(model: Any, prompt: Tensor, cache: Any = None) -> Tensor:
 
 
 class Session:
-    """Greedy decoding after `prompt`: on a GPU over a static cache, for a CUDA graph."""
+    """Greedy decoding after `prompt`; on a GPU with a static cache, so that a CUDA graph works."""
 
     def __init__(self, model: Any, prompt: Tensor, steps: int) -> None:
         self.model = model
@@ -47,10 +47,10 @@ class Session:
 
 
 def tolerance(model: Any) -> float:
-    """Relative error of logits that two orders of the same sums may make.
+    """Relative error of the logits that may come from the order of sums.
 
-    On a CPU a closed hook's output is its base's own, bit for bit. A GPU's fused kernel adds up in
-    an order of its own: one rounding a block in attention and one in the FFN.
+    On a CPU a closed hook's output is that of its base, bit for bit. On a GPU a fused kernel sums
+    in another order: one rounding in the attention and one in the FFN of each block is allowed.
     """
     if model.device.type == "cpu":
         return 0.0
@@ -65,7 +65,8 @@ def distance(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def check(model: Any, hooks: SyntheticHooks, prompt: Tensor) -> None:
-    """Raise WrongResultError unless closed hooks change nothing and an open one does.
+    """Raise WrongResultError unless closed hooks leave the logits unchanged and an open one does
+    not.
 
     prompt `(1, length)`.
     """
@@ -79,7 +80,8 @@ def check(model: Any, hooks: SyntheticHooks, prompt: Tensor) -> None:
 
 
 def check_open(model: Any, hooks: SyntheticHooks, prompt: Tensor, closed: Tensor) -> None:
-    """Open the last hook for one token: its logits change, those before it do not."""
+    """Open the last hook for one token and raise WrongResultError unless its logits change and
+    those before it do not."""
     hook = hooks.last
     kept: list[Tensor] = []
     handle = hook.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
@@ -108,9 +110,10 @@ def check_open(model: Any, hooks: SyntheticHooks, prompt: Tensor, closed: Tensor
 
 
 def check_steps(model: Any, steps: dict[str, Step], sessions: dict[str, Session]) -> int:
-    """Decode side by side until the tokens part; raise WrongResultError if the logits part first.
+    """Decode side by side until the tokens differ, for at most `CHECKED_STEPS`; raise
+    WrongResultError if the logits differ before.
 
-    Returns how many tokens were the same.
+    Returns the number of steps before the tokens differed.
     """
     unhooked, hooked = sessions["unhooked"], sessions["hooked"]
     for i in range(CHECKED_STEPS):

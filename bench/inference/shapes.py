@@ -19,7 +19,8 @@ from coachhook_kernels import Delta
 
 @dataclass(frozen=True)
 class Shape:
-    """A run: sizes of a model of random weights (None: a loaded one), and what is asked of it."""
+    """A run. sizes: of a model with random weights, or None for a loaded model; prompts: lengths in
+    tokens."""
 
     sizes: dict[str, Any] | None
     prompts: tuple[int, ...]
@@ -61,7 +62,7 @@ SHAPES = {
 
 
 def build(name: str, shape: Shape, device: torch.device) -> Any:
-    """The model `name`, or one of random weights of `shape`."""
+    """A model of `shape` with random weights, or the model `name` if the shape has no sizes."""
     if shape.sizes is None:
         return load_model(name, device=device.type)[0]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -73,7 +74,7 @@ def build(name: str, shape: Shape, device: torch.device) -> Any:
 
 
 class SyntheticHooks:
-    """Random edits behind closed gates on the last of the layers that are hooked by default."""
+    """Random edits behind closed gates, at `count` layers up to the last one hooked by default."""
 
     def __init__(self, model: Any, count: int, gate: str, edits: int, rank: int | None) -> None:
         self.model = model
@@ -110,7 +111,7 @@ class SyntheticHooks:
             self.set(False)
 
     def bytes_held(self) -> int:
-        """What the hooks add to memory."""
+        """Bytes that the hooks add to memory."""
         return sum(
             int(tensor.nbytes)
             for hook in self.hooks.values()
@@ -119,7 +120,7 @@ class SyntheticHooks:
         )
 
     def bytes_read(self) -> int:
-        """What a pass reads of the hooks while every gate is closed."""
+        """Bytes of the hooks that a pass reads while every gate is closed."""
         total = 0
         for hook in self.hooks.values():
             if isinstance(hook.gate, KeyedGate):
@@ -130,7 +131,7 @@ class SyntheticHooks:
 
 
 def bytes_read(model: Any) -> int:
-    """Weights that one decoding step reads: all but an input embedding of its own."""
+    """Bytes of weights that one decoding step reads: all, but for an untied input embedding."""
     total = sum(int(parameter.nbytes) for parameter in model.parameters())
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is embedding

@@ -1,4 +1,4 @@
-"""What is timed on a GPU, against what it must reach: cases, their baselines, their work.
+"""What is timed on a GPU: cases with their speed targets, baselines and amounts of work.
 
 A case stands for one operation at one shape. `contenders` gives, for one set of random tensors,
 every contender as a function without arguments, after checking the operation's result.
@@ -36,15 +36,15 @@ EDITS, RANK, ALPHA = 1000, 128, 2.2
 LARGE = [(16384, 4096), (14336, 4096), (28672, 8192)]
 SMALL = [(1536, 576), (6400, 1600)]
 UNCAPTURED = ("published", "published, compiled")
-"""Contenders in which the host waits for the device, so that no CUDA graph can hold them."""
+"""Contenders that no CUDA graph can hold, because in them the host waits for the device."""
 
 Contenders = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """must, aim: times the baseline's time, at most; share: least share of the copy bandwidth;
-    faster: how many times as fast as the published sequence of operations, at least."""
+    """must, aim: most time, as a multiple of the baseline's; share: least share of the copy
+    bandwidth; faster: least speed, as a multiple of the published sequence of operations."""
 
     name: str
     op: str
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """What the operation itself must read and write, each once."""
+        """Bytes that the operation itself must read and write, each counted once."""
         size = self.dtype.itemsize
         if self.op == "key_covariance_":
             return self.rows * self.d_in * size + 2 * 4 * self.d_in**2
@@ -96,7 +96,7 @@ class Case:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every case whose speed is promised, and the same operations beside it."""
+    """Every case with a speed target, and the same operations in other forms without one."""
     for shape in LARGE:
         for rows in (1, 4, 16):
             yield Case("keyed, dense, closed", "hook_linear", *shape, rows, must=1.12, aim=1.04,
@@ -128,7 +128,7 @@ def compiled() -> Callable[..., Tensor]:
 
 
 def contenders(case: Case, device: torch.device, check: bool) -> Contenders:
-    """Fresh tensors, and every contender on them; raises WrongResultError if told to check."""
+    """Every contender on fresh tensors. check: raise WrongResultError if a result is wrong."""
     if case.op == "key_covariance_":
         return _covariance(case, device, check)
     if case.op == "hook_linear_sequence":
@@ -207,7 +207,7 @@ def _covariance(case: Case, device: torch.device, check: bool) -> Contenders:
     keys = torch.randn(case.rows, case.d_in, device=device).to(case.dtype)
     moment = torch.zeros(case.d_in, case.d_in, device=device)
     if check:
-        # float64 of a block of columns and its mirror image: of all it would take minutes.
+        # Against float64 only a block of rows and its mirror image: all would take minutes.
         some = slice(0, min(case.d_in, 2048))
         key_covariance_(moment, keys)
         exact = keys.double().mT[some] @ keys.double()

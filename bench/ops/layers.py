@@ -1,8 +1,8 @@
 """Random hooked layers to measure on, and the check that comes before any time is taken.
 
-Keys, weights and Δ are random; fingerprints are random unit vectors. Open tokens are put there on
-purpose, far from the threshold on one side as the others are on the other, so that no rounding
-decides a gate.
+Keys, weights and Δ are random; fingerprints are random unit vectors. The keys of open tokens are
+made to lie far above the threshold, and all others lie far below, so that no rounding decides a
+gate.
 """
 
 from typing import NamedTuple
@@ -78,7 +78,7 @@ def random_layer(
         made = random_gate(gate, d_in, edits, like, Threshold(alpha=d_out**0.5))
         keys[:n_open] *= 4
     else:
-        # A random key's largest cosine is about 0.45; one with 32 of a fingerprint in it has 0.97.
+        # A random key's largest cosine is about 0.45; with 32 times a fingerprint added, 0.97.
         made = random_gate(gate, d_in, edits, like, Threshold(alpha=0.8))
         assert isinstance(made, KeyedGate)
         chosen = made.fingerprints[torch.arange(n_open, device=device) % edits]
@@ -91,8 +91,8 @@ def random_layer(
 def require_close(name: str, found: Tensor, plain: Tensor, exact: Tensor) -> None:
     """Raise WrongResultError unless `found` errs at most twice as much as plain torch in its dtype.
 
-    exact: in float64. Four roundings of the largest element are allowed besides: where plain torch
-    happens to be exact, twice nothing would be too little.
+    exact: in float64. Four roundings of the largest element are allowed on top, since plain torch
+    may happen to be exact.
     """
     slack = 4 * torch.finfo(found.dtype).eps * float(exact.abs().max())
     error, allowed = (float((of.double() - exact).abs().max()) for of in (found, plain))

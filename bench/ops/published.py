@@ -1,7 +1,7 @@
 """The published hook's forward, operation by operation: the baseline of the fused forms.
 
-Both weights are kept whole, every token is projected by both, and a boolean mask moves the edited
-rows over. On a GPU the mask makes the host wait.
+Both weights are dense, both project every token, and a boolean mask copies the edited rows into the
+output. On a GPU the mask makes the host wait.
 """
 
 import torch
@@ -25,7 +25,7 @@ def published(
 def published_select(
     keys: Tensor, weight: Tensor, hook_weight: Tensor, bias: Tensor | None, alpha: float
 ) -> Tensor:
-    """The same with a selection in place of the masked move, which a CUDA graph can hold."""
+    """The same with `torch.where` in place of the masked copy, so that a CUDA graph can hold it."""
     output = linear(keys, weight, bias)
     edited = linear(keys, hook_weight, bias)
     norms = torch.linalg.vector_norm(edited - output, dim=-1)

@@ -1,9 +1,9 @@
-"""Every operation on a GPU against what it must reach.
+"""Every operation timed on a GPU against its speed target.
 
     python -m bench.ops.table [--json PATH or -]
 
-Contenders replay CUDA graphs over as many sets of tensors as it takes to overflow the last cache,
-in turns; ratios are medians over the rounds. Each case is checked before it is timed, and a wrong
+Contenders take turns at replaying CUDA graphs, over enough sets of tensors to overflow the last
+cache; ratios are medians over the rounds. Each case is checked before it is timed, and a wrong
 result ends the run with exit code 1. `--tune` searches launch configurations first and writes them
 beside the kernels. Without a GPU the exit code is 2.
 """
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def sets_of(case: Case) -> int:
-    """Sets of tensors that together are some five times the last cache of a recent GPU."""
+    """Number of sets of tensors that together hold some five times the last cache of a GPU."""
     return max(2, min(MOST_SETS, -(-ROTATED_BYTES // case.bytes_moved)))
 
 
@@ -61,7 +61,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]
 
 
 def rows_of(case: Case, timings: dict[str, Timings], bandwidth: float, rate: float) -> list[Row]:
-    """A line for each contender; the operation's own carries the verdict."""
+    """A line for each contender; those of the operation carry the verdict."""
     baseline = timings[case.baseline]
     moved, operations = case.bytes_moved, case.operations
     floor = max(moved / bandwidth, operations / rate)
@@ -94,7 +94,7 @@ def rows_of(case: Case, timings: dict[str, Timings], bandwidth: float, rate: flo
 
 
 def verdict(case: Case, line: Row, timings: dict[str, Timings]) -> str:
-    """What was promised of the case and whether it came: empty where nothing was."""
+    """The speed targets of the case and whether each was reached; empty where it has none."""
     said = []
     if case.must is not None:
         met = line["ratio"] <= case.must
@@ -166,7 +166,7 @@ def main(
             with only_right_results(messages, f"{case.name} {case.op}"):
                 timings = measure(case, device, rounds)
             lines += rows_of(case, timings, bandwidth, rate)
-            # Graphs and tensors of a case are gone by now; the next needs their memory.
+            # Return the memory of this case's graphs and tensors for the next.
             torch.cuda.empty_cache()
     result = {
         "device": torch.cuda.get_device_name(),

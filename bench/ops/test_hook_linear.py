@@ -1,9 +1,9 @@
 """What a hook costs beside its base layer, by operation: `pytest bench --benchmark-only`.
 
-Shapes are d_in→d_out of SmolLM2-135M's and GPT2-XL's down-projection, and on a GPU of GPT-J,
-Llama-3-8B and a 70B model. `F.linear` alone is the baseline of each group. On a GPU small layers
-stay in the last cache (bench.harness.rounds): bench.ops.table replays CUDA graphs over rotating
-inputs instead.
+Shapes are d_in→d_out of the down-projections of SmolLM2-135M and GPT2-XL and, on a GPU, of GPT-J,
+Llama-3-8B and a 70B model as well. `F.linear` alone is the baseline of each group. On a GPU small
+layers stay in the last cache (bench.harness.rounds): bench.ops.table replays CUDA graphs over
+rotating inputs instead.
 """
 
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def test_hook_correction(benchmark: Any, d_in: int, d_out: int, rows: int, n_ope
 @SHAPE
 @SIZES
 def test_module(benchmark: Any, d_in: int, d_out: int, rows: int, n_open: int) -> None:
-    """`HookLinear`, its gate closed whatever comes."""
+    """`HookLinear` with a gate that never opens."""
     layer = layer_of("keyed, dense", d_in, d_out, rows, n_open)
     base = nn.Linear(d_in, d_out, bias=False, device=DEVICE, dtype=DTYPE)
     hook = HookLinear(base, layer.delta, random_gate("keyed", d_in, EDITS, layer.keys))
@@ -125,7 +125,7 @@ def test_published(
     hook_weight = weight + layer.delta.down
     forward = torch.compile(published, dynamic=False) if "compiled" in kind else published
     output = forward(keys, weight, hook_weight, None, ALPHA)
-    # Each row is one of the two products, within the rounding of another kernel's sums.
+    # Each row is one of the two products, up to rounding.
     either = [linear(keys, matrix) for matrix in (weight, hook_weight)]
     slack = 4 * torch.finfo(DTYPE).eps * float(either[1].abs().max())
     distance = torch.stack([(output - one).abs().amax(-1) for one in either])

@@ -57,7 +57,7 @@ def check(keys: Tensor, weight: Tensor, delta: Delta, alpha: Tensor) -> None:
     plain = torch.where(
         is_open.unsqueeze(-1), linear(keys, weight) + corrected, linear(keys, weight)
     )
-    # Torch may be exact by luck: one rounding of the largest output.
+    # Plain torch may happen to be exact: one rounding of the largest output is allowed on top.
     slack = torch.finfo(DTYPE).eps * exact.abs().max()
     assert (output - exact).abs().max() <= 2 * (plain - exact).abs().max() + slack
 
@@ -85,7 +85,7 @@ def test_forward(benchmark: Any, kind: str, d_in: int, d_out: int, rows: int) ->
         return
     outputs = {"F.linear": d_out, "op, rank 128": d_out + RANK}.get(kind, 2 * d_out)
     seconds = benchmark.stats.stats.median / CALLS
-    # What must move: the weights of every path once, the keys, and one output.
+    # Bytes that must move: the weights of every path once, the keys, and one output.
     moved = (outputs * d_in + rows * (d_in + d_out)) * DTYPE.itemsize
     benchmark.extra_info |= {
         "dtype": str(DTYPE),

@@ -1,9 +1,9 @@
 """The second moment of keys beside cuBLAS's product of them: `pytest bench --benchmark-only`.
 
 `product` (`torch.mm`, both triangles, nothing added) is the baseline of each group. `stream` is one
-of many calls into one moment, `single` a call that mirrors too; `accumulate` is what torch does in
-the place of either. Widths are `d_in` of SmolLM2-135M and, on a GPU, of the large models.
-`extra_info` holds the operations that a full product takes, for a rate.
+of many calls into one moment, `single` a call that mirrors too; `accumulate` is the plain torch
+reference. Widths are `d_in` of SmolLM2-135M, with 192 on a CPU and the larger models on a GPU.
+`extra_info` holds the operations of a full product, for a rate.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def check(what: str, keys: Tensor) -> None:
-    """Hold one step against float64, on as many columns as float64 has time for."""
+    """Check one step against float64, on at most `CHECKED` columns, since float64 is slow."""
     d = keys.shape[1]
     found = STEPS[what](torch.zeros(d, d, device=keys.device), keys)
     if what == "stream":

@@ -1,8 +1,8 @@
 """Search of launch configurations on the GPU at hand, written where
 `coachhook_kernels.launch.tuning` looks: `configs/<device>/<kernel>.json`.
 
-A candidate that does not compile or gives a wrong result is dropped; among the others the least
-time over the problem's layers wins. The default always takes part: it may stay.
+A candidate that does not compile or gives a wrong result is dropped; of the others, and the
+default, the one with the least time over the problem's cases wins.
 """
 
 import json
@@ -31,7 +31,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes that a configuration is looked up by, and the cases that it must be fast in."""
+    """A search. when: sizes that the configuration is looked up by; cases: to be fast in."""
 
     kernel: str
     when: dict[str, int]
@@ -57,7 +57,7 @@ ROWS = tuple(
 )
 FLOOD = {"FEW": 256, "BM": 128, "BN": 128, "BK": 64}
 TILES = grid(BM=(64, 128), BN=(64, 128), BK=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
-# What is measured opens one row in a hundred: the tiles for floods stay the default's.
+# The measured cases open one row in a hundred, so the tiles for many open rows stay as they are.
 OPEN = tuple(
     FLOOD | config
     for config in grid(
@@ -112,7 +112,7 @@ def problems() -> Iterator[Problem]:
 
 @contextmanager
 def forced(kernel: str, config: Config | None) -> Iterator[None]:
-    """Every lookup of `kernel` finds `config`, or its default where that is None."""
+    """Inside the block every lookup of `kernel` finds `config`; if that is None, the default."""
     nearest = tuning._nearest
 
     def found(folder: str, name: str, sizes: tuple[tuple[str, int], ...]) -> Config | None:

@@ -1,4 +1,4 @@
-"""The probe facts that come with the package, and what an edit of them does to a model."""
+"""The probe facts that come with the package, and how well a model takes an edit of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ def probe_requests() -> list[EditRequest]:
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """Shares, 0 to 1: of targets met, of those met behind reworded prompts, and of neighbours'
-    answers unchanged, by greedy decoding; teacher_forced: the same three by tokens."""
+    """Shares, 0 to 1, by greedy decoding: targets met, targets met behind reworded prompts, and
+    locality answers unchanged. teacher_forced: the same three by tokens."""
 
     reliability: float
     generality: float
@@ -48,21 +48,21 @@ class ProbeScores:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """What settings are compared by: the harmonic mean of the greedy shares; among equals that
-        of the teacher-forced ones; and, where a share is zero, their plain mean."""
+        """The order of settings: harmonic mean of the greedy shares; among equals, harmonic mean of
+        the teacher-forced shares; then their arithmetic mean, for where one of them is zero."""
         greedy = harmonic_mean([self.reliability, self.generality, self.locality])
         return greedy, harmonic_mean(self.teacher_forced), fmean(self.teacher_forced)
 
     @property
     def perfect(self) -> bool:
-        """Whether nothing can be better."""
+        """Whether every share is 1."""
         return min(self.rank) == 1
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Facts to try edits with, what is asked about them, what the unedited model says to the
-    prompts beside them, and how many tokens are decoded of an answer."""
+    """Facts to try edits with. asked: the questions about them; before: the unedited model's
+    answers to the locality prompts; new_tokens: tokens decoded for an answer."""
 
     requests: list[EditRequest]
     asked: list[Question]
@@ -71,7 +71,7 @@ class Probes:
 
     @classmethod
     def of(cls, lm: LanguageModel, contexts: Sequence[str]) -> "Probes":
-        """The probes that fit the context of the model, which is unedited still.
+        """The probes that fit the context of the model, which must still be unedited.
 
         Raises `ContextLengthError` if none does.
         """
@@ -94,7 +94,7 @@ class Probes:
         return cls(requests, asked, ask(lm, beside, new_tokens), new_tokens)
 
     def scores(self, lm: LanguageModel) -> ProbeScores:
-        """Of the model with the probes edited into it."""
+        """The scores of `lm`, into which the probes have been edited."""
         answers = ask(lm, self.asked, self.new_tokens)
         means = mean_metrics(score(self.asked, answers, self.before, len(self.requests)))
         return ProbeScores.of(means)

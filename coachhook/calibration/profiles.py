@@ -1,7 +1,7 @@
 """Profiles: the settings that `coachhook calibrate` found for a model, kept beside its statistics.
 
-A profile is a small JSON file named by the model's identity. It holds settings to start from, not
-weights or edits: a hooks folder records the settings that it was made with, and keeps them.
+A profile is a small JSON file named by the model's identity. It holds settings for new hooks
+folders, not weights or edits: an existing folder keeps the settings that it was made with.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of an `EditConfig` that depend on the model; clamp is its values'."""
+    """The settings of an `EditConfig` that depend on the model; clamp is that of its `values`."""
 
     layers: tuple[int, ...]
     preservation: float
@@ -40,7 +40,7 @@ class Settings:
     false_alarms: float
 
     def applied(self, config: EditConfig) -> EditConfig:
-        """`config` with these settings; layers that it names itself stay."""
+        """`config` with these settings, except for layers that it already names."""
         return replace(
             config,
             layers=config.layers or self.layers,
@@ -54,8 +54,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Profile:
-    """identity: of the model, see `identity`; model: its name, for people; figures: what was
-    measured with these settings, JSON-ready."""
+    """Settings for one model. identity: see `identity`; model: its name, for people; figures: what
+    was measured with these settings, JSON-ready."""
 
     identity: str
     model: str
@@ -77,7 +77,7 @@ class _Versioned(TypedDict):
 
 
 class _ProfileEntry(TypedDict):
-    """A profile in JSON, but for its version. settings: a `Settings`."""
+    """A profile in JSON, without its version. settings: a `Settings`."""
 
     identity: str
     model: str
@@ -86,8 +86,8 @@ class _ProfileEntry(TypedDict):
 
 
 def identity(model: Any, architecture: Architecture) -> str:
-    """SHA-256 of a model's kind, sizes and all its down-projections, as they round to bfloat16: a
-    float32 model and its bfloat16 copy are one."""
+    """SHA-256 of a model's type, sizes and all its down-projections rounded to bfloat16, so that a
+    float32 model and its bfloat16 copy share a profile."""
     n_blocks = len(architecture.blocks(model))
     weights = (fetched(architecture.down_projection(model, layer)) for layer in range(n_blocks))
     config = model.config.get_text_config()
@@ -109,8 +109,8 @@ def default_path(model_identity: str) -> Path:
 def find(model_identity: str) -> Profile | None:
     """The profile of a model, if it was calibrated on this machine.
 
-    One that is broken or of a newer version is left alone with a warning: it is advice, and editing
-    goes on without.
+    A profile that is broken or of another version is ignored with a warning, since editing can do
+    without it; so is, silently, one that names another model.
     """
     path = default_path(model_identity)
     if not path.exists():
@@ -124,7 +124,7 @@ def find(model_identity: str) -> Profile | None:
 
 
 def load(path: Path) -> Profile:
-    """Read a profile. Raises `ProfileError` if it is missing, broken or of a newer version."""
+    """Read a profile. Raises `ProfileError` if it is missing, broken or of another version."""
     try:
         data = parsed(path.read_bytes())
         version = checked(data, _Versioned)["version"]
@@ -136,7 +136,7 @@ def load(path: Path) -> Profile:
         found: _ProfileEntry = checked(data, _ProfileEntry)
         checked(found["settings"], Settings, "settings")
         settings = Settings(**{**found["settings"], "layers": tuple(found["settings"]["layers"])})
-        # An EditConfig refuses what is out of range.
+        # Only to raise ConfigError for values out of range.
         settings.applied(EditConfig())
     except OSError as error:
         raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error

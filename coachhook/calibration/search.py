@@ -1,10 +1,10 @@
 """Settings for a model that nobody has tuned, found by background keys and by probe edits.
 
-First the keys alone (`separability`): where subjects differ from ordinary text and from each other,
-and with fingerprints of which size. Then probe edits, from coarse to fine: where the
-hooks end, how many there are, how much they preserve, the layers beside, how far a value may go.
-Each trial changes one setting of the best so far; trials that end at the same layer with the same
-clamp share their target values.
+First the keys alone (`separability`): at which layers, and with which size of fingerprint, subjects
+differ from ordinary text and from each other. Then probe edits, from coarse to fine: the last
+hooked layer, how many layers are hooked, λ, the neighbouring last layers, the clamp. Each trial
+changes one setting of the best so far; trials that end at the same layer with the same clamp share
+their target values.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MINUTES = 6.0
-# Above the middle of the depth a value has too little left to act on
+# Too few blocks remain above a layer in the upper half for a value to act on
 # (csrc_notes/editing-capacity.md).
 _SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
 # A larger fingerprint must separate better by this much; a layer may separate worse by that much,
 # because later layers make values that generalise better.
 _WORTHWHILE, _ACCEPTABLE = 0.02, 0.25
 _COUNTS = (3, 1, MOST_HOOKED)
-# λ is chosen by how free an average probe's key is: p = kᵀ (λ C₀)⁻¹ k, without a unit. Where p is
-# far below 1, ordinary text holds a key fast.
+# λ is set by the freedom p = kᵀ (λ C₀)⁻¹ k of an average probe's key, which has no unit. Where p
+# is far below 1, preserving ordinary text leaves an edit little room.
 _FREEDOM, _COARSE, _FINE = 100.0, 10.0, 3.0
 _CLAMPS = (0.5, 2.0)
 # Shares of ordinary tokens that may open a gate; a larger one must separate better to be taken.
@@ -62,8 +62,8 @@ MOST_TRIALS = 13
 
 @dataclass(frozen=True)
 class Trial:
-    """Probe edits with some settings, and what became of the probes; seconds include those of the
-    target values where they were not known from an earlier trial."""
+    """Probe edits with some settings, and their scores. seconds: including the target values,
+    unless an earlier trial had optimised them."""
 
     settings: Settings
     scores: ProbeScores
@@ -72,8 +72,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """What the keys of one layer say, before any edit: see `Separation` and `sink_share`. sizes:
-    the best value of recall - firing at each size of fingerprints."""
+    """What the keys of one layer show before any edit: see `Separation`, `sink_share` and
+    `ProbeSketches`. sizes: the best recall - firing at each size of fingerprints."""
 
     layer: int
     separation: Separation
@@ -84,7 +84,8 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The profile that was found, and all that was looked at; `cut_short`: the time ran out."""
+    """The profile that was found, and every layer and trial that led to it; `cut_short`: the time
+    ran out before the search ended."""
 
     profile: Profile
     layers: list[LayerFigures]
@@ -94,13 +95,13 @@ class Calibration:
 
     @property
     def took(self) -> bool:
-        """Whether under the chosen settings at least half of the probe edits took."""
+        """Whether at least half of the probe edits met their targets under the chosen settings."""
         return max(self.trials, key=lambda trial: trial.scores.rank).scores.reliability >= 0.5
 
 
 def candidate_layers(n_blocks: int, most: int = _MOST_CANDIDATES) -> tuple[int, ...]:
-    """The blocks whose keys are worth reading: at most `most`, evenly spread over the lower half
-    and a little above."""
+    """The blocks whose keys are worth reading: at most `most`, evenly spread from a tenth to six
+    tenths of the depth."""
     first, last = int(_SHALLOWEST * n_blocks), max(1, int(_DEEPEST * n_blocks))
     window = range(first, min(last, n_blocks - 1) + 1)
     stride = -(-len(window) // max(1, most))
@@ -113,7 +114,7 @@ def layers_to_read(
     layers: Sequence[int] | None,
     source: StatisticsSource,
 ) -> tuple[int, ...]:
-    """`layers`, or as many candidates as half of the free memory holds the statistics of."""
+    """`layers`, or as many candidates as have statistics that fit in half of the free memory."""
     n_blocks = len(architecture.blocks(model))
     if layers is not None:
         return check_layers(layers, n_blocks)
@@ -132,10 +133,10 @@ def calibrate(
     source: StatisticsSource | None = None,
     minutes: float = MINUTES,
 ) -> Calibration:
-    """Find settings for `lm`; those that `layers` fixes are not searched.
+    """Find settings for `lm`. layers: the blocks to hook; by default they are searched as well.
 
     minutes: about how long the search may take; it always makes one trial. Raises `ConfigError`
-    for a budget below 0, and what `key_statistics` and `Probes.of` raise.
+    for a budget below 0, and what `check_layers`, `key_statistics` and `Probes.of` raise.
     """
     if not minutes >= 0:
         raise ConfigError(f"the budget is a number of minutes from 0 on, not {minutes}")
@@ -177,7 +178,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the search varies; the rest of a trial's settings follows from the keys."""
+    """What the search varies; a trial's other settings follow from the keys."""
 
     layers: tuple[int, ...]
     freedom: float = _FREEDOM
@@ -185,8 +186,8 @@ class _Choice:
 
 
 def _search(bench: _Bench, fixed: tuple[int, ...] | None, trials: list[Trial]) -> Iterator[_Choice]:
-    """Choices worth a trial, from coarse to fine. Each that was yielded is in `trials` when the
-    next is asked for; the search ends when nothing can be better."""
+    """Choices worth a trial, from coarse to fine. The caller must add the trial of each choice to
+    `trials` before it asks for the next; the search ends early when a trial is perfect."""
     tried: list[_Choice] = []
 
     def best() -> _Choice:
@@ -203,7 +204,7 @@ def _search(bench: _Bench, fixed: tuple[int, ...] | None, trials: list[Trial]) -
         for factor in (_COARSE, _FINE):
             freedom = best().freedom
             yield [replace(best(), freedom=f) for f in (freedom / factor, freedom * factor)]
-        # What needs target values of its own comes last: the time may run out.
+        # Choices that need new target values come last, since the time may run out.
         if fixed is None:
             last, count = best().layers[-1], len(best().layers)
             near = [i for i in (last - 1, last + 1) if bench.acceptable(i)]
@@ -224,7 +225,7 @@ def _ending_at(last: int, count: int) -> tuple[int, ...]:
 
 
 class _Bench:
-    """The model and the probes, and what was measured of them so far."""
+    """The model and the probes, with everything measured so far."""
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class _Bench:
         self._values: dict[tuple[int, float], Tensor] = {}
 
     def read(self, layers: Sequence[int]) -> None:
-        """Measure the statistics and sketches of `layers`, as far as they are not known."""
+        """Measure the statistics and sketches of those `layers` that have none yet."""
         missing = [layer for layer in layers if layer not in self.statistics]
         if missing:
             measured = key_statistics(self.lm, self.architecture, missing, self.config.statistics)
@@ -255,19 +256,19 @@ class _Bench:
             )
 
     def keep(self, layers: Sequence[int]) -> None:
-        """Measure `layers`, as far as the model has them, and forget what was read of others."""
+        """Measure those `layers` that the model has, and drop the statistics of all others."""
         n_blocks = len(self.architecture.blocks(self.lm.model))
         wanted = [layer for layer in layers if layer < n_blocks]
         self.statistics = {k: v for k, v in self.statistics.items() if k in wanted}
         self.read(wanted)
 
     def figures(self) -> list[LayerFigures]:
-        """What the keys of the layers read so far say; chooses the size of the fingerprints."""
+        """Figures of the layers read so far. Sets `self.size`, the size of the fingerprints."""
         values = {
             layer: {size: self._separation(layer, size).value for size in SIZES}
             for layer in self.sketches
         }
-        # Layers that no size makes usable say nothing of the size.
+        # Layers that are unusable at every size have no vote on the size.
         best = max(max(value.values()) for value in values.values())
         usable = [v for v in values.values() if max(v.values()) >= best - _ACCEPTABLE]
         mean = {size: fmean(value[size] for value in usable) for size in SIZES}
@@ -284,8 +285,8 @@ class _Bench:
         ]
 
     def last_layers(self) -> list[int]:
-        """Where hooks may end, latest first: there keys still tell subjects apart, and later ones
-        know more. At most three, further apart in deeper models."""
+        """At most three acceptable last layers, deepest first, since values generalise better at
+        deeper layers; further apart in deeper models."""
         usable = [layer for layer in self.sketches if self.acceptable(layer)]
         apart = max(1, round(len(self.architecture.blocks(self.lm.model)) / 15))
         lasts = [usable[-1]]
@@ -295,7 +296,7 @@ class _Bench:
         return lasts
 
     def acceptable(self, last: int) -> bool:
-        """Whether keys at `last` tell subjects apart nearly as well as anywhere."""
+        """Whether keys at `last` tell subjects apart nearly as well as at the best layer."""
         if last not in self.sketches:
             return False
         values = {layer: self._separation(layer, self.size).value for layer in self.sketches}
@@ -310,7 +311,7 @@ class _Bench:
         return self._cosines[layer, size]
 
     def trial(self, choice: _Choice) -> Trial:
-        """Edit all probes in one batch with a choice's settings, and see what became of them."""
+        """Edit all probes in one batch with the settings of `choice`, and score the model."""
         started = time.monotonic()
         self.read(choice.layers)
         settings = self._settings(choice)
@@ -343,7 +344,7 @@ class _Bench:
         rate = next(rate for rate in _RATES if by_rate[rate].value >= most - _WORTHWHILE)
         return Settings(
             layers=choice.layers,
-            # Two figures are as many as the probes can tell.
+            # The probes cannot resolve more than two significant figures.
             preservation=float(f"{leverage / choice.freedom:.2g}"),
             clamp=choice.clamp,
             fingerprint_size=self.size,

@@ -23,8 +23,8 @@ _FLOORS = tuple(step / 100 for step in range(30, 96))
 
 @dataclass(frozen=True)
 class ProbeSketches:
-    """Centred sketches of one layer's keys, float32 `(…, 128)`; the first s numbers of one are a
-    sketch of size s.
+    """Centred sketches of one layer's keys, float32 `(…, 128)`; the first s numbers of a sketch are
+    a sketch of size s.
 
     marks `(e, 128)` and owner `(e,)`: fingerprints of the probes, two each; reworded `(m, 128)` and
     reworded_owner: paraphrased subjects; others `(t, 128)` and others_prompt `(t,)`: all tokens of
@@ -50,7 +50,8 @@ def probe_sketches(
     probes: Sequence[EditRequest],
     contexts: Sequence[str],
 ) -> dict[int, ProbeSketches]:
-    """What every layer of `statistics` makes of the probes, in one pass over their texts."""
+    """The sketches of the probes' keys at every layer of `statistics`, read in one pass over each
+    text."""
     n = len(probes)
     prompts = [
         encode_request(lm.tokenizer, probe, context, with_target=False)
@@ -106,9 +107,9 @@ def _read(
 
 @dataclass(frozen=True)
 class Cosines:
-    """Highest cosines with fingerprints, float32. reworded `(m,)`: a paraphrased subject with its
-    own edit's; others `(p, n)`: any token of a locality prompt with each edit's; background `(b,)`:
-    an ordinary token with any."""
+    """Highest cosines with fingerprints, float32. reworded `(m,)`: of each paraphrased subject with
+    those of its own edit; others `(p, n)`: of any token of each locality prompt with those of each
+    edit; background `(b,)`: of each ordinary token with any fingerprint."""
 
     reworded: Tensor
     others: Tensor
@@ -116,7 +117,7 @@ class Cosines:
 
     @classmethod
     def of(cls, sketches: ProbeSketches, size: int) -> "Cosines":
-        """Those of fingerprints of `size` numbers."""
+        """The cosines at fingerprints of `size` numbers."""
         marks, n = _unit(sketches.marks, size), int(sketches.owner.max()) + 1
         by_edit = sketches.owner[:, None] == torch.arange(n)
 
@@ -136,11 +137,12 @@ class Cosines:
 
 @dataclass(frozen=True)
 class Separation:
-    """What a floor under the cosine achieves at some layers together.
+    """How well one lowest cosine separates subjects from other text, over some layers together.
 
-    floor: the cosine that a keyed gate should ask for; ceiling: what the allowed share of ordinary
-    tokens clears at the worst of the layers; recall: share of paraphrased subjects above the floor;
-    firing: share of prompts about other subjects with any token above it.
+    floor: the lowest cosine that should open a keyed gate; ceiling: the cosine that only the
+    allowed share of ordinary tokens exceeds, at the layer where it is highest; recall: share of
+    paraphrased subjects at or above the floor; firing: share of locality prompts in which some
+    token reaches the floor. Both shares count each layer by itself.
     """
 
     floor: float

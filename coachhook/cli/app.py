@@ -24,7 +24,7 @@ from coachhook.errors import CoachhookError, ConfigError
 
 
 class _Group(TyperGroup):
-    """Turns what may happen to a user into one line and an exit status."""
+    """Turns the errors that a user may run into into one line and an exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -62,7 +62,7 @@ app.command()(calibrate)
 
 def main() -> None:
     """The `coachhook` command."""
-    # Bars and advice of the layers below would only repeat, or contradict, our own.
+    # The libraries' own progress bars and advice would repeat or contradict ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):

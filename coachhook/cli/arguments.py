@@ -1,4 +1,4 @@
-"""What the commands take, and what they check before they work."""
+"""The arguments of the commands, and the checks before any work."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOST_LAYERS = 10_000
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """The layers in "8,9,10", "8-12" or a mixture, in order. Raises `ConfigError`."""
+    """The layers in "8,9,10", "8-12" or a mixture, in ascending order. Raises `ConfigError`."""
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
@@ -48,7 +48,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def usable(facts: Path, skip_invalid: bool) -> list[EditRequest]:
-    """The facts of a file; what is left out is told. Raises `RequestError` if nothing is left."""
+    """The facts of a file, with a line on standard error for each record that is left out. Raises
+    `RequestError` if nothing is left."""
     loaded = load_requests(facts, skip_invalid=skip_invalid)
     for reason in loaded.skipped:
         typer.echo(f"skipped: {reason}", err=True)
@@ -58,7 +59,7 @@ def usable(facts: Path, skip_invalid: bool) -> list[EditRequest]:
 
 
 def checked(plan: Plan, *, shown: bool) -> dict[str, Any]:
-    """The plan as it goes into a command's document. Refuses what cannot fit."""
+    """The plan for a command's document. Raises `NotEnoughMemoryError` if it cannot fit."""
     document = plan.to_dict()
     if shown:
         plan_view(document)

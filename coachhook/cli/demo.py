@@ -38,7 +38,7 @@ _NEW_TOKENS = 12
 def run(directory: Path | None, *, as_json: bool) -> bool:
     """Run the demo with `directory` (a new temporary one if None) for its edits.
 
-    Returns whether the fresh process generates what was edited. Raises `FolderError` if
+    Returns whether the fresh process generates the edited target. Raises `FolderError` if
     `directory` holds edits already.
     """
 
@@ -103,7 +103,7 @@ def _side_by_side(
 def _fresh_process(directory: Path, request: EditRequest) -> dict[str, Any]:
     """What `coachhook generate` prints for the request's prompt, and whether it meets the target.
 
-    Raises `CoachhookError` if the process fails; it has told why on standard error.
+    Raises `CoachhookError` if the process fails, after it has said why on standard error.
     """
     command = [sys.executable, "-m", "coachhook", "generate", NAME, request.prompt]
     command += ["--hooks", str(directory), "--json"]

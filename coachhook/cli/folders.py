@@ -1,4 +1,4 @@
-"""Commands that look into a folder of edits, or take edits out of it. They need no model."""
+"""Commands that inspect, roll back or compact a folder of edits. They need no model."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ METRICS = ("reliability", "generality", "locality")
 
 
 def harmonic(records: Sequence[Record], form: str, locality: str | None = None) -> float | None:
-    """Harmonic mean of the three metrics' means; None where no record has one of them. locality:
-    another form for that one."""
+    """Harmonic mean of the three metrics' means in `form`, of locality's in the form `locality` if
+    given; None where no record has one of the metrics."""
     forms = (form, form, locality or form)
     means = [mean_of(records, metric, f) for metric, f in zip(METRICS, forms, strict=True)]
     return harmonic_of(means)
@@ -36,8 +36,8 @@ def interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float] | None:
-    """The middle 95 % of `figure` over resampled records; None where it is absent, and of a single
-    record, which is the same however it is drawn."""
+    """95 % bootstrap interval of `figure` over the records; None where `figure` has no value, and
+    for fewer than two records, which resampling cannot vary."""
     if len(records) < 2:
         return None
     random = np.random.default_rng(seed)
@@ -55,9 +55,11 @@ def interval(
 def lead(
     ours: Sequence[Record], others: Sequence[Record], form: str, locality: str | None = None
 ) -> tuple[float, float] | None:
-    """The middle 95 % of what the harmonic mean of `ours` is above that of `others`, who answered
-    the same requests in the same order: pairs are resampled, so that what makes a record hard for
-    both does not count."""
+    """95 % bootstrap interval of the paired difference of harmonic means, `ours` minus `others`.
+
+    Both answered the same requests in the same order. Pairs are resampled, so that a record's
+    difficulty for both does not widen the interval. None as for `interval`.
+    """
 
     def difference(pairs: Sequence[tuple[Record, Record]]) -> float | None:
         ahead = harmonic([pair[0] for pair in pairs], form, locality)

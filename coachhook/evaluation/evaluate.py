@@ -36,22 +36,25 @@ _NEW_TOKENS = 20
 
 
 class Edits(Protocol):
-    """Edits on a model, of whatever kind: a `HookSet`, or weights that were changed."""
+    """Edits on a model, of any kind: a `HookSet`, or changed weights."""
 
     def off(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The unedited model inside the block."""
         ...
 
     def in_force(self) -> list[list[EditRequest]]:
-        """Per batch, those of its requests that no later one has replaced."""
+        """For each batch, its requests that are in force: no later request has replaced them."""
         ...
 
 
 @dataclass(frozen=True)
 class RecordScores:
-    """One request, the batch that holds it (None: not in force) and what its editor said of it
-    (None: nothing), what greedy decoding makes of its prompt without the edits and with them, and
-    its scores; before: the share of its target that was the unedited model's first choice."""
+    """The scores of one request.
+
+    batch: number of the batch that holds it, None if it is not in force; verdict: its editor's,
+    None if that gives none; answer_before, answer: greedy completions of its prompt without and
+    with the edits; before: share of target tokens that were the unedited model's first choice.
+    """
 
     prompt: str
     target: str
@@ -68,10 +71,14 @@ class RecordScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one model with edits on one list of requests. `before` are the unedited
-    model's; gate: of hooks alone; perplexities and divergence (nats a token) are over the same
-    ordinary text; retention: reliability by batch; harmonic_mean: of the three greedy scores;
-    preferences: CounterFact's scores."""
+    """The scores of one model with edits on one list of requests.
+
+    before_reliability (teacher-forced), before_preferences: of the unedited model; already_true:
+    requests whose whole target was its first choice; gate: None for edits without hooks;
+    perplexities and divergence (nats a token): over the same ordinary text; retention:
+    teacher-forced reliability by batch; harmonic_mean: of the three greedy scores; preferences:
+    CounterFact's scores.
+    """
 
     n_requests: int
     reliability: Scores
@@ -95,8 +102,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Before:
-    """What the unedited model says of one request: share of the target that is its first choice,
-    completion of the prompt, preferences; beside: its answers to the locality prompts."""
+    """The unedited model's answers to one request. hit: share of target tokens that are its first
+    choice; answer: completion of the prompt; beside: its answers to the locality prompts."""
 
     hit: float
     answer: str
@@ -105,7 +112,8 @@ class Before:
 
 
 def before_edits(lm: LanguageModel, requests: Sequence[EditRequest]) -> dict[EditRequest, Before]:
-    """What the model, without edits, says of `requests`: the same for every state of the edits.
+    """The answers of the model, which must be unedited, to `requests`; they serve every later
+    evaluation of the same requests.
 
     Raises `ContextLengthError` for a prompt that does not fit.
     """
@@ -129,9 +137,12 @@ def evaluate(
     text: str | None = None,
     known: Mapping[EditRequest, Before] | None = None,
 ) -> Evaluation:
-    """Evaluate `lm`, on which `edits` are, on `requests`; `text` is ordinary text for perplexity
-    and false alarms (by default a page that comes with the package). known: what `before_edits`
-    says of them, if it was asked before."""
+    """Evaluate `lm`, which carries `edits`, on `requests`.
+
+    text: ordinary text for perplexity and false alarms, by default a page that comes with the
+    package. known: what `before_edits` returned for `requests`, by default it is called now. Raises
+    `ConfigError` for an empty list and `ContextLengthError` for a prompt that does not fit.
+    """
     if not requests:
         raise ConfigError("there is nothing to evaluate: the list of requests is empty")
     text = ordinary_text() if text is None else text

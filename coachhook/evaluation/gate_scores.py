@@ -1,4 +1,4 @@
-"""Where the gates of a hook set open: at the subjects of its edits, beside them, anywhere else."""
+"""Where the gates of a hook set open: at edited subjects, in locality prompts, in other text."""
 
 import math
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
 from coachhook.models.tokens import Row, encode, tokenize
 
-# Enough to draw where a population lies; the extremes say what an outlier does.
+# Enough to draw a population; the first and the last are its extremes.
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
-# How much is shown token by token: requests, and tokens of ordinary text.
+# Requests, and tokens of ordinary text, that are shown token by token.
 _SHOWN, _SHOWN_TOKENS = 4, 160
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """The z-scores that one layer's gate gives to four populations of tokens, at `QUANTILES`:
-    `edited` and `paraphrased` subjects' last tokens, all tokens `beside` (locality prompts), and
-    `ordinary` ones. None where there is no such token, or none whose z is finite. alpha: the least
-    z that opens the gate; None where none does."""
+    """One layer's gate. z: by population, the `QUANTILES` of its tokens' z-scores, or None where no
+    token has a finite z. The populations: last tokens of `edited` and of `paraphrased` subjects,
+    all tokens of locality prompts (`beside`) and of `ordinary` text. alpha: the lowest z that opens
+    the gate; None where none does."""
 
     layer: int
     alpha: float | None
@@ -35,7 +35,8 @@ class LayerScores:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text in tokens, and for each how many layers' gates it opens. kind: a population's name."""
+    """A text in tokens; n_open: the number of layers whose gate each token opens; kind: the
+    population's name."""
 
     kind: str
     tokens: list[str]
@@ -44,12 +45,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class GateScores:
-    """Shares of tokens whose gate is open, over all hooked layers.
+    """Shares, 0 to 1, of tokens that open a gate.
 
-    recall: layers open at the subject's last token, in prompts and in paraphrases; ordinary: tokens
-    of ordinary text open at any layer, and by_layer those open at each; locality: tokens of
-    locality prompts open at any layer; precision: of all tokens of prompts, paraphrases and
-    locality prompts open at a layer, how many are subjects'. layers, samples: to look at.
+    recall, paraphrase_recall: of subjects' last tokens, over all layers; ordinary: of tokens of
+    ordinary text, at any layer; by_layer: the same at each layer; locality: of tokens of locality
+    prompts, at any layer; precision: of all openings in prompts, paraphrases and locality prompts,
+    those at subjects' last tokens. layers, samples: to look at.
     """
 
     recall: float
@@ -110,14 +111,14 @@ def gate_scores(
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the gates say of tokens: is_open bool and z float32, both `(layers, t)`."""
+    """The gates at some tokens: is_open bool and z float32, both `(layers, t)`."""
 
     is_open: Tensor
     z: Tensor
 
 
 def _at_subjects(readings: Sequence[_Reading], rows: Sequence[Row]) -> _Reading:
-    """The subjects' last tokens alone."""
+    """The readings at the subjects' last tokens."""
     ends = [slice(row.subject, row.subject + 1) for row in rows]
     pairs = zip(readings, ends, strict=True)
     return _joined([_Reading(read.is_open[:, end], read.z[:, end]) for read, end in pairs])
@@ -159,7 +160,7 @@ def _samples(
 
 
 def _read(lm: LanguageModel, hooks: HookSet, rows: Sequence[Row]) -> list[_Reading]:
-    """What the gates say of all tokens of each row."""
+    """The gates at all tokens of each row."""
     if not rows:
         return []
 

@@ -2,9 +2,10 @@
 
 Definitions follow EasyEdit where it has them: a teacher-forced score is the share of target tokens
 that are the model's first choice; locality is the share of answer tokens whose first choice is the
-unedited model's. The same by greedy decoding with a KV cache, which teacher forcing flatters:
-`greedy` when the completion starts with the target, `exact` when it is the target up to its natural
-stop. What the records do not cover is None, never a number.
+unedited model's. Teacher forcing flatters, so completions by greedy decoding with a KV cache are
+scored too: `greedy` is 1 if the completion starts with the target, `exact` if it is the target up
+to its natural stop; for locality both compare it with the unedited model's. A metric that the
+records do not cover is None, never a number.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Metrics:
 @dataclass(frozen=True)
 class Question:
     """A prompt that is put to a model. metric: the field of `Metrics` that its answer counts for;
-    owner: the number of its request; row: the prompt's tokens with those of `target`, which of a
-    locality prompt is its own answer."""
+    owner: the number of its request; target: for a locality prompt, its own answer; row: the tokens
+    of prompt and target."""
 
     metric: str
     owner: int
@@ -61,14 +62,14 @@ class Question:
 
     @property
     def is_beside(self) -> bool:
-        """Whether it is a locality prompt: what the unedited model says decides its score."""
+        """Whether it is a locality prompt, which is scored against the unedited model's answer."""
         return self.metric == "locality"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a question. choice: its first choice for each token of the question's
-    target, int64 `(n_target,)` on the CPU; text: its greedy completion of the prompt."""
+    """A model's answer to a question. choice: its first choice at each token of the question's
+    target (teacher forcing), int64 `(n_target,)` on the CPU; text: its greedy completion."""
 
     choice: Tensor
     text: str
@@ -77,7 +78,7 @@ class Answer:
 def questions(
     tokenizer: PreTrainedTokenizerFast, requests: Sequence[EditRequest]
 ) -> list[Question]:
-    """Of each request its prompt, its paraphrases and its locality prompts, in this order."""
+    """The questions of each request: its prompt, its paraphrases, its locality prompts."""
     asked = []
     for owner, request in enumerate(requests):
         row = encode_request(tokenizer, request)
@@ -92,15 +93,15 @@ def questions(
 
 
 def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[Answer]:
-    """What the model, as it is now, says to each question. new_tokens: at most so many are decoded.
+    """The answer of the model, as it is now, to each question. new_tokens: most tokens to decode.
 
     Raises `ContextLengthError` for a prompt that fills the context.
     """
     answers: dict[int, Answer] = {}
     beside = [i for i, question in enumerate(asked) if question.is_beside]
     others = [i for i, question in enumerate(asked) if not question.is_beside]
-    # Locality prompts are read by themselves, as they are before the edits: numbers round otherwise
-    # in other company, and an answer that hangs on them would count as changed.
+    # Locality prompts get batches of their own, as they do before the edits: rounding depends on
+    # the rest of a batch, and an answer that hangs on it would count as changed.
     for places in (beside, others):
         choices = first_choices(lm, [asked[i].row for i in places])
         texts = complete(lm, [asked[i].prompt for i in places], new_tokens)
@@ -111,8 +112,8 @@ def ask(lm: LanguageModel, asked: Sequence[Question], new_tokens: int) -> list[A
 def score(
     asked: Sequence[Question], answers: Sequence[Answer], before: Sequence[Answer], n: int
 ) -> list[Metrics]:
-    """The metrics of each of `n` requests: of each metric the means over the request's own
-    questions. before: the unedited model's answers to those that are beside."""
+    """The metrics of each of `n` requests, as means over the request's questions. before: the
+    unedited model's answers to the locality questions, in the order of `asked`."""
     plain = iter(before)
     by_request: list[dict[str, list[Scores]]] = [{name: [] for name in METRICS} for _ in range(n)]
     for question, answer in zip(asked, answers, strict=True):
@@ -125,7 +126,7 @@ def score(
 
 
 def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
-    """Of each metric the means over the records that have it."""
+    """The mean of each metric over the records that have it."""
     return Metrics(
         reliability=mean_scores([one.reliability for one in metrics]),
         generality=mean_scores([one.generality for one in metrics]),
@@ -134,7 +135,7 @@ def mean_metrics(metrics: Sequence[Metrics]) -> Metrics:
 
 
 def mean_scores(scores: Sequence[Scores]) -> Scores:
-    """Means of the three forms over those that have them."""
+    """The mean of each form over the scores that have it."""
     return Scores(
         mean_given([s.teacher_forced for s in scores]),
         mean_given([s.greedy for s in scores]),
@@ -143,13 +144,13 @@ def mean_scores(scores: Sequence[Scores]) -> Scores:
 
 
 def mean_given(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are not None; None where there is none."""
+    """The mean of the values that are not None, or None if all are."""
     given = [value for value in values if value is not None]
     return fmean(given) if given else None
 
 
 def first_choices(lm: LanguageModel, rows: Sequence[Row]) -> list[Tensor]:
-    """First choice of the model for each target token of each row, int64 `(n_target,)`."""
+    """The model's first choice at each target token of each row, int64 `(n_target,)`."""
     return read_targets(lm, rows, lambda logits, _: logits.argmax(-1).cpu())
 
 
@@ -164,7 +165,7 @@ def _hit(choice: Tensor, row: Row) -> float:
 
 
 def _met(question: Question, answer: Answer) -> Scores:
-    """How far an answer is the target."""
+    """How well an answer agrees with the target."""
     return Scores(
         _hit(answer.choice, question.row),
         float(starts_with(answer.text, question.target)),
@@ -173,7 +174,7 @@ def _met(question: Question, answer: Answer) -> Scores:
 
 
 def _same(answer: Answer, plain: Answer) -> Scores:
-    """How far an answer is that of the unedited model."""
+    """How well an answer agrees with the unedited model's."""
     return Scores(
         float((answer.choice == plain.choice).float().mean()),
         float(answer.text == plain.text),

@@ -27,8 +27,8 @@ Off = Callable[[Any], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class TextScores:
-    """Perplexities of one text without the edits and with them, and the mean divergence
-    `KL(unedited ‖ edited)` of the next token, in nats."""
+    """Perplexities of one text without and with the edits, and the mean divergence
+    `KL(unedited ‖ edited)` of the next-token distributions, in nats a token."""
 
     perplexity_before: float
     perplexity_after: float
@@ -65,7 +65,7 @@ def perplexity(lm: LanguageModel, text: str) -> float:
 
 
 def compare_text(lm: LanguageModel, text: str, off: Off) -> TextScores:
-    """`text` as the model reads it with its edits, and inside `off(model)` without them.
+    """Compare the model on `text` with its edits, and without them, inside `off(model)`.
 
     Raises `ConfigError` if it has fewer than two tokens.
     """
@@ -83,7 +83,8 @@ def compare_text(lm: LanguageModel, text: str, off: Off) -> TextScores:
 
 
 def _predictions(model: PreTrainedModel, ids: list[int]) -> tuple[Tensor, Tensor]:
-    """The tokens that follow `(t, 1)`, and log-probabilities of all tokens there `(t, v)`."""
+    """The next token at each position `(t, 1)`, and the log-probabilities of all tokens there
+    `(t, v)`."""
     piece = torch.tensor([ids], device=input_device(model))
     with torch.no_grad():
         final = final_hidden(model, input_ids=piece, use_cache=False).last_hidden_state

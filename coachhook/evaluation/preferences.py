@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Shares of prompts, 0 to 1, behind which the mean log-likelihood of a token of one answer is
-    above that of the other: efficacy and paraphrase, the target above the truth; neighbourhood, the
-    locality prompt's own answer above the target. None where a record tells no truth or has no such
-    prompt, or the two are one text."""
+    """Shares of prompts, 0 to 1, behind which one answer is likelier than another by mean
+    log-likelihood a token: efficacy and paraphrase, the target than the truth; neighbourhood, the
+    locality prompt's own answer than the target. None where a record gives no truth, where its
+    truth is its target, or where it has no such prompt."""
 
     efficacy: float | None
     paraphrase: float | None
@@ -34,7 +34,7 @@ class Preferences:
 def preference_rows(
     tokenizer: PreTrainedTokenizerFast, request: EditRequest
 ) -> dict[str, list[tuple[Row, Row]]]:
-    """By score, what is compared: pairs of rows, the first of which should be the likelier."""
+    """For each score, the pairs of rows to compare; the first of a pair should be the likelier."""
     if request.truth is None or request.truth == request.target:
         return {}
 
@@ -56,8 +56,8 @@ def preference_rows(
 
 
 def preferences(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Preferences]:
-    """Of each request, as the model is now. Raises `ContextLengthError` for a prompt that does not
-    fit with one of its answers."""
+    """The preferences of each request, with the model as it is now. Raises `ContextLengthError` for
+    a prompt that does not fit with one of its answers."""
     wanted = [preference_rows(lm.tokenizer, request) for request in requests]
     pairs = [pair for rows in wanted for some in rows.values() for pair in some]
     for row in (row for pair in pairs for row in pair):
@@ -86,7 +86,7 @@ def mean_preferences(preferred: Sequence[Preferences]) -> Preferences:
 
 
 def mean_log_likelihoods(lm: LanguageModel, rows: Sequence[Row]) -> list[float]:
-    """Mean over each row's target tokens of their log-likelihood, nats."""
+    """Mean log-likelihood of each row's target tokens, in nats a token."""
 
     def mean(logits: Tensor, row: Row) -> float:
         target = torch.tensor(row.target, device=logits.device)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 _WIDTH = 5.2
-# Colours of the page's style sheet, by the stand-ins that matplotlib is given.
+# matplotlib draws with these stand-ins, which are then replaced by the style sheet's colours.
 _INK, _FAINT = "#010101", "#020202"
 _SERIES = tuple(f"#0300{i:02x}" for i in range(9))
 _HEAT = "#040404"
@@ -47,7 +47,7 @@ _STYLE: Any = {
 
 
 def curves(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
-    """Shares, 0 to 1, over edits so far: one line a name, of points `(edits, share)`."""
+    """Shares, 0 to 1, over the edits so far: one line for each name, of points `(edits, share)`."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 2.9))
         axes = figure.subplots()
@@ -64,7 +64,7 @@ def curves(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> str:
 
 
 def bars(title: str, unit: str, values: Mapping[str, float], reference: float | None) -> str:
-    """One horizontal bar a name; reference: where a line is drawn."""
+    """One horizontal bar for each name; reference: the value at which a dotted line is drawn."""
     with rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.8 + 0.26 * len(values)))
         axes = figure.subplots()
@@ -142,7 +142,7 @@ def populations(title: str, points: Sequence[tuple[int, Sequence[Mapping[str, An
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` that scales with its place and names what it shows."""
+    """The figure as an `<svg>` that scales to its container and is labelled with `title`."""
     held = io.StringIO()
     figure.savefig(held, format="svg", transparent=True, metadata={"Date": None})
     text = held.getvalue()
@@ -150,7 +150,7 @@ def _svg(figure: Figure, title: str) -> str:
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, variable)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    # Names of groups, which would occur once a picture.
+    # The ids of groups would repeat in every picture of the page.
     text = re.sub(r'<g id="[A-Za-z_0-9.]+">', "<g>", text)
     text = re.sub(r"font-family: [^;]*;", "", text)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.S)

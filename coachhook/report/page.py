@@ -20,8 +20,8 @@ _NO_TEXT = dict.fromkeys({*range(32), *range(0xD800, 0xE000)} - set(b"\t\n\r"), 
 
 
 def render(run: Run) -> str:
-    """The report of `run`. Raises `ConfigError` where matplotlib or jinja2 is not installed, and
-    for a run that lacks what this version writes."""
+    """The report of `run`. Raises `ConfigError` if matplotlib or jinja2 is not installed, and for a
+    run that is damaged, of another version or without any evaluation."""
     try:
         from jinja2 import Environment, StrictUndefined
 
@@ -48,16 +48,16 @@ def render(run: Run) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Texts of a model or a file, without what no page can hold."""
+    """Text with U+FFFD in place of characters that no page can hold; other values unchanged."""
     return value.translate(_NO_TEXT) if isinstance(value, str) else value
 
 
 def _contents(run: Run, figures: Any) -> dict[str, Any]:
-    """What the page shows, by the names that it uses."""
+    """The variables of the template."""
     points = {name: result["points"] for name, result in run.editors.items() if result["points"]}
     if not points:
         raise ConfigError("no editor of this run got as far as its first evaluation")
-    # Those that failed half-way have answered fewer requests; a table of them alone has them all.
+    # Editors that failed half-way answered fewer requests: they are left out, unless all failed.
     whole = {n: p for n, p in points.items() if not run.editors[n]["failure"]} or points
     # The best first; where there is no harmonic mean, by reliability.
     finished = dict(sorted(whole.items(), key=lambda item: _merit(item[1][-1]), reverse=True))
@@ -95,7 +95,7 @@ def _contents(run: Run, figures: Any) -> dict[str, Any]:
 
 
 def _some(points: Sequence[Point]) -> Sequence[Point]:
-    """As many as a picture holds, the last among them."""
+    """At most `_MOST_POINTS` evenly spaced points, with the last among them."""
     return points[:: -math.ceil(len(points) / _MOST_POINTS)][::-1]
 
 

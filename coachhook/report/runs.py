@@ -1,4 +1,4 @@
-"""Reading what a run has left: the folder of a comparison, or one JSON document of a command."""
+"""Reading a run's results: the folder of a comparison, or the JSON document of one command."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from typing import Any
 from coachhook.errors import ConfigError
 from coachhook.system.json_shapes import MisshapenError, checked, parsed
 
-# Of bench.comparison.quality's folders and documents.
+# Version of the folders and documents that bench.comparison.quality writes.
 VERSION = 2
 
 
 @dataclass(frozen=True)
 class Run:
-    """title: what was run, for a heading. notes: settings by name. editors: by name, what
-    bench.comparison.quality measures of each; of a single evaluation there is one, with one point
-    and nothing else."""
+    """A run's results. title: what was run, for a heading. notes: settings by name. editors: by
+    name, the result that bench.comparison.quality writes for each; a single evaluation counts as
+    one editor with one point and no costs."""
 
     title: str
     notes: dict[str, str]
@@ -27,7 +27,7 @@ def load_run(path: Path) -> Run:
     """Read a folder of `bench.comparison.quality --run`, or a file with the JSON of that script, of
     `coachhook eval` or of `coachhook demo`.
 
-    Raises `ConfigError` where there is none of these, or of another version.
+    Raises `ConfigError` if `path` is none of these, or of another version.
     """
     if path.is_dir():
         description = path / "protocol.json"

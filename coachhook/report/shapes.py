@@ -1,6 +1,6 @@
-"""What a report reads of a run, as JSON has it; a run may hold more.
+"""The parts of a run's JSON that a report reads; a run may hold more.
 
-It is what `coachhook.evaluation` and `bench.comparison.quality` write.
+`coachhook.evaluation` and `bench.comparison.quality` write them.
 """
 
 import sys
@@ -35,7 +35,7 @@ class Record(TypedDict):
 
 
 class Layer(TypedDict):
-    """z: by population, quantiles."""
+    """z: quantiles by population."""
 
     layer: int
     alpha: float | None
@@ -84,7 +84,7 @@ class Overhead(TypedDict):
 
 
 class Result(TypedDict):
-    """What became of one editor. failure: why it went no further."""
+    """The result of one editor. failure: why it stopped early, or None."""
 
     failure: str | None
     points: list[Point]
@@ -95,8 +95,8 @@ class Result(TypedDict):
 
 
 def check_results(editors: Mapping[str, Any]) -> None:
-    """Raise `MisshapenError` unless every one of `editors` is a `Result` that can be shown,
-    `MissingError` where it lacks something."""
+    """Raise `MisshapenError` unless each of `editors` is a `Result` that can be shown; if a key is
+    missing, `MissingError`."""
     results: dict[str, Result] = checked(dict(editors), dict[str, Result])
     for name, result in results.items():
         if not result["points"] and not result["failure"]:
@@ -114,7 +114,7 @@ def _check_gate(name: str, gate: Gate | None, last: Gate | None) -> None:
     layers = [layer["layer"] for layer in gate["layers"]]
     if not layers or layers != [layer["layer"] for layer in last["layers"]]:
         raise MisshapenError(f"the gates of {name} are not of the same layers at every point")
-    # A line over all quantiles, one over the middle ones and the median.
+    # The figure draws the outermost quantiles, the third from each end, and the median.
     if any(z is not None and len(z) < 5 for layer in gate["layers"] for z in layer["z"].values()):
         raise MisshapenError(f"the gates of {name} tell too few quantiles")
     if any(len(sample["tokens"]) != len(sample["n_open"]) for sample in gate["samples"]):

@@ -1,7 +1,7 @@
 """The operations of a hooked layer, as functions of tensors alone.
 
-Each operation has a reference in plain torch, the specification that its Triton kernels agree with.
-The package depends on torch only; Triton, where it is installed, is imported at first use.
+Each operation has a reference in plain torch, which specifies what its Triton kernels compute. The
+package depends on torch only; Triton, where it is installed, is imported at first use.
 """
 
 from coachhook_kernels.delta import Delta, hook_correction

@@ -27,13 +27,13 @@ class Delta(NamedTuple):
         return linear(keys.to(self.down.dtype), self.down)
 
     def expand(self, projected: Tensor) -> Tensor:
-        """`Δ k` of shape `(..., d_out)` from what `project` returned."""
+        """`Δ k` of shape `(..., d_out)` from the result of `project`."""
         return projected if self.up is None else linear(projected, self.up.to(projected.dtype))
 
 
 def hook_correction(output: Tensor, delta_keys: Tensor, is_open: Tensor) -> Tensor:
-    """`output + Δ k` where the gate is open, `output` itself, bit for bit, elsewhere.
+    """`output + Δ k` where the gate is open; elsewhere `output` itself, bit for bit.
 
-    output, delta_keys: `(..., d_out)`; is_open: bool `(...)`, a constant in the backward.
+    output, delta_keys: `(..., d_out)`; is_open: bool `(...)`, a constant in the backward pass.
     """
     return torch.where(is_open.unsqueeze(-1), output + delta_keys.to(output.dtype), output)

@@ -13,9 +13,9 @@ from coachhook_kernels.scores import difference_norm, fingerprint_similarity
 class TokenGate(NamedTuple):
     """A gate that reads each token by itself; open where `(score - mean) / std >= alpha`.
 
-    mean, std, alpha: 0-d float32. With the rest, the *keyed* gate: projection `F` `(s, d_in)`,
-    offset `(s,)`, fingerprints `(e, s)` with rows of unit length, enabled bool `(e,)`; the score is
-    the largest cosine. Without, the *calibrated* gate: the score is `‖Δ k‖`.
+    mean, std, alpha: 0-d float32. The *keyed* gate, whose score is the largest cosine, also has
+    projection `F` `(s, d_in)`, offset `(s,)`, fingerprints `(e, s)` with rows of unit length and
+    enabled bool `(e,)`. In the *calibrated* gate these are None, and the score is `‖Δ k‖`.
     """
 
     mean: Tensor
@@ -31,7 +31,7 @@ class TokenGate(NamedTuple):
         return self.projection is not None
 
     def contiguous(self) -> "TokenGate":
-        """With contiguous parts but for the projection, of which any strides will do."""
+        """The gate with all tensors contiguous but the projection, which may have any strides."""
         parts = (self.offset, self.fingerprints, self.enabled)
         return TokenGate(
             *self[:4], *(None if part is None else part.contiguous() for part in parts)
@@ -42,7 +42,8 @@ class TokenGate(NamedTuple):
         return (score - self.mean) / self.std >= self.alpha
 
     def read(self, keys: Tensor, delta: Delta) -> tuple[Tensor, Tensor]:
-        """Score float32 and nearest fingerprint int64 (-1: none), both of the leading shape."""
+        """Score float32 and nearest fingerprint int64 (-1: none), both `(...)` for keys
+        `(..., d_in)`."""
         if self.projection is None:
             score = difference_norm(delta.project(keys))
             return score, torch.full_like(score, -1, dtype=torch.long)

@@ -24,14 +24,14 @@ def fingerprint_sketch(keys: Tensor, projection: Tensor) -> Tensor:
 def nearest_fingerprint(
     sketch: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`fingerprint_similarity` of keys whose sketch `F k` `(..., s)` has been made."""
+    """`fingerprint_similarity` from the sketches `F k` `(..., s)` of the keys."""
     projected = sketch.float() - offset.float()
     if fingerprints.shape[0] == 0:
         finite = projected.isfinite().all(dim=-1)
         nothing = torch.full_like(finite, -1, dtype=torch.long)
         return torch.where(finite, -1.0, torch.nan), nothing
-    # A bias that no product can undo takes the disabled ones out, and the norm divides the largest
-    # alone: both cost less than a pass over all the cosines.
+    # A bias of -inf excludes disabled fingerprints, and only the largest product is divided by the
+    # norm: both cost less than a pass over all cosines.
     disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
     with _no_autocast(sketch.device):
         best, index = linear(projected, fingerprints.float(), disabled).max(dim=-1)
@@ -42,11 +42,11 @@ def nearest_fingerprint(
 def fingerprint_similarity(
     keys: Tensor, projection: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Largest cosine between `F k - offset` and the fingerprints, and which one it was.
+    """Largest cosine between `F k - offset` and the enabled fingerprints, and its fingerprint.
 
     keys `(..., d_in)`; projection `F` `(s, d_in)`; offset `(s,)`, the mean of `F k` over ordinary
-    tokens; fingerprints `(e, s)` with rows of unit length; enabled bool `(e,)`. Returns float32
-    `(...)` and int64 `(...)`. With no enabled fingerprint the similarity is -1 and the index -1.
+    tokens; fingerprints `(e, s)` with rows of unit length; enabled bool `(e,)`. Returns the cosine
+    float32 `(...)` and the index int64 `(...)`: -1 and -1 where no fingerprint is enabled.
     """
     sketch = fingerprint_sketch(keys, projection)
     return nearest_fingerprint(sketch, offset, fingerprints, enabled)
@@ -55,9 +55,9 @@ def fingerprint_similarity(
 def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
     """z-scores of `norms` `(b, t)` over the real tokens (`mask` true) of each sequence (Eq. 18-19).
 
-    Where a sequence has a single real token its deviation is undefined: z is NaN, as in the paper,
-    and no threshold is ever cleared. Padding gets NaN too. Deviations are squared in float32: where
-    all are below 1e-19 the squares lose their digits, then vanish, and z means nothing.
+    In a sequence of one real token the standard deviation is undefined: z is NaN, as in the paper,
+    and opens no gate. Padding gets NaN too. Deviations are squared in float32: where all are below
+    1e-19 the squares underflow, and z is meaningless.
     """
     norms = norms.float()
     count = mask.sum(-1, keepdim=True)
@@ -68,7 +68,7 @@ def sequence_zscore(norms: Tensor, mask: Tensor) -> Tensor:
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast would round the cosines to half precision."""
+    """A context without autocast, which would round the cosines to half precision."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

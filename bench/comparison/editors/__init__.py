@@ -1,4 +1,4 @@
-"""Editors to compare, by name; each small, and what they share is in csrc_notes/quality.md."""
+"""The editors to compare, by name. csrc_notes/quality.md says what they share."""
 
 import math
 from collections.abc import Callable
@@ -25,15 +25,15 @@ def _direct(
     return make
 
 
-# Of what the editors do: results of another version are not theirs.
+# Changes whenever an editor's behaviour does: results of another version are not reused.
 EDITORS_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Maker:
-    """make: an editor from a setting and the one number that it is most sensitive to. number: the
-    one chosen on other records than the results are of (csrc_notes/quality.md). takes_values:
-    whether it uses the common target values, whose time is then part of its own."""
+    """make: builds an editor from a setting and the one number that it is most sensitive to.
+    number: the default, chosen on records other than those of the results (csrc_notes/quality.md).
+    takes_values: whether it uses the common target values, whose time then counts as its own."""
 
     make: Callable[[Setting, float], Editor]
     number: float
@@ -59,9 +59,9 @@ MAKERS = {
 
 
 def named(name: str) -> str:
-    """`kind@number` of the editor that `name` means: that number, or its own where `name` has none.
+    """The full `kind@number` of `name`, with the editor's default where `name` has no number.
 
-    Raises ValueError for an editor that is not known or a number that is none.
+    Raises ValueError for an unknown editor, and for anything but a positive number.
     """
     kind, _, number = name.partition("@")
     if kind not in MAKERS:

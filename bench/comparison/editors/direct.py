@@ -1,8 +1,8 @@
 """Editors that solve for new weights in closed form and put them into the model itself.
 
-MEMIT solves each batch against ordinary text alone (`C = λ C₀ + K Kᵀ`); CoachHooK without its hook
-layers also against the keys of all earlier batches; AlphaEdit moves weights in the null space of
-ordinary text alone, and there against earlier keys.
+MEMIT preserves only ordinary text when it solves a batch (`C = λ C₀ + K Kᵀ`). CoachHooK without
+hook layers also preserves the keys of all earlier batches. AlphaEdit moves weights only within the
+null space of ordinary text, where it preserves the keys of earlier batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,9 +20,9 @@ from coachhook.errors import ConfigError
 
 
 class Rule:
-    """The closed form of one layer: what a batch of keys adds.
+    """The closed form of one layer's change by a batch.
 
-    basis `(d_in, m)`: the directions it may use, orthonormal, or None for all. accumulate: whether
+    basis `(d_in, m)`: orthonormal directions that it may use, or None for all. accumulate: whether
     later batches preserve the keys of earlier ones. fit: weight of a batch's own keys.
     """
 
@@ -37,7 +37,7 @@ class Rule:
         self._fit = fit
 
     def update(self, keys: Tensor, residuals: Tensor) -> Tensor:
-        """`(d_out, d_in)` for keys `(c, d_in)` and residuals `(c, d_out)`."""
+        """The change of weights `(d_out, d_in)` for keys `(c, d_in)`, residuals `(c, d_out)`."""
         inside = keys if self._basis is None else keys @ self._basis
         solutions = self._inverse.solve(inside, fit=self._fit).float()
         if self._accumulate:
@@ -55,12 +55,13 @@ def accumulated(moment: Tensor, preservation: float, fit: float) -> Rule:
 
 
 def alphaedit(moment: Tensor, threshold: float, _: float) -> Rule:
-    """threshold: largest eigenvalue of the second moment, in units of the median one, whose
-    direction it may use.
+    """threshold: the rule may use directions whose eigenvalue of the second moment is at most this
+    multiple of the median one.
 
-    The published threshold and ridge belong to the scale of its models' keys. The median does not
-    see the few directions of attention sinks, which hold most of the trace. The ridge is a tenth of
-    what an ordinary key has in the free directions: a lone key's residual is met to 10/11.
+    The published threshold and ridge fit the scale of the published models' keys. The median
+    ignores the few directions of attention sinks, which hold most of the trace. The ridge is a
+    tenth of an ordinary key's mean squared norm in the free directions, so that 10/11 of a lone
+    key's residual is met.
     """
     values, vectors = torch.linalg.eigh(moment.double())
     free = values <= threshold * values.median()
@@ -77,8 +78,8 @@ def alphaedit(moment: Tensor, threshold: float, _: float) -> Rule:
 class Direct:
     """Writes into the weights of the shared layers, from the lowest up, as `coachhook` does.
 
-    averaged: one key a fact, the mean over its contexts, as MEMIT and AlphaEdit have it; otherwise
-    the engine's, one a context.
+    averaged: one key for each fact, the mean over its contexts, as in MEMIT and AlphaEdit;
+    otherwise one key for each context, as in the engine.
     """
 
     def __init__(self, setting: Setting, rules: dict[int, Rule], averaged: bool) -> None:
@@ -96,7 +97,7 @@ class Direct:
         setting = self._setting
         requests, values = setting.accepted(requests, values)
         if not requests:
-            # A batch all the same: later ones keep their numbers.
+            # An empty batch, so that later batches keep their numbers.
             self._force.add([])
             return
         contexts = setting.contexts(requests)

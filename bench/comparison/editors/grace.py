@@ -1,9 +1,10 @@
 """GRACE: a growing codebook at one layer; a key within the radius of an entry gets its output.
 
-Not as published is what all editors here share: keys are those of the subject's last token, values
-come from the common optimisation, the layer is the last hooked one, every token of a text is looked
-up. Nor does a radius grow where targets are the same, for values differ by subject. Radii are in
-units of the median distance between keys of ordinary text (the mean is that of a few sinks).
+It differs from the publication in what all editors here share: keys are those of the subject's last
+token, values come from the common optimisation, the layer is the last hooked one, and every token
+of a text is looked up. Radii do not grow where targets are the same, since values differ by
+subject. They are in units of the median distance between keys of ordinary text (a few sinks
+dominate the mean).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from bench.comparison.editors.setting import InForce, Setting
 
 
 class Codebook(nn.Module):
-    """A down-projection whose output near an entry is the entry's.
+    """A down-projection that returns an entry's output for keys near it.
 
     keys `(e, d_in)`, outputs `(e, d_out)`, radii `(e,)` in the units of the keys.
     """
@@ -41,9 +42,8 @@ class Codebook(nn.Module):
         return torch.where(inside[..., None], self.outputs[entry].to(output.dtype), output)
 
     def add(self, key: Tensor, output: Tensor, radius: float) -> int:
-        """One more entry, and its number. Where its radius meets that of the nearest, both become
-        half their distance, so that neither answers for the other; an entry with the same key gives
-        way to it."""
+        """Add an entry and return its number. If it would overlap the nearest entry, both radii
+        become half their distance; an entry with the same key takes the new output instead."""
         distances = (self.keys - key).norm(dim=-1)
         if len(distances) and distances.min() == 0:
             number = int(distances.argmin())
@@ -86,14 +86,14 @@ class Grace:
         setting, book = self._setting, self._codebook
         requests, values = setting.accepted(requests, values)
         if not requests:
-            # A batch all the same: later ones keep their numbers.
+            # An empty batch, so that later batches keep their numbers.
             self._force.add([])
             return
         contexts = setting.contexts(requests)
         keys, reached = setting.read(contexts, setting.layers[-1])
         device = book.keys.device
         keys, missing = keys[: len(requests)].to(device), (values - reached).to(device)
-        # What the layer gives with the entries so far, which is what `reached` came from.
+        # The layer's output with the entries so far, from which `reached` was read.
         with torch.no_grad():
             wanted = book(keys.to(book.base.weight.dtype)).float() + missing
         replaced = {request.fact for request in requests}

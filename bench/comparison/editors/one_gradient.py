@@ -1,8 +1,8 @@
-"""The engine with values from one gradient, in place of those that are optimised.
+"""The engine with values from one gradient instead of optimised ones.
 
-UltraEdit takes what a module's output shall become from a single backward pass, its features scaled
-by how large they were in all edits so far. Its step belongs to the scale of its models; here the
-shift has a length in units of the hidden state's, which is how the common values are bounded.
+UltraEdit takes the wanted output of a module from a single backward pass, with each feature scaled
+by its size in all edits so far. Its step size fits the scale of its models; here the length of the
+shift is in units of the hidden state's norm, as the bound of the common values is.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class OneGradient(Hooked):
         super().edit(requests, hidden - step)
 
     def _gradients(self, requests: Sequence[ch.EditRequest]) -> tuple[Tensor, Tensor]:
-        """Of the last hooked block at each subject: its output and the gradient of the targets'
-        negative log-likelihood in it, both float32 `(n, d)`."""
+        """The last hooked block's output at each subject, and the gradient of the targets' negative
+        log-likelihood with respect to it, both float32 `(n, d)`."""
         setting, config = self._setting, self._setting.config.values
         model, layer = setting.lm.model, setting.layers[-1]
         groups = contexts_of(setting.lm.tokenizer, requests, config)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class Setting:
     """A loaded model, which an editor may change, and what is common to all editors.
 
-    config: contexts, weights of keys and layers; an editor's own settings are its own. sinks: the
-    requests whose subject is an attention sink, which the engine refuses. No editor that solves at
-    keys is given them: what they do to all other texts would drown what the editors do.
+    config: contexts, weights of keys, and layers, common to all editors. sinks: the requests whose
+    subject is an attention sink, which the engine refuses. Editors that write at keys leave them
+    out as well: their damage to all other text would drown the differences between editors.
     """
 
     lm: LanguageModel
@@ -50,7 +50,7 @@ class Setting:
     def accepted(
         self, requests: Sequence[ch.EditRequest], values: Tensor
     ) -> tuple[list[ch.EditRequest], Tensor]:
-        """The requests that are no sinks, and their values."""
+        """The requests that are not sinks, and their values."""
         chosen = [i for i, request in enumerate(requests) if request not in self.sinks]
         return [requests[i] for i in chosen], values[chosen]
 
@@ -77,7 +77,7 @@ class Setting:
         return keys.float(), reached[: contexts.n_requests]
 
     def weighted(self, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns of the solve and what each shall add: keys under contexts count less."""
+        """Keys and residuals of the solve, weighted: those under contexts by `context_weight`."""
         n = len(residuals)
         lengths = torch.full((len(keys), 1), self.config.context_weight**0.5)
         lengths[:n] = 1
@@ -98,7 +98,7 @@ class Editor(Protocol):
 
     @property
     def edits(self) -> Edits:
-        """What it has done so far, which can be taken off."""
+        """The edits so far, which can be taken off the model."""
         ...
 
     def edit(self, requests: Sequence[ch.EditRequest], values: Tensor) -> None:
@@ -106,12 +106,12 @@ class Editor(Protocol):
         ...
 
     def held(self) -> int:
-        """Bytes that inference needs beside the model's own."""
+        """Bytes that inference needs on top of the model's own."""
         ...
 
 
 class InForce:
-    """Which requests count after batches in which later ones replace earlier ones of a fact."""
+    """The requests in force, by batch: a later request replaces earlier ones of the same fact."""
 
     def __init__(self) -> None:
         self._batches: list[list[ch.EditRequest]] = []

@@ -1,9 +1,9 @@
 """Fine-tuning on the batch: low-rank adapters, and one layer's weights within a small box.
 
-Both minimise the negative log-likelihood of the targets behind the bare prompts, in at most 25
-steps a batch of any size, fewer where it is below `_ENOUGH` before; the common keys and target
-values are not theirs to use. The adapters are at the layers that all editors share, and the box is
-around the original weights, whatever the number of batches.
+Both minimise the negative log-likelihood of the targets behind the bare prompts, with at most 25
+steps for a batch of any size, and fewer once the loss is below `_ENOUGH`. They use neither the
+common keys nor the common target values. The adapters are at the layers that all editors share, and
+the box stays around the original weights over all batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -83,7 +83,8 @@ class LowRank:
 
 
 class Constrained:
-    """The last shared layer's weights, none of which may leave `bound` around its original."""
+    """Fine-tuning of the last shared layer, where no weight may move by more than `bound` from its
+    original."""
 
     def __init__(self, setting: Setting, bound: float) -> None:
         self._setting, self._bound = setting, bound

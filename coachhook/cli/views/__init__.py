@@ -1,1 +1,1 @@
-"""What the commands show: every view draws the plain document that `--json` would print."""
+"""The commands' output for people: every view draws the document that `--json` would print."""

@@ -60,7 +60,7 @@ def layer_span(layers: Sequence[int]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with None for every number that JSON does not have."""
+    """`value` with None in place of NaN and infinities, which JSON lacks."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

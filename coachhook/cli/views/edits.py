@@ -40,7 +40,7 @@ def batch_document(number: int, edits: Sequence[EditRecord]) -> dict[str, Any]:
 
 
 def inspection_document(folder: Path, hooks: HookSet) -> dict[str, Any]:
-    """What `folder` holds, which are `hooks`."""
+    """The document of `inspect`; `hooks` are those of `folder`."""
     superseded = hooks.journal.superseded()
     batches = []
     for number, batch in enumerate(hooks.journal.batches, 1):
@@ -84,7 +84,7 @@ def edited_view(document: Document) -> None:
 
 
 def inspection_view(document: Document) -> None:
-    """What a folder holds."""
+    """The contents of a folder."""
     base = document["base_model"]
     say(f"{document['folder']}: {document['bytes'] / 1e6:.2f} MB")
     say(f"base model {base['name']}, checksum {base['checksums']['bfloat16'][:16]}")
@@ -106,7 +106,7 @@ def inspection_view(document: Document) -> None:
 
 
 def rollback_view(document: Document) -> None:
-    """What a rollback left."""
+    """The result of a rollback."""
     say(
         f"{document['folder']} is back at batch {document['batches']} "
         f"(it had {document['batches_before']}); edits left: {document['edits']}"
@@ -114,7 +114,7 @@ def rollback_view(document: Document) -> None:
 
 
 def compaction_view(document: Document) -> None:
-    """What compaction left."""
+    """The result of compaction."""
     merged, batches = document["merged_batches"], document["batches"]
     say(
         f"{document['folder']}: {merged} of {batches} batches are merged into one; "

@@ -1,4 +1,4 @@
-"""What edits do: metrics, completions before and after, and where gates open."""
+"""The effect of edits: metrics, completions before and after, and where gates open."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def completion_view(document: Document) -> None:
 
 def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
     """The text with each token in the colour of the layers whose gates it opens, and a table of
-    these tokens. trace: see `Trace`; edits: what each edit that it names says."""
+    these tokens. trace: see `Trace`; edits: the fact of each edit that the trace names, by id."""
     tokens, layers = trace["tokens"], trace["layers"]
     fired = [
         (position, i)
@@ -88,7 +88,7 @@ def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
     if not fired:
         say("no gate opens")
         return
-    # The sequence gate's threshold is one of z-scores.
+    # The threshold of the sequence gate is a z-score, that of the others a score.
     measure = "z" if gate == "sequence" else "score"
     table = new_table(None, "token", "layer", measure, "threshold", "edit", numeric=4)
     for position, i in fired:
@@ -106,7 +106,7 @@ def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
 
 
 def side_by_side_view(rows: Sequence[Document]) -> None:
-    """Completions of many prompts before and after; a target that is met stands in green."""
+    """Completions of many prompts before and after; green where the target is met."""
     table = new_table(None, "prompt", "before", "after")
     for row in rows:
         style = "green" if row["met"] else "yellow"

@@ -1,4 +1,4 @@
-"""What comes before edits: plans, key statistics, calibration."""
+"""The preparation of edits: plans, key statistics, calibration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plan_view(plan: Document) -> None:
-    """What a run will need, on standard error: it is no part of the result."""
+    """What a run will need; on standard error, since it is no part of the result."""
     table = new_table(None, "part", "on", "GB", "seconds at most", numeric=2)
     for part in plan["parts"]:
         seconds = f"{part['seconds']:.0f}" if part["seconds"] else ""
@@ -66,7 +66,7 @@ def statistics_view(document: Document) -> None:
 
 
 def calibration_view(document: Document) -> None:
-    """What the keys said, what was tried, and what was chosen."""
+    """The figures of the keys, the trials, and in green the chosen settings."""
     columns = ("layer", "recall", "firing", "floor", "ceiling", "sinks", "leverage")
     keys = new_table("keys of the probes, before any edit", *columns, numeric=7)
     for layer in document["layers"]:

@@ -1,4 +1,4 @@
-"""What it takes to compile a kernel for a GPU that is not here."""
+"""Everything needed to compile a kernel without the GPU that it is for."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,9 +11,8 @@ class CompileCase:
     name: `op/kernel dtype configuration`. kernel: a `@triton.jit` function. arguments: parameter to
     type, such as `*bf16:16` or `i32`; `:16` says divisible by 16. constants: constexpr parameters,
     integers specialised to 1 and absent pointers. tensor_cores: NVIDIA code must hold matrix
-    instructions; wgmma: on sm_90 those of a warp group (HGMMA). targets: the GPUs that this
-    configuration is launched on. amd_num_stages: pipelining depth on
-    gfx942, whose local memory is a quarter of an H200's.
+    instructions; wgmma: on sm_90 those of a warp group (HGMMA). targets: the GPUs to compile for.
+    amd_num_stages: pipelining depth on gfx942, whose local memory is about a quarter of an H200's.
     """
 
     name: str
@@ -28,7 +27,7 @@ class CompileCase:
     targets: tuple[str, ...] = ("sm_80", "sm_90", "sm_100", "gfx942")
 
     def further(self) -> "CompileCase":
-        """A further form of a configuration that another case stands for: compiled where registers
-        are scarcest, and where warp groups multiply if it asks for that, to spare time."""
+        """A variant of a configuration that another case covers. To save time it is compiled for
+        sm_80 alone, where registers are scarcest, and with `wgmma` for sm_90 as well."""
         telling = ("sm_80", "sm_90") if self.wgmma else ("sm_80",)
         return replace(self, targets=tuple(t for t in self.targets if t in telling))

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel configuration for GPUs that need not be here, and judge the code.
+"""Compile every shipped kernel configuration, without the GPUs it is for, and judge the code.
 
 `python -m coachhook_kernels.compilation.report [--json] [--target sm_90] [--match TEXT]
 [--module NAME]`. Exit code 1 where a configuration does not compile, spills, has a stack, asks for
@@ -48,7 +48,7 @@ class Row:
     failures: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object; what a kernel that did not compile takes is null."""
+        """One flat object; the resources of a kernel that did not compile are null."""
         taken: dict[str, Any] = {field.name: None for field in fields(Resources)}
         if self.resources:
             taken = asdict(self.resources)
@@ -99,14 +99,14 @@ def compile_row(module: str, index: int, name: str, target: str) -> Row:
     try:
         found = compile_resources(case, TARGETS[target])
     except Exception as error:
-        # Whatever one kernel fails by is a row of the report, never the end of it.
+        # A kernel may fail in any way: it gets a row, and the report goes on.
         return row(None, [f"does not compile: {_reason(error)}"])
     return row(found, objections(case, target, found))
 
 
 def _reason(error: BaseException) -> str:
-    """The one line of a compiler's message that says what is wrong."""
-    # An error within a function that the kernel calls is told by the innermost of a chain.
+    """The line of a compiler's message that says what is wrong."""
+    # For an error in a function that the kernel calls, the innermost of the chain explains it.
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -116,7 +116,8 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _compiler_environment() -> Iterator[None]:
-    """What child processes inherit: a kernel made for the interpreter cannot be compiled."""
+    """Remove TRITON_INTERPRET, which child processes inherit: a kernel defined for the interpreter
+    cannot be compiled."""
     interpreter = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield
@@ -126,10 +127,10 @@ def _compiler_environment() -> Iterator[None]:
 
 
 def _finished(jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
-    """`compile_row(*job)` of jobs as they come, without those whose process died."""
+    """Each job with its row, as they finish; jobs whose process died are left out."""
     workers = min(os.cpu_count() or 1, len(jobs))
-    # Not forks of this process, whose kernels may be made for the interpreter: of one that imports
-    # this module, with torch and Triton, once for all of them.
+    # Workers fork from a server that imports this module, with torch and Triton, once; not from
+    # this process, whose kernels may be defined for the interpreter.
     context = get_context("forkserver")
     context.set_forkserver_preload(["coachhook_kernels.compilation.report"])
     with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:
@@ -140,12 +141,12 @@ def _finished(jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
 
 
 def _rows(jobs: Sequence[Job]) -> list[Row]:
-    """`compile_row(*job)` of every job, in their order."""
+    """`compile_row(*job)` of every job, in the order of `jobs`."""
     done = {}
     for job, row in _finished(jobs):
         done[job] = row
         _progress(len(done), len(jobs))
-    # A compiler that crashes takes the jobs beside it along: each of them gets a process to itself.
+    # A compiler that crashes breaks the pool: each job left over gets a pool of its own.
     for job in jobs:
         if job not in done:
             module, _, name, target = job

@@ -1,7 +1,7 @@
-"""Compile one kernel for a GPU that is not here, and read what it would take of that GPU.
+"""Compile one kernel for a GPU that need not be here, and read the resources it would take there.
 
-Triton carries the assemblers and disassemblers of its targets, so the code inspected is the code
-that would run. Triton is imported within the functions: the names of the targets need none of it.
+Triton ships the assemblers and disassemblers of its targets, so the code inspected is the code that
+would run. Triton is imported inside the functions, so that the table of targets works without it.
 """
 
 import io
@@ -26,7 +26,7 @@ TENSOR_MEMORY_COLUMNS = 512
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU as Triton names it, and the shared memory (bytes) that one block of it may have."""
+    """A GPU as Triton names it; shared_limit: bytes of shared memory that one block may use."""
 
     backend: str
     arch: int | str
@@ -44,7 +44,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """The resources that a compiled kernel takes.
 
     registers: of a thread (on AMD, vector registers). stack, local: bytes of a thread. spills: on
     NVIDIA the bytes stored and loaded (`store`, `load`), on AMD the registers (`vgpr`, `sgpr`).
@@ -67,9 +67,9 @@ class Resources:
 
 
 def compile_resources(case: CompileCase, target: Target) -> Resources:
-    """Compile `case` for `target` from nothing, whatever was compiled before.
+    """Compile `case` for `target` with an empty cache.
 
-    Raises ValueError where the case does not fit its kernel's parameters, and what Triton raises
+    Raises ValueError where the case does not fit its kernel's parameters, and Triton's own errors
     where it does not compile.
     """
     import triton
@@ -81,7 +81,7 @@ def compile_resources(case: CompileCase, target: Target) -> Resources:
         "num_stages": case.amd_num_stages if amd else case.num_stages,
     }
     assembler_log = io.StringIO()
-    # In a cache of its own, since a kernel found in a cache would come without the assembler's log.
+    # In an empty cache, since a cached kernel would come without the assembler's log.
     with (
         tempfile.TemporaryDirectory() as folder,
         triton.knobs.cache.scope(),
@@ -104,9 +104,9 @@ def compile_resources(case: CompileCase, target: Target) -> Resources:
 
 
 def objections(case: CompileCase, name: str, found: Resources) -> list[str]:
-    """Why `case` must not be shipped for the target `name`; empty where nothing speaks against it.
+    """Reasons not to ship `case` for the target `name`; empty if there are none.
 
-    Spills and stack are held against NVIDIA code only.
+    Spills, stack and missing matrix instructions count against NVIDIA code only.
     """
     target = TARGETS[name]
     reasons = []
@@ -160,8 +160,8 @@ def _nvidia(compiled: Any, assembler_log: str, cubin: Path, counted: bool) -> Re
     usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
     opcodes: Counter[str] = Counter()
     if counted:
-        # Without its data-flow analysis, which no count needs. It still takes a quarter of the
-        # report's time.
+        # Without data-flow analysis (-ndf), which no count needs. Disassembly still takes a quarter
+        # of the report's time.
         sass = _output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
         opcodes.update(SASS_OPCODE.findall(sass))
     return Resources(
@@ -211,7 +211,8 @@ def _output(*command: str) -> str:
 
 
 def _numbers(pattern: str, text: str) -> list[int]:
-    """Every number that `pattern` finds; an account without any is unread, never a zero."""
+    """Every number that `pattern` finds. Raises ValueError if there is none, which must not read as
+    zero."""
     found = [int(number) for number in re.findall(pattern, text)]
     if not found:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Every shipped configuration of the dual path, as something to compile without a GPU."""
+"""Every shipped configuration of the dual path, to be compiled without a GPU."""
 
 from typing import Any
 
@@ -116,9 +116,9 @@ def _row_squares(dtype: str) -> CompileCase:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Products in every configuration: of bfloat16 with both layouts and forms of Δ, of float32 in
-    its fullest form. Float16 compiles to the code of bfloat16 but for the type in
-    its instructions, and is seen once."""
+    """Products in every configuration, of bfloat16 with both layouts and forms of Δ, of float32 in
+    the fullest form; then the finishes. Float16, whose code is that of bfloat16 but for the type in
+    its instructions, has one case."""
     cases = []
     for config in configs.FEW_ROWS["half"] + configs.MANY_ROWS["half"]:
         cases += [_product("bf16", config, "linear", False, False)]

@@ -6,10 +6,11 @@ from coachhook_kernels.launch.runtime import multiprocessors
 from coachhook_kernels.launch.tuning import Config, lookup
 
 FEW = 16
-"""Rows of keys that take the narrow side of a dot: the least that a tensor core multiplies."""
+"""Up to this many rows, the keys take the narrow side of a dot, whose least width on a tensor core
+this is."""
 
 COMPOSED_ROWS = 256
-"""From so many rows on, two products of cuBLAS and a norm replace the fused product."""
+"""From this many rows on, two cuBLAS products and a norm replace the fused product."""
 
 GROUP = 8
 """Row tiles in a group that shares a column tile."""
@@ -55,7 +56,7 @@ def _tiles(size: int, tile: int) -> int:
 
 
 def choices(n_tokens: int, dtype: torch.dtype, row_major: bool) -> list[Config]:
-    """What a product may use, the largest tile first."""
+    """The configurations that a product may use, the largest tile first."""
     width = "single" if dtype == torch.float32 else "half"
     if n_tokens <= FEW:
         return list(FEW_ROWS[width])
@@ -75,8 +76,8 @@ def default_config(
     row_major: bool,
     device: torch.device,
 ) -> Config:
-    """The largest tile, no taller than the rows, that gives nine programs to ten multiprocessors;
-    or else the smallest. rank 0: a dense Δ."""
+    """The largest possible tile that gives at least nine programs for ten multiprocessors, or else
+    the smallest. rank 0: a dense Δ."""
     possible = choices(n_tokens, dtype, row_major)
     wanted = 0.9 * multiprocessors(device)
     for config in possible:
@@ -89,7 +90,7 @@ def default_config(
 def product_config(
     keys: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, factored: bool
 ) -> Config:
-    """Tiles of one product. Measured ones are of half precision and row-major weights."""
+    """Tiles of one product: measured ones for half precision and row-major weights, if any."""
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     rank = down.shape[0] if factored else 0
     row_major = weight.stride(1) == 1 and down.stride(1) == 1
@@ -111,7 +112,7 @@ def swap_block(length: int) -> int:
 
 
 def slab_columns(d_out: int, n_blocks: int, device: torch.device) -> int:
-    """Columns a program swaps: two programs a multiprocessor where there are columns enough."""
+    """Columns that one program swaps: with enough columns, two programs for each multiprocessor."""
     tiles = _tiles(d_out, FINISH_COLUMNS)
     slabs = min(tiles, max(1, 2 * multiprocessors(device) // n_blocks))
     return _tiles(tiles, slabs) * FINISH_COLUMNS

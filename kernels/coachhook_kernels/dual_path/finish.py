@@ -1,8 +1,8 @@
 """Kernels of the gate: partial squares to norms, norms to z-scores, and the swap of open tokens.
 
-Every program works out the gate of its own tokens: the statistics of a sequence are some kilobytes
-in L2, cheaper to read again than a wait for another program. The correction of a token is read only
-where its gate is open.
+Every program works out the gate of its own tokens: reading the statistics of a sequence again, a
+few kilobytes in L2, is cheaper than waiting for another program. The correction of a token is read
+only where its gate is open.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators
@@ -81,7 +81,7 @@ def finish_sequences_kernel(
     i_slab = tl.program_id(2)
     n_real = 0.0
     mean = 0.0
-    # Sum of squared deviations, of two passes within a block; blocks are merged one by one.
+    # Sum of squared deviations: in two passes within a block, then merged block by block.
     deviations = 0.0
     for i_l in range(0, length, BL):
         o_l = i_l + tl.arange(0, BL)
@@ -121,7 +121,7 @@ def finish_tokens_kernel(
     n_tokens, d_out, n_tiles, slab,
     BT: tl.constexpr, BLOCK_TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The swap in one slab of one block of tokens, under a gate that reads a token by itself."""
+    """The swap in one slab of one block of tokens, under a gate that reads each token by itself."""
     i_slab = tl.program_id(1)
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < n_tokens

@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Products(NamedTuple):
-    """What the finish needs. output `(t, d_out)`: `W k + b`, swapped in place. delta_keys: `Δ k`
+    """Input of the finish. output `(t, d_out)`: `W k + b`, swapped in place. delta_keys: `Δ k`
     `(t, d_out)`, or `A k` `(t, r)`. squares float32 `(tiles, t)`: they add up to `‖Δ k‖²`."""
 
     output: Tensor
@@ -114,7 +114,7 @@ def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: T
 
 
 def composed_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
-    """The same from torch's own products: down is `A`, or a dense Δ."""
+    """The same products from torch's own `linear`; down is `A`, or a dense Δ."""
     output, delta_keys = linear(keys, weight, bias), linear(keys, down)
     n_tokens, n_columns = delta_keys.shape
     squares = keys.new_empty(1, n_tokens, dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""Kernels of the products: keys against `W`, and against what gives the difference norm.
+"""Kernels of the products: keys against `W`, and against the dense Δ or its factor `A`.
 
-Every kernel writes, per column tile, the sum of squares of its part of `Δ k`, taken from the fp32
-accumulator. The finish adds the tiles up in a fixed order, so that no gate depends on which program
-came first.
+For each column tile a kernel writes the sum of squares of its part of `Δ k` or `A k`, taken from
+the fp32 accumulator. The finish adds the tiles up in a fixed order, so that no gate depends on
+which program came first.
 
-Few rows are bound by the bandwidth of the weights. There (FEW_ROWS) the weight rows take the M side
-of the dot and the keys its N side.
+With few rows (FEW_ROWS) the time goes into reading the weights: there the weight rows take the M
+side of the dot and the keys its N side.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-decorators
@@ -18,7 +18,8 @@ from coachhook_kernels.launch.triton_dot import dot
 
 @triton.jit
 def row_and_column(i_tile, n_rows, n_columns, GROUP: tl.constexpr):
-    """Row tiles change fastest, in groups of GROUP, so that L2 serves them one weight tile."""
+    """Row and column of a tile. Rows change fastest, in groups of GROUP that share a weight tile in
+    L2."""
     i_group = i_tile // (GROUP * n_columns)
     i_first = i_group * GROUP
     n_group = min(n_rows - i_first, GROUP)
@@ -39,8 +40,8 @@ def pointers(
     p_matrix, i_first, stride_row, stride_k,
     ROWS: tl.constexpr, BK: tl.constexpr, INNER_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to `matrix[i_first : i_first + ROWS, : BK]`; transposed, as a dot takes its right
-    side, where INNER_FIRST. Within a tile 32 bits are enough, and half the registers."""
+    """Pointers to `matrix[i_first : i_first + ROWS, : BK]`; with INNER_FIRST transposed, for the
+    right side of a dot. Offsets within a tile fit 32 bits, which take half the registers."""
     p_matrix += i_first.to(tl.int64) * stride_row
     o_row = tl.arange(0, ROWS)
     o_k = tl.arange(0, BK)
@@ -155,7 +156,7 @@ def factored_kernel(
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     FEW_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `W k + b`; past the last of those, a tile of `A k` and of its squares."""
+    """A tile of `W k + b`; in programs past the last of those, a tile of `A k` and its squares."""
     n_base = tl.cdiv(d_out, BN)
     n_columns = n_base + tl.cdiv(rank, BN)
     i_t, i_column = row_and_column(tl.program_id(0), tl.cdiv(n_tokens, BT), n_columns, GROUP)
@@ -178,7 +179,7 @@ def factored_kernel(
 
 @triton.jit
 def row_squares_kernel(p_rows, p_squares, n_columns, BN: tl.constexpr):
-    """Sum of squares of one row of a product that another library made."""
+    """Sum of squares of one row of a product that another library computed."""
     i_t = tl.program_id(0)
     p_rows += i_t.to(tl.int64) * n_columns
     b_squares = tl.zeros((BN,), tl.float32)

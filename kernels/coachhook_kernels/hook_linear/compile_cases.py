@@ -13,8 +13,8 @@ from coachhook_kernels.launch.tuning import Config
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every default configuration in its fullest form, and the most used one in all its forms;
-    float16, whose code is that of bfloat16 but for the type in its instructions, here and there."""
+    """Every default configuration in its fullest form, and the most used one in all its forms. A
+    few of float16, whose code is that of bfloat16 but for the type in its instructions."""
     return [*_rows_cases(), *_tiles_cases()]
 
 

@@ -16,8 +16,8 @@ from coachhook_kernels.hook_linear.validation import check_correction, check_lin
 from coachhook_kernels.launch import runtime
 
 DUAL_PATH_ROWS = 512
-"""Rows up to which the norm of a dense `Δ k` is found on the way, by reading `W` and `Δ` in one
-pass. Beyond it arithmetic is the bound, and the vendor's library makes the base product."""
+"""Up to this many rows, one pass over `W` and a dense `Δ` also yields the norm of `Δ k`. Beyond,
+arithmetic is the bottleneck, and the vendor's library computes the base product."""
 
 
 def hook_linear(
@@ -26,12 +26,14 @@ def hook_linear(
     """`W_fc k + b`, plus `Δ k` for the tokens whose gate is open (paper Eq. 15-20, per token).
 
     keys `(..., d_in)`; weight `(d_out, d_in)` of any strides (`Conv1D`: its transposed view); bias
-    `(d_out,)` or None; delta and gate of the same dtype and device. Differentiable in keys, weight
-    and bias; delta and gate are constants.
+    `(d_out,)` or None: all of one float dtype. Triton kernels run where delta and the gate's
+    projection have that dtype too, plain torch otherwise. Differentiable in keys, weight and bias;
+    delta and gate are constants.
 
     Returns the output `(..., d_out)`, the score float32 `(...)` and the nearest fingerprint int64
-    `(...)`, -1 where there is none. Under autocast keys, weight, bias and delta are first cast to
-    its dtype; the gate is not. Raises KernelInputError where the tensors do not fit together.
+    `(...)`, -1 where there is none. Under autocast keys (unless float64), weight, bias and delta
+    are first cast to its dtype; the gate is not. Raises KernelInputError where shapes, dtypes or
+    devices do not fit together.
     """
     check_linear(keys, weight, bias, delta, gate)
     device = keys.device.type
@@ -48,8 +50,9 @@ def hook_correction_(
 ) -> tuple[Tensor, Tensor]:
     """Add `Δ k` in place to the output `(..., d_out)` that any engine computed for `keys`.
 
-    Tokens whose gate stays closed keep their output bit for bit and cost the score alone. Not
-    differentiable. Returns the score and the nearest fingerprint, as `hook_linear` does.
+    Tokens whose gate stays closed keep their output bit for bit and cost only the score. Returns
+    the score and the nearest fingerprint, as `hook_linear` does. Raises KernelInputError where the
+    tensors do not fit together, share memory or would need a gradient.
     """
     check_correction(output, keys, delta, gate)
     result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
@@ -66,7 +69,7 @@ def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor |
 
 
 def _kind(keys: Tensor, d_out: int) -> str:
-    """What a compilation that fails speaks for: other dtypes and layers may do better."""
+    """The scope of a failed compilation: other dtypes and layers may still compile."""
     return f"{keys.dtype} {keys.shape[1]}→{d_out}"
 
 
@@ -77,7 +80,7 @@ def eager_correction_(
     score, index = gate.read(keys, delta)
     is_open = gate.is_open(score)
     if keys.device.type == "cpu":
-        # No queue to wait for on a CPU: the count of open rows is free, and most often zero.
+        # A CPU has no queue to wait for: counting open rows is cheap, and most often finds none.
         rows = is_open.nonzero().squeeze(-1)
         if rows.numel():
             corrected = delta.expand(delta.project(keys[rows]))

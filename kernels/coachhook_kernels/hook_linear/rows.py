@@ -1,4 +1,4 @@
-"""Launching the kernel of few rows: which problems it takes, with which tiles."""
+"""Launching the kernel for few rows: which problems it takes, and with which tiles."""
 
 import torch
 import triton
@@ -11,14 +11,14 @@ from coachhook_kernels.launch.counters import counters
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
 TOKEN_TILES = (16, 32, 64)
-"""Widths of a tile of tokens; the widest is the most rows that one launch takes. Beyond it the
-keys, which every `base` program reads whole, would cost more than the weights."""
+"""Widths of a tile of tokens; the widest is the most rows that one launch takes. With more rows the
+keys, all of which every `base` program reads, would cost more than the weights."""
 
 
 def default_config(d_out: int, n_tokens: int, dtype: torch.dtype, by_column: bool) -> Config:
-    """Tiles such that every program of a usual launch is resident at once (two or three a
-    multiprocessor) with 40 KB of weights in flight on each. by_column: the weight is a `Conv1D`'s,
-    contiguous along `d_out`, where a narrower tile would read half-used sectors."""
+    """Tiles for which all programs of a usual launch are resident at once, two or three on each
+    multiprocessor with 40 KB of weights in flight. by_column: the weight is a `Conv1D`'s,
+    contiguous along `d_out`, so that a narrower tile would waste half of each sector it reads."""
     common = {"num_warps": 4, "num_stages": 4}
     if dtype == torch.float32:
         return common | {"BN": 16, "BK": 32, "SLICE": 512}
@@ -38,14 +38,15 @@ CALIBRATED_TILE = 32
 RANK_TILE = 32
 PROJECT_STEP = 64
 MOST_MATCHES = 4096
-"""Tokens times tiles of fingerprints: beyond it the table of matches outgrows a program, and the
-kernels for many rows, which loop, take over."""
+"""Most tokens times tiles of fingerprints. Beyond, the table of matches outgrows a program, and the
+kernels for many rows, which loop over the fingerprints, take over."""
 
 
 def takes(keys: Tensor, delta: Delta, gate: TokenGate) -> bool:
-    """Whether one launch can do it: few rows, and a norm that a projection gives."""
+    """Whether one launch can do it: few rows, few fingerprints, and no dense `Δ` whose norm is the
+    score."""
     n_tokens = keys.shape[0]
-    # float32 accumulators and operands of a wider tile do not fit the registers.
+    # With float32 operands, a wider tile does not fit into the registers.
     widest = TOKEN_TILES[0] if keys.dtype == torch.float32 else TOKEN_TILES[-1]
     if n_tokens > widest or not (gate.keyed or delta.up is not None):
         return False
@@ -55,7 +56,7 @@ def takes(keys: Tensor, delta: Delta, gate: TokenGate) -> bool:
 
 
 def match_table(n_match: int) -> int:
-    """Rows of the table of matches: few sizes, since each is a compilation of its own."""
+    """Rows of the table of matches: few sizes, since each is compiled separately."""
     return next(size for size in (16, 64, 256) if n_match <= size)
 
 
@@ -74,7 +75,7 @@ def _config(keys: Tensor, weight: Tensor | None, d_out: int) -> Config:
 def _sizes(
     keys: Tensor, delta: Delta, gate: TokenGate, n_score: int, d_out: int, config: Config
 ) -> dict[str, int]:
-    """The constants and the counts of a launch: its tiles, and how many programs a role has."""
+    """The constants and the counts of a launch: its tiles, and the number of programs by role."""
     n_tokens, d_in = keys.shape
     rank = delta.down.shape[0]
     n_fingerprints = 0 if gate.fingerprints is None else gate.fingerprints.shape[0]
@@ -123,7 +124,7 @@ def _strides(
 
 
 def _scratch(sizes: dict[str, int], factored: bool, device: torch.device) -> dict[str, Tensor]:
-    """What the programs of a launch leave for one another."""
+    """Buffers through which the programs of a launch pass results to one another."""
 
     def table(*rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*rows, sizes["n_tokens"], dtype=dtype, device=device)
@@ -145,8 +146,8 @@ def launch(
     gate: TokenGate,
     output: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write `hook_linear` of keys `(t, d_in)`, t ≤ 64, to output `(t, d_out)`; without a weight,
-    add the correction to it. Not for a calibrated gate on a dense Δ. Returns score and index."""
+    """Write `hook_linear` of keys `(t, d_in)` to output `(t, d_out)`; without a weight, add the
+    correction to it. Only for problems that `takes` accepts. Returns score and index."""
     (n_tokens, d_out), device = output.shape, keys.device
     projection = delta.down if gate.projection is None else gate.projection
     config = _config(keys, weight, d_out)

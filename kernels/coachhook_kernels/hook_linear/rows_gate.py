@@ -1,4 +1,4 @@
-"""The roles of `rows_kernel` that find out the gate: `project` and `match`; and what they found."""
+"""The roles of `rows_kernel` that decide the gate, `project` and `match`, and their result."""
 
 import triton
 import triton.language as tl
@@ -29,7 +29,7 @@ def project(
 def add_slices(partials, o_n, m_n, tokens, BN: tl.constexpr, BT: tl.constexpr):
     """The slices of `project`, added up: `(BN, BT)`."""
     b_sum = tl.zeros((BN, BT), tl.float32)
-    # Some at a time: a slice alone would cost a trip to the cache for every step.
+    # Several at a time: one slice a step would cost a round trip to the cache each.
     TOGETHER: tl.constexpr = 64 // BT
     for i_slice in range(0, partials.n_slices, TOGETHER):
         o_slice = i_slice + tl.arange(0, TOGETHER)
@@ -81,7 +81,7 @@ def match_fingerprints(
 def match_norm(
     partials, p_lowered, tokens, p_counters, n_project, BS: tl.constexpr, BT: tl.constexpr
 ):
-    """`‖A k‖`, which no fingerprint stands for, and `A k` itself, left for `base`."""
+    """`‖A k‖` with -1 for the fingerprint; stores `A k` itself for `base`."""
     wait(p_counters, PROJECTED, n_project)
     b_squares = tl.zeros((BT,), tl.float32)
     for i_r in range(0, partials.n_score, BS):
@@ -102,7 +102,7 @@ def best_match(best, tokens, MATCHES: tl.constexpr):
     b_best = tl.load(best.p_score + o_best, mask=m_match, other=-float("inf"))
     b_index = tl.load(best.p_index + o_best, mask=m_match, other=-1)
     b_score = tl.max(b_best, axis=0)
-    # The first tile among equals; a NaN, which `max` may lose, is found again by its index.
+    # The lowest index among equal scores; NaN, which `max` may drop, is looked for separately.
     b_first = tl.where(b_best == b_score[None, :], b_index, 2147483647)
     b_nan = tl.max(tl.where(b_best != b_best, 1, 0), axis=0) > 0
     return tl.where(b_nan, float("nan"), b_score), tl.where(b_nan, -1, tl.min(b_first, axis=0))
@@ -110,9 +110,9 @@ def best_match(best, tokens, MATCHES: tl.constexpr):
 
 @triton.jit
 def read_gate(threshold, best, tokens, p_counters, MATCHES: tl.constexpr):
-    """Score and fingerprint of each token, and whether it is corrected, once `match` is through."""
+    """Score and fingerprint of each token, and whether its gate is open, once `match` is done."""
     wait(p_counters, MATCHED, best.n_match)
     b_score, b_index = best_match(best, tokens, MATCHES)
-    # Rounded as torch rounds: a score right at the threshold must be open here and there.
+    # Rounded as torch rounds: a score right at the threshold must open the gate in both.
     b_z = tl.div_rn(b_score - tl.load(threshold.p_mean), tl.load(threshold.p_std))
     return b_score, b_index, tokens.m_t & (b_z >= tl.load(threshold.p_alpha))

@@ -1,12 +1,12 @@
-"""`hook_linear` and `hook_correction_` of few rows (decoding): everything in one launch.
+"""`hook_linear` and `hook_correction_` for few rows (decoding): everything in one launch.
 
 The programs of the launch play roles, in the order of their ids:
 
     project  partial sums of `F k` (keyed gate) or `A k` (calibrated gate, factored Δ), by slices
     match    the slices added up; cosines with a tile of fingerprints, or the norm
     down     `A k`, only where a keyed gate opened on a factored Δ
-    base     a tile of `W_fc k`, streamed while the gate is found out; then, only where the gate of
-             a token is open, the same tile of `Δ k`
+    base     a tile of `W_fc k`, streamed while the gate is decided; then, if the gate of any token
+             is open, the same tile of `Δ k`
 
 A program waits only for programs of lower id, which the hardware starts first and which wait for
 nothing of higher id: no grid-wide barrier, and no limit on the size of the grid. By the time `base`
@@ -80,7 +80,7 @@ def base_product(
 
 @triton.jit
 def expand(delta, opened, o_n, m_n, BN: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr):
-    """`U (A k)` from the `A k` that was left."""
+    """`U (A k)` from the `A k` of `lower` or `match_norm`."""
     b_delta = tl.zeros((BN, BT), tl.float32)
     up = delta.up
     for i_r in range(0, delta.rank, BR):
@@ -123,7 +123,7 @@ def base(
     BASE: tl.constexpr, KEYED: tl.constexpr, FACTORED: tl.constexpr, BN: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, MATCHES: tl.constexpr,
 ):  # fmt: skip
-    """`BN` columns of the output; by the first of these programs, score and index, too."""
+    """`BN` columns of the output; the first of these programs also stores score and index."""
     o_n = i_base * BN + tl.arange(0, BN)
     m_n = o_n < d_out
     b_acc = base_product(weight, p_bias, keys, tokens, o_n, m_n, BASE, BN, BT, BK)
@@ -146,7 +146,8 @@ def base(
         tl.store(p_tile, b_acc.to(output.pointer.dtype.element_ty), mask=m_stored)
 
 
-# Counts that change with the batch and with every edit: a kernel for each would compile for ever.
+# Counts that change with the batch or with every edit; specialising on them would recompile each
+# time.
 COUNTS = ["n_tokens", "rank", "n_fingerprints", "n_slices", "n_project", "n_match", "n_down"]
 
 

@@ -1,4 +1,4 @@
-"""What the roles of `rows_kernel` share: what they are given, and how they wait for each other."""
+"""Shared by the roles of `rows_kernel`: their arguments, and how they wait for each other."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from coachhook_kernels.launch.triton_dot import dot
 PROJECTED, MATCHED, LOWERED, FINISHED = (tl.constexpr(i) for i in range(4))
 
 
-# What travels together from the kernel to its roles; nothing of it is left in the compiled code.
+# Arguments that the kernel passes to its roles together; the tuples vanish in compilation.
 class Matrix(NamedTuple):
     """`(n, k)` of any strides; absent where the pointer is None."""
 
@@ -28,7 +28,7 @@ class Keys(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A tile of tokens: which, of `n_tokens`, and which of them are meant."""
+    """A tile of `n_tokens` tokens: their indices `o_t`, and a mask `m_t` of those to read."""
 
     o_t: Any
     m_t: Any
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What `project` leaves: `(n_slices, n_score, n_tokens)`."""
+    """The result of `project`: float32 `(n_slices, n_score, n_tokens)`."""
 
     pointer: Any
     n_slices: Any
@@ -53,7 +53,7 @@ class Fingerprints(NamedTuple):
 
 
 class Best(NamedTuple):
-    """What `match` leaves: score and fingerprint of each tile, `(n_match, n_tokens)`."""
+    """The result of `match`: best score and fingerprint of each tile, `(n_match, n_tokens)`."""
 
     p_score: Any
     p_index: Any
@@ -61,7 +61,7 @@ class Best(NamedTuple):
 
 
 class Threshold(NamedTuple):
-    """Open is a gate where `(score - mean) / std >= alpha`."""
+    """A gate is open where `(score - mean) / std >= alpha`."""
 
     p_mean: Any
     p_std: Any
@@ -69,8 +69,8 @@ class Threshold(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """down `(rank, d_in)` and up; or down alone, the dense Δ. `p_lowered`: `A k`, float32
-    `(rank, n_tokens)`, which is there once `n_down` programs have signalled."""
+    """down `(rank, d_in)` with up, or down alone, the dense Δ. `p_lowered`: `A k`, float32
+    `(rank, n_tokens)`, complete once `n_down` programs have signalled."""
 
     down: Any
     up: Any
@@ -80,7 +80,7 @@ class Delta(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a launch is for: `(t, d_out)`, contiguous along `d_out`; score and index `(t,)`."""
+    """The results of a launch: `(t, d_out)`, contiguous along `d_out`; score and index `(t,)`."""
 
     pointer: Any
     stride_t: Any
@@ -103,7 +103,7 @@ def wait(p_counters, i_counter, target):
 
 @triton.jit
 def leave(p_counters):
-    """Who finishes last leaves the counters as they were found, for the next launch."""
+    """The last program to finish resets the counters to zero for the next launch."""
     tl.debug_barrier()
     n_programs = tl.num_programs(0)
     if tl.atomic_add(p_counters + FINISHED, 1, sem="acq_rel", scope="gpu") == n_programs - 1:

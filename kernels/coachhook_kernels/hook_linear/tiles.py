@@ -1,11 +1,11 @@
-"""The gate and the correction of many rows (prefill), beside a base product of any engine.
+"""The gate and the correction for many rows (prefill), beside a base product of any engine.
 
     1. score     `F k` or `A k` for every row: a tall, thin product, split along `d_in`
     2. gate      the slices added up, cosines or norm, and the list of the rows that are open
     3. correct   `Δ k`, or `U (A k)`, of the listed rows alone, added to the output
 
-No intermediate is `rows × d_out` in size. The host never learns how many rows are open: a fixed
-grid of programs walks over the tiles that the list has turned out to fill.
+No intermediate is `rows × d_out` in size. The host never learns how many rows are open: a grid of
+fixed size walks over as many tiles as the list fills.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def walk_tiles(
     EPILOGUE: tl.constexpr, LISTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of the tiles of `left @ rightᵀ`."""
+    """Compute this program's share of the tiles of `left @ rightᵀ`."""
     n_tiles_n = tl.cdiv(n_columns, BN)
     n_tiles = tl.cdiv(n_present, BM) * n_tiles_n * n_slices
     for i_tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
@@ -108,8 +108,8 @@ def open_rows_kernel(
 ):  # fmt: skip
     """STORE or ADD the rows of `left @ rightᵀ` that are in the list.
 
-    The usual few rows leave only the reading of `right` to be fast at, which wants many narrow
-    tiles; a flood of open rows wants square ones. The length of the list decides.
+    With few open rows, as usual, reading `right` is the bottleneck, and many narrow tiles are best;
+    with many, square tiles are. The length of the list decides.
     """
     n_open = tl.load(p_counters + OPEN)
     if n_open <= FEW:
@@ -156,8 +156,8 @@ def squares_config(dtype: torch.dtype) -> Config:
 
 
 def gate_block(n_rows: int, fingerprints: Tensor | None) -> int:
-    """Rows of a program of `gate_kernel`: enough programs to fill a GPU; float32 fingerprints
-    take the registers of more."""
+    """Rows of one program of `gate_kernel`: few enough for the programs to fill a GPU, and for
+    float32 fingerprints to fit into the registers."""
     single = fingerprints is not None and fingerprints.dtype == torch.float32
     return 16 if single or n_rows < 4096 else 32
 
@@ -224,18 +224,19 @@ def multiply_open(
 
 
 def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Score and index."""
+    """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Returns score and
+    index."""
     try:
         return _launch(keys, delta, gate, output)
     except BaseException:
-        # A series broken off after its gate leaves a list that the next one would append to.
+        # A series that breaks off after its gate leaves a list, to which the next would append.
         discard()
         raise
 
 
 class Parts(NamedTuple):
-    """What the gate adds up: `tensor` is float32 `(parts, t, n_score)` of `F k` or `A k`; or,
-    `summed`, sums of squares `(parts, t)` of a dense `Δ k`."""
+    """The parts of the score: `tensor` is float32 `(parts, t, n_score)` of `F k` or `A k`; or, if
+    `summed`, `(parts, t)`, sums of squares of a dense `Δ k`."""
 
     tensor: Tensor
     n_score: int
@@ -257,7 +258,7 @@ def _score_parts(
     projection = delta.down if gate.projection is None else gate.projection
     n_score = projection.shape[0]
     n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
-    # Slices until every multiprocessor has two programs, each slice four steps or longer.
+    # Enough slices for two programs on each multiprocessor, each of at least four steps.
     most = triton.cdiv(d_in, 4 * scoring["BK"])
     n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
     slices = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
@@ -268,7 +269,8 @@ def _score_parts(
 def _read_gate(
     parts: Parts, gate: TokenGate, lowered: Tensor, rows: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One launch of `gate_kernel`, which also lists the open rows and adds up lowered `A k`."""
+    """One launch of `gate_kernel`: score and index. It fills `rows` with the open rows and, for a
+    calibrated gate on factors, `lowered` with `A k`."""
     n_rows, device = rows.shape[0], rows.device
     score = torch.empty(n_rows, dtype=torch.float32, device=device)
     index = torch.empty(n_rows, dtype=torch.int64, device=device)

@@ -1,11 +1,11 @@
-"""The gate of many rows: parts of the score in, the list of the rows that are open out."""
+"""The gate of many rows: from parts of the score to the list of open rows."""
 
 import triton
 import triton.language as tl
 
 from coachhook_kernels.launch.triton_dot import dot_wide
 
-# Counters of a series: the length of the list, and the programs that are done with it.
+# Counters of a series: the length of the list, and the number of programs done with it.
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
 
 
@@ -29,7 +29,8 @@ def nearest_fingerprint(
     b_unit, p_fingerprints, p_enabled, o_s, m_s, n_score, n_fingerprints,
     BM: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """Largest cosine with unit vectors `(S, BM)`, and its fingerprint; -1 and -1 where none is."""
+    """Largest cosine with unit vectors `(S, BM)`, and its fingerprint; -1 and -1 where no
+    fingerprint is enabled."""
     b_score = tl.full((BM,), -1.0, tl.float32)
     b_index = tl.full((BM,), -1, tl.int32)
     for i_e in range(0, n_fingerprints, BE):
@@ -47,7 +48,7 @@ def nearest_fingerprint(
         b_first = tl.min(
             tl.where(b_cosine == b_best[None, :], o_e[:, None], n_fingerprints), axis=0
         )
-        # Strictly above: the first of equals. -2 stands for a tile with none enabled.
+        # Strictly above, to keep the first among equals. -2: no fingerprint of the tile is enabled.
         m_better = (b_best > b_score) | ((b_index < 0) & (b_best > -2.0))
         b_score = tl.where(m_better, tl.maximum(b_best, -1.0), b_score)
         b_index = tl.where(m_better, b_first, b_index)
@@ -88,7 +89,7 @@ def read_dense(p_parts, o_row, m_m, n_rows, n_parts, BM: tl.constexpr):
 def read_factored(
     p_parts, p_lowered, o_row, m_m, n_rows, n_score, n_parts, BM: tl.constexpr, S: tl.constexpr
 ):
-    """`‖A k‖`, which is `‖Δ k‖`; and `A k` itself, left for the correction."""
+    """`‖A k‖`, which is `‖Δ k‖`; stores `A k` itself for the correction."""
     b_squares = tl.zeros((BM,), tl.float32)
     for i_s in range(0, n_score, S):
         o_s = i_s + tl.arange(0, S)
@@ -105,8 +106,7 @@ def read_factored(
 
 @triton.jit
 def list_open(p_rows, p_counters, o_m, m_open):
-    """Add the open rows to the list. Their order is whatever it is: no row's result depends on its
-    place."""
+    """Add the open rows to the list, in any order: no row's result depends on its place."""
     b_open = m_open.to(tl.int32)
     n_open = tl.sum(b_open, axis=0)
     if n_open > 0:

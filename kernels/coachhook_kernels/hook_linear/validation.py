@@ -1,4 +1,4 @@
-"""What `hook_linear` and `hook_correction_` accept; everything else is a KernelInputError."""
+"""Checks of the arguments of `hook_linear` and `hook_correction_`, which raise KernelInputError."""
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
 
 
 def check_overlap(output: Tensor, keys: Tensor) -> None:
-    """Refuse an output that holds an element twice, or shares memory with the keys: programs that
-    run side by side would read what others have written."""
+    """Refuse an output that holds an element twice or shares memory with the keys, where parallel
+    programs would read what others have already written."""
     if torch._debug_has_internal_overlap(output) == 1:
         raise KernelInputError(
             f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
@@ -66,7 +66,7 @@ def check_overlap(output: Tensor, keys: Tensor) -> None:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the first behind it."""
+    """First byte of a tensor in its storage, and the first byte past its end."""
     first = int(tensor.storage_offset())
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = first + sum((size - 1) * stride for size, stride in steps) + 1
@@ -74,7 +74,7 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
 
 
 def _is_real(tensor: Tensor) -> bool:
-    """Whether torch computes with this dtype: an 8-bit float is for storage alone."""
+    """Whether torch computes with this dtype; 8-bit floats are for storage only."""
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 

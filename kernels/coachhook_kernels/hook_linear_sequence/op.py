@@ -1,4 +1,4 @@
-"""`hook_linear_sequence`: what it accepts, where it runs, and its gradient."""
+"""`hook_linear_sequence`: argument checks, dispatch and gradient."""
 
 from typing import Any
 
@@ -26,13 +26,14 @@ def hook_linear_sequence(
     """`W_fc k + b`, plus `Δ k` where the z-score of `‖Δ k‖` is at least alpha (paper Eq. 15-20).
 
     keys `(b, l, d_in)`; weight `(d_out, d_in)`, of any strides; bias `(d_out,)` or None: all of one
-    floating dtype. delta: dense or factored, a constant in the backward, as is the gate; in the
-    dtype of the keys for the Triton kernels, otherwise plain torch runs. mask bool `(b, l)`, true
-    for real tokens, or None: all are. alpha: 0-d float32.
+    floating dtype. delta: dense or factored; Triton kernels run where it has that dtype too, plain
+    torch otherwise. mask bool `(b, l)`, true for real tokens, or None: all are. alpha: 0-d float32.
+    Differentiable in keys, weight and bias; delta and the gate are constants.
 
     Returns the output `(b, l, d_out)`, and score `‖Δ k‖` and z-score over the real tokens of each
     sequence, both float32 `(b, l)`; z is NaN for padding and where a sequence has a single real
-    token, and a NaN opens no gate. Under autocast everything is first cast to its dtype.
+    token, and a NaN opens no gate. Under autocast keys (unless float64), weight, bias and delta are
+    first cast to its dtype.
 
     Raises KernelInputError where shapes, dtypes or devices do not fit together.
     """
@@ -139,7 +140,7 @@ def _row_sparse(
     mask: Tensor | None,
     alpha: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The reference, with `U (A k)` for open tokens alone: on a CPU, finding them is no wait."""
+    """The reference, with `U (A k)` for open tokens only: on a CPU, finding them costs no wait."""
     output = linear(keys, weight, bias)
     projected = delta.project(keys)
     score = difference_norm(projected)

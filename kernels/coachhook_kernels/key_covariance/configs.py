@@ -21,16 +21,17 @@ SQUARE: Config = {
     "num_warps": 4,
     "num_stages": 3,
 }
-"""Two programs fit on a multiprocessor of a Hopper: one multiplies while the other writes."""
+"""Two programs fit on a Hopper multiprocessor: one multiplies while the other writes."""
 
 WIDE: Config = SQUARE | {"block_j": 256, "group": 8, "num_warps": 8}
-"""Fewer bytes of keys for each product, but one program to a multiprocessor."""
+"""Fewer bytes of keys for each product, but only one program on a multiprocessor."""
 
 POINTER: Config = SQUARE | {"tma": 0, "num_warps": 8}
-"""For what a tensor descriptor cannot do: a mask, an older GPU."""
+"""Where tensor descriptors cannot be used: with a mask, and on older GPUs."""
 
 SINGLE: Config = SQUARE | {"tma": 0, "block_n": 16, "num_warps": 8}
-"""float32 keys: multiplied in float32, without the tensor cores. For a measurement to choose."""
+"""For float32 keys, multiplied in float32 without tensor cores. Used only if a measurement chose
+it."""
 
 SMALLEST_D = 4096
 FEWEST_ROWS = 1024
@@ -38,12 +39,13 @@ WIDE_ROWS = 8192
 
 
 def default_config(rows: int, d: int, dtype: torch.dtype, multiprocessors: int) -> Config:
-    """What the roofline suggests where nothing was measured (csrc_notes/key-covariance.md)."""
+    """The roofline's choice where nothing was measured (csrc_notes/key-covariance.md)."""
     if dtype == torch.float32 or d < SMALLEST_D or rows < FEWEST_ROWS:
         return LIBRARY
     blocks = math.ceil(d / WIDE["block_j"])
     waves = blocks * (blocks + 1) / multiprocessors
-    # A wide tile hides nothing of its epilogue and leaves more multiprocessors idle at the end.
+    # A wide tile overlaps its epilogue with nothing and leaves more multiprocessors idle at the
+    # end.
     wide = rows >= WIDE_ROWS and math.ceil(waves) <= 1.1 * waves
     return WIDE if wide else SQUARE
 
@@ -69,5 +71,5 @@ def _aligned(moment: Tensor, keys: Tensor) -> bool:
 
 
 def _has_tma(device: torch.device) -> bool:
-    """Whether the GPU copies tiles by a tensor descriptor, which older ones only emulate."""
+    """Whether the GPU copies tiles by tensor descriptor; older GPUs only emulate it."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -21,8 +21,8 @@ MIRROR_GROUP = 8
 def _triangle(i_tile, n_blocks, GROUP: tl.constexpr):
     """Row and column (row <= column < n_blocks) of the `i_tile`-th block of the triangle.
 
-    `GROUP` rows at a time, down each column of them in turn, so that programs that run together
-    read few distinct columns of the keys and find them in the L2 cache.
+    The order goes through GROUP rows at a time, down each column in turn, so that concurrent
+    programs read few distinct columns of the keys and find them in the L2 cache.
     """
     first = 0
     rows = tl.minimum(n_blocks, GROUP)
@@ -65,7 +65,7 @@ def _halves(b_acc):
 def _add_columns(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
     o_i = i_i + tl.arange(0, b_acc.shape[0])
     o_j = i_j + tl.arange(0, b_acc.shape[1])
-    # On and above the diagonal no row's index is beyond d where the column's is not.
+    # On and above the diagonal row <= column, so a column below d implies a row below d.
     m_ij = tl.broadcast_to((o_j < d)[None, :], b_acc.shape)
     if DIAGONAL:
         m_ij = m_ij & (o_i[:, None] <= o_j[None, :])
@@ -79,7 +79,7 @@ def _add_columns(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.
 
 @triton.jit
 def _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
-    # A whole tile of sums beside a whole tile of products does not fit into the registers.
+    # A whole tile of sums and a whole tile of products do not fit into the registers together.
     b_left, b_right = _halves(b_acc)
     b_0, b_1 = _halves(b_left)
     b_2, b_3 = _halves(b_right)
@@ -119,14 +119,14 @@ def triangle_kernel(
     o_n = tl.arange(0, BLOCK_N)
     p_i = keys + o_n.to(tl.int64)[:, None] * stride_n + o_i[None, :]
     p_j = keys + o_n.to(tl.int64)[:, None] * stride_n + o_j[None, :]
-    # The first dimension of a block of keys counts rows, the second one columns.
+
     m_i = (o_i < d)[None, :]
     m_j = (o_j < d)[None, :]
     b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     for i_n in range(0, n, BLOCK_N):
         m_n = i_n + o_n < n
         if mask is not None:
-            # Neither operand reads a masked row, so what it holds never meets a product.
+            # Neither operand reads a masked row, so its contents, even NaN, do not count.
             m_n = m_n & tl.load(mask + i_n + o_n, mask=m_n, other=0).to(tl.int1)
         b_i = tl.load(p_i, mask=m_n[:, None] & m_i, other=0.0)
         b_j = tl.load(p_j, mask=m_n[:, None] & m_j, other=0.0)
@@ -179,8 +179,8 @@ def add_triangle(
 ) -> None:
     """Launch a configuration with `triangle` set; arguments as `key_covariance_` validated them.
 
-    The elements of a row of keys lie side by side; with `tma` there is no mask, and rows start at
-    multiples of 16 bytes.
+    Keys are contiguous along d; with `tma` there is no mask, and rows start at multiples of 16
+    bytes.
     """
     n, d = keys.shape
     blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
@@ -206,8 +206,8 @@ def mirror_upper(moment: Tensor) -> None:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every shipped configuration with the mirror tile, which is the larger code; other forms, and
-    float16, on fewer GPUs."""
+    """Every shipped configuration with MIRROR, whose code is larger; variants without it, and
+    float16, for fewer GPUs."""
     cases = [
         CompileCase(
             "key_covariance/mirror fp32",

@@ -20,15 +20,16 @@ def key_covariance_(
     """`moment += Kᵀ diag(mask) K`, in place, summed in the dtype of `moment`; returns `moment`.
 
     moment `(d, d)` float32 or float64, contiguous and symmetric; keys `(n, d)` of any float dtype;
-    mask bool `(n,)`: masked rows count for nothing, whatever they hold. On a GPU with Triton only
-    the upper triangle of `moment` is read and computed; no gradient flows.
+    mask bool `(n,)`: rows where it is False are left out, whatever they hold. Only the upper
+    triangle of `moment` counts, and the Triton kernels read and compute no other; no gradient
+    flows.
 
-    With `mirror` the result is exactly symmetric. A stream of many calls into one moment leaves it
-    out and ends with `mirror_`; until then the lower triangle holds nothing of use.
+    With `mirror` the result is exactly symmetric. A series of calls into one moment passes False
+    and ends with `mirror_`; until then the lower triangle is meaningless.
 
-    Raises KernelInputError on tensors that do not fit together. An asymmetric `moment` is found
-    with `mirror`, on the CPU, up to d = 512: elsewhere the check costs too much, and on a GPU the
-    host would have to wait for it. A caller that cannot vouch for its accumulator calls
+    Raises KernelInputError for tensors that do not fit together. An asymmetric `moment` is refused
+    only with `mirror`, on the CPU and up to d = 512: elsewhere the check costs too much, and on a
+    GPU the host would have to wait for it. A caller that is not sure of its moment calls
     `require_symmetric` once.
     """
     _validate_moment(moment)
@@ -40,7 +41,7 @@ def key_covariance_(
 def mirror_(moment: Tensor) -> Tensor:
     """Copy the upper triangle of `moment` `(d, d)` onto the lower one, in place; returns `moment`.
 
-    Raises KernelInputError where `moment` is none that `key_covariance_` takes.
+    Raises KernelInputError if `key_covariance_` would not take `moment`.
     """
     _validate_moment(moment)
     _mirror_(moment.detach())
@@ -55,7 +56,7 @@ def require_symmetric(moment: Tensor) -> None:
     _validate_moment(moment)
     if moment.numel() == 0:
         return
-    # No element of a second moment is larger than the largest one on its diagonal.
+    # No element of a second moment is larger than the largest on its diagonal.
     size = moment.diagonal().abs().max().nan_to_num()
     difference = (moment - moment.mT).abs().nan_to_num(nan=0.0).max()
     if difference > _ASYMMETRY * size:

@@ -11,13 +11,13 @@ def key_covariance_(
     """`moment += Kᵀ diag(mask) K`, in place, summed in the dtype of `moment`.
 
     moment `(d, d)` float32 or float64, symmetric; keys `(n, d)` of any float dtype; mask bool
-    `(n,)`: masked rows count for nothing, whatever they hold. With `mirror` the result is exactly
-    symmetric; without, only its upper triangle is specified, until `mirror_` is called.
+    `(n,)`: rows where it is False are left out, whatever they hold. With `mirror` the result is
+    exactly symmetric; without, only its upper triangle is specified, until `mirror_` is called.
     """
     selected = keys if mask is None else keys.masked_fill(~mask.unsqueeze(-1), 0)
     selected = selected.to(moment.dtype)
     moment.addmm_(selected.mT, selected)
-    # A library may sum the two halves in different orders, and then they differ in the last bit.
+    # A library may sum the two triangles in different orders, and they then differ in the last bit.
     return mirror_(moment) if mirror else moment
 
 

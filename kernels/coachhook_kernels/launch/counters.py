@@ -1,9 +1,9 @@
 """Counters that the programs of one launch share: zero before a launch, and zero again after it.
 
-Two launches that may overlap must not share them, nor two series of launches that may interleave.
-Launches of one stream never overlap, and one thread's series follow each other, so a thread owns
-one set on each stream; a launch captured into a CUDA graph owns one for good, since the graph may
-be replayed on any stream.
+Launches that may overlap must not share a set of counters, nor may series of launches that may
+interleave. Launches on one stream never overlap, and a thread issues one series after another, so
+each thread has one set for each stream. A launch captured into a CUDA graph keeps a set for good,
+since the graph may be replayed on any stream.
 """
 
 import threading
@@ -38,7 +38,8 @@ def counters(device: torch.device) -> Tensor:
 
 
 def discard() -> None:
-    """Forget the streams' counters: a series of launches broke off and may have left them used."""
+    """Forget the streams' counters, because a series of launches broke off and may have left them
+    above zero."""
     with _lock:
         _of_stream.clear()
 
@@ -47,10 +48,10 @@ def _take(device: torch.device) -> Tensor:
     free = _free.setdefault(device, [])
     if not free:
         if torch.cuda.is_current_stream_capturing():
-            # Memory of the graph's own, zeroed by the graph at every replay.
+            # The graph owns this memory and zeroes it at every replay.
             return torch.zeros(SET, dtype=torch.int32, device=device)
-        # In a thread of its own: this one's allocations may be going to the pool of a CUDA graph
-        # that is being warmed up, which takes its memory back.
+        # In a new thread: this thread may be allocating from the pool of a CUDA graph that is being
+        # warmed up, and the pool takes its memory back.
         thread = threading.Thread(target=_add_block, args=(device,))
         thread.start()
         thread.join()

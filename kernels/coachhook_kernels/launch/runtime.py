@@ -1,6 +1,6 @@
 """Where a Triton kernel can run, and what happens where it cannot.
 
-A fall-back to plain torch gives the same numbers more slowly, so it is logged once and goes on.
+A fall-back to plain torch gives the same numbers more slowly, so it is logged once, not raised.
 """
 
 import functools
@@ -21,14 +21,14 @@ T = TypeVar("T")
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
 
-# What Triton says, as a bare RuntimeError, where a pass fails or the launcher cannot be built.
+# In the message of Triton's bare RuntimeError when a pass fails or the launcher cannot be built.
 COMPILER_TROUBLE = r"PassManager|C compiler"
 
 _broken: set[str] = set()
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU, for their meaning alone."""
+    """Whether Triton kernels run in its interpreter, on the CPU, to check results, not speed."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -51,7 +51,8 @@ def _device_refusal(device: torch.device) -> str | None:
 
 
 def triton_runs(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these tensors: a recent GPU, one of fp32, fp16, bf16."""
+    """Whether the Triton kernels take these tensors: the first is on a recent GPU, and each is
+    float32, float16 or bfloat16."""
     given = [tensor for tensor in tensors if tensor is not None]
     if given[0].device.type != "cuda":
         return False
@@ -64,9 +65,9 @@ def triton_runs(*tensors: Tensor | None) -> bool:
 
 
 def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) -> T:
-    """`launch()`, or `eager()` from the first time that `name` does not compile on.
+    """`launch()`; once that fails to compile, `eager()` in this and every later call with `name`.
 
-    Only compilation is forgiven: an error of a kernel that ran is raised.
+    Errors other than those of compilation are raised.
     """
     if name in _broken:
         return eager()

@@ -1,12 +1,12 @@
-"""`tl.dot` as every kernel here means it: products of the operands' own type, summed in float32."""
+"""The `tl.dot` of all kernels: products in the operands' own type, summed in float32."""
 
 import triton
 import triton.language as tl
 
 from coachhook_kernels.launch.runtime import interpreting
 
-# The interpreter keeps bfloat16 as bare bits and would multiply those; a product of two bfloat16
-# is exact in float32, so widening first means the same.
+# The interpreter stores bfloat16 as raw bits and would multiply these. A product of two bfloat16
+# numbers is exact in float32, so widening first gives the same result.
 WIDEN = tl.constexpr(interpreting())
 
 
@@ -21,10 +21,10 @@ def dot(b_left, b_right, b_acc):
 
 @triton.jit
 def dot_wide(b_left, b_wide, b_acc):
-    """`b_acc + b_left @ b_wide` with b_wide float32 and nothing of it rounded away.
+    """`b_acc + b_left @ b_wide` with b_wide float32, which is not rounded.
 
-    A float32 is the sum of three 16-bit numbers, so for a 16-bit b_left three products on the
-    matrix units do it; a float32 b_left takes the float32 units.
+    A float32 number is the sum of three 16-bit numbers, so a 16-bit b_left takes three products on
+    the matrix units; a float32 b_left takes one on the float32 units.
     """
     if b_left.dtype == tl.float32:
         b_acc = dot(b_left, b_wide, b_acc)

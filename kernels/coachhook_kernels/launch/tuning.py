@@ -1,4 +1,4 @@
-"""Launch configurations: JSON files of measured ones per device, a default where none fits.
+"""Launch configurations: measured ones in JSON files by device, a default where none is near.
 
 `configs/<device>/<kernel>.json` is a list of `{"when": {...}, "config": {...}}`; `when` names the
 problem's sizes, and the entry nearest in log size wins. Nothing is tuned at run time.
@@ -56,13 +56,15 @@ def _nearest(folder: str, kernel: str, sizes: tuple[tuple[str, int], ...]) -> Co
 
 
 def lookup(kernel: str, device: torch.device, default: Config, **sizes: int) -> Config:
-    """The measured configuration nearest to `sizes` (within a factor of 4 in all), or `default`."""
+    """The measured configuration nearest to `sizes`, or `default` where the factors between its
+    sizes and these multiply to more than 4."""
     found = _nearest(device_folder(device), kernel, tuple(sorted(sizes.items())))
     return default if found is None else found
 
 
 def launchable(config: Config) -> Config:
-    """The configuration as it is launched: an AMD GPU's local memory holds two stages of a tile."""
+    """The configuration to launch: at most two stages on an AMD GPU, whose local memory holds no
+    more."""
     if torch.version.hip is None:
         return config
     return config | {"num_stages": min(config["num_stages"], 2)}
