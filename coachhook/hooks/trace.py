@@ -22,7 +22,8 @@ class Trace:
 
     score, z float32 `(l, t)`; threshold float32 `(l,)`: the lowest score that opens the gate (for
     the sequence gate, whose reference is the text itself, the lowest z-score); is_open bool
-    `(l, t)`; edit int64 `(l, t)`: the edit whose fingerprint gave the score, -1 if none.
+    `(l, t)`; edit int64 `(l, t)`: the edit whose fingerprint gave the score, -1 if none. compared:
+    what the threshold is compared with, "score" or "z".
     """
 
     tokens: list[str]
@@ -32,6 +33,7 @@ class Trace:
     threshold: Tensor
     is_open: Tensor
     edit: Tensor
+    compared: str
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; numbers that are not finite become None."""
@@ -50,6 +52,7 @@ class Trace:
             "threshold": numbers(self.threshold[None])[0],
             "is_open": self.is_open.tolist(),
             "edit": self.edit.tolist(),
+            "compared": self.compared,
         }
 
 
@@ -77,6 +80,7 @@ def trace_text(lm: LanguageModel, hooks: dict[int, HookLinear], text: str) -> Tr
         threshold=torch.stack([gate.least_open().cpu() for gate in gates]),
         is_open=is_open,
         edit=edit,
+        compared=gates[0].compared,
     )
 
 

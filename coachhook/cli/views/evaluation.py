@@ -61,10 +61,10 @@ def completion_view(document: Document) -> None:
     say(document["prompt"])
     console.print(table)
     if "trace" in document:
-        trace_view(document["trace"], document["gate"], document["edits"])
+        trace_view(document["trace"], document["edits"])
 
 
-def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
+def trace_view(trace: Document, edits: Mapping[int, str]) -> None:
     """The text with each token in the colour of the layers whose gates it opens, and a table of
     these tokens. trace: see `Trace`; edits: the fact of each edit that the trace names, by id."""
     tokens, layers = trace["tokens"], trace["layers"]
@@ -88,8 +88,7 @@ def trace_view(trace: Document, gate: str, edits: Mapping[int, str]) -> None:
     if not fired:
         say("no gate opens")
         return
-    # The threshold of the sequence gate is a z-score, that of the others a score.
-    measure = "z" if gate == "sequence" else "score"
+    measure = trace["compared"]
     table = new_table(None, "token", "layer", measure, "threshold", "edit", numeric=4)
     for position, i in fired:
         edit = trace["edit"][i][position]

@@ -129,10 +129,10 @@ def _compiler_environment() -> Iterator[None]:
 def _finished(jobs: Sequence[Job]) -> Iterator[tuple[Job, Row]]:
     """Each job with its row, as they finish; jobs whose process died are left out."""
     workers = min(os.cpu_count() or 1, len(jobs))
-    # Workers fork from a server that imports this module, with torch and Triton, once; not from
+    # Workers fork from a server that imports torch and Triton, once; not from
     # this process, whose kernels may be defined for the interpreter.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["coachhook_kernels.compilation.report"])
+    context.set_forkserver_preload(["torch", "triton", "coachhook_kernels.compilation.target"])
     with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:
         running = {pool.submit(compile_row, *job): job for job in jobs}
         for future in as_completed(running):
