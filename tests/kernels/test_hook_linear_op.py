@@ -227,6 +227,7 @@ class TestCompile:
                 grads.append(leaf.grad)
             torch.testing.assert_close(*grads)
 
+    @pytest.mark.slow  # A C++ compiler builds what Inductor writes.
     @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
     def test_inductor(self) -> None:
         for plain in self.functions("keyed factored"):
