@@ -102,7 +102,7 @@ class Editor:
             statistics = key_statistics(lm, architecture, layers, config.statistics, processes)
         modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
         base = BaseModel(
-            name=_name_of(model),
+            name=name_of(model),
             checksums=weight_checksums(fetched(modules[layer]) for layer in layers),
             template=architecture.template,
             shapes={
@@ -215,9 +215,9 @@ class Editor:
         Raises `ConfigError` for a number that is no batch, and `CompactedError` for a batch before
         the last that `compact` merged.
         """
-        if not 0 <= batch <= len(self.hooks.journal.batches):
+        if not isinstance(batch, int) or not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
-                f"there is no batch {batch}; this editor has {len(self.hooks.journal.batches)}"
+                f"there is no batch {batch!r}; this editor has {len(self.hooks.journal.batches)}"
             )
         journal = self.hooks.journal
         forgotten = journal.batches[batch:]
@@ -308,7 +308,7 @@ class Editor:
             batch.thresholds[layer] = earlier[-1].thresholds[layer] if earlier else Threshold()
 
 
-def _name_of(model: Any) -> str:
+def name_of(model: Any) -> str:
     """The name that `resume` will load the model by, from any working directory."""
     loaded = not isinstance(model, str | Path)
     name = (model.config._name_or_path or type(model).__name__) if loaded else model

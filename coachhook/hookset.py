@@ -4,6 +4,7 @@ import inspect
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -60,6 +61,15 @@ class HookSet:
         self._owner = uuid4().hex
         self._attached: list[weakref.ref[nn.Module]] = []
         self._watchers: dict[int, list[RemovableHandle]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HookSet":
+        """A set of its own, attached to no model: hooks tell by their set which to detach."""
+        return HookSet(
+            deepcopy(self.base, memo),
+            deepcopy(self.config, memo),
+            deepcopy(self.sketches, memo),
+            deepcopy(self.journal, memo),
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -210,8 +220,8 @@ class HookSet:
         Raises `ConfigError` for a negative `keep`, `CorruptFolderError` if a file with factors is
         missing; nothing has changed then.
         """
-        if keep < 0:
-            raise ConfigError(f"cannot keep {keep} batches; give 0 or more")
+        if not isinstance(keep, int) or keep < 0:
+            raise ConfigError(f"cannot keep {keep!r} batches; give 0 or more")
         merge(self.journal, keep, self.base.shapes, self._left_out())
 
     @plainly()

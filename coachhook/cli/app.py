@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -21,6 +20,9 @@ from coachhook.cli.folders import compact, inspect, rollback
 from coachhook.cli.inference import evaluate, generate
 from coachhook.cli.preparation import calibrate, statistics
 from coachhook.errors import CoachhookError, ConfigError
+
+# A mistake in the arguments. typer carries a click of its own, and has no public name for it.
+_UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Group(TyperGroup):
@@ -32,7 +34,7 @@ class _Group(TyperGroup):
         except CoachhookError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
-        except click.UsageError as error:
+        except _UsageError as error:
             typer.echo(f"error: {error.format_message()}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:

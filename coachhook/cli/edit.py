@@ -48,6 +48,7 @@ def edit(
 
     Several processes share the work: torchrun --nproc-per-node 2 -m coachhook edit …
     """
+    from coachhook.editor import name_of
     from coachhook.models.loading import load_model
     from coachhook.plan import check_weights
     from coachhook.session import Options, opened
@@ -65,6 +66,9 @@ def edit(
             "plan": None,
             "batches": [],
         }
+        if not session.batches and session.held and session.held.base.name != name_of(model):
+            # Nothing is left to do, if the folder is this model's.
+            session.settings(load_model(model).model)
         if session.batches:
             check_weights(model)
             lm = load_model(model)

@@ -13,7 +13,7 @@ from coachhook.hooks.layer import HookLinear
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import eval_mode
 from coachhook.models.reading import read_padded
-from coachhook.models.tokens import Row, pad
+from coachhook.models.tokens import Row, check_length, pad
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,10 @@ def trace_text(lm: LanguageModel, hooks: dict[int, HookLinear], text: str) -> Tr
         raise RequestError("there is nothing to trace: the text is empty")
     encoded = lm.tokenizer(text, return_offsets_mapping=True)
     ids = tuple(encoded["input_ids"])
+    row = Row(ids, len(ids) - 1)
+    check_length(row, lm.context_length, "the text to trace")
     # A single row: there is nothing to pad.
-    padded = pad([Row(ids, len(ids) - 1)], 0, lm.device)
+    padded = pad([row], 0, lm.device)
     with eval_mode(lm.model):
         by_layer, _ = read_padded(lm.model, padded, padded.mask.bool(), list(hooks.values()), _read)
     score, z, is_open, edit = (torch.stack(layers) for layers in zip(*by_layer, strict=True))

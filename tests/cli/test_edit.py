@@ -167,3 +167,24 @@ def test_another_model_is_refused(edited: Path, tmp_path: Path) -> None:
     line = error_of("edit", "other", str(facts), "--hooks", str(edited))
     assert "were made for" in line
     assert "/tiny'" in line
+
+
+def test_a_folder_of_another_model_is_refused_with_nothing_left_to_edit(edited: Path) -> None:
+    line = error_of("edit", "other", "facts.jsonl", "--hooks", str(edited))
+    assert "these hooks were made for" in line
+
+
+def test_a_module_that_is_no_down_projection(place: Path, tmp_path: Path) -> None:
+    template = "model.layers.{}.mlp.up_proj"
+    hooks = str(tmp_path / "hooks")
+    options = ("--hooks", hooks, "--template", template, *SMALL)
+    line = error_of("edit", "tiny", "facts.jsonl", *options)
+    assert "model.layers.0.mlp.up_proj puts out 64 numbers" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("edti",), ("edit", "tiny", "facts.jsonl"), ("inspect", "edited", "--no-such-option")],
+)
+def test_mistaken_arguments_are_one_line(arguments: tuple[str, ...]) -> None:
+    error_of(*arguments)

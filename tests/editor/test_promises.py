@@ -1,5 +1,6 @@
 """What an editor promises whatever its caller does around an edit."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
+from coachhook.errors import ConfigError, ContextLengthError
 from coachhook.models.architecture import Architecture
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
@@ -149,3 +151,29 @@ def test_a_pass_that_memory_does_not_hold_is_read_in_parts(
         deltas(editor.hooks, editor.model), deltas(again.hooks, again.model), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_a_hook_set_takes_off_its_own_hooks_alone(statistics: KeyStatistics) -> None:
+    editor = editor_of("keyed")
+    hooks, twin = editor.hooks, copy.deepcopy(editor.hooks)
+    hooks.detach(editor.model)
+    twin.attach(editor.model)
+    hooks.detach(editor.model)
+    assert len(twin.modules(editor.model)) == len(LAYERS)
+    twin.detach(editor.model)
+
+
+@pytest.mark.parametrize("number", ["1", 1.5, None, -1, 9])
+def test_numbers_of_batches_that_are_none(number: object, statistics: KeyStatistics) -> None:
+    editor = editor_of("keyed")
+    with pytest.raises(ConfigError):
+        editor.rollback(number)  # type: ignore[arg-type]
+    if number != 9:
+        with pytest.raises(ConfigError):
+            editor.hooks.compact(number)  # type: ignore[arg-type]
+
+
+def test_a_text_longer_than_the_context_cannot_be_traced(statistics: KeyStatistics) -> None:
+    editor = editor_of("keyed")
+    with pytest.raises(ContextLengthError):
+        editor.hooks.trace(editor.model, editor.tokenizer, "x " * 500)
