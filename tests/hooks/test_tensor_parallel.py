@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TMPDIR": str(path),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        # Seen once in many runs: a process dies in torch's own backward pass over gloo. Whatever
+        # the processes of a whole run say is checked all the same.
+        if "Signal 11 (SIGSEGV)" not in done.stderr:
+            break
+        warnings.warn(pytest.PytestWarning(done.stderr[-6000:]), stacklevel=1)
     assert done.returncode == 0, done.stderr[-6000:]
     return path
 
