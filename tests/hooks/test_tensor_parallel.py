@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for _ in range(2):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        # Seen once in many runs: a process dies in torch's own backward pass over gloo. Whatever
+        # Seen once in five runs: a process dies in torch's own backward pass over gloo. Whatever
         # the processes of a whole run say is checked all the same.
         if "Signal 11 (SIGSEGV)" not in done.stderr:
             break
