@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+# Container images often turn the caching of bytecode off, and each of the suite's processes would
+# then compile torch and transformers again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Side by side, on a core each, file by file; tests/conftest.py says which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
