@@ -57,11 +57,15 @@ def triton_runs(*tensors: Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors: the first is on a recent GPU, and each is
     float32, float16 or bfloat16."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].device.type != "cuda":
-        return False
     if any(tensor.dtype not in HALF_AND_SINGLE for tensor in given):
         return False
-    refusal = _device_refusal(given[0].device)
+    return _runs_on(given[0].device)
+
+
+def _runs_on(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    refusal = _device_refusal(device)
     if refusal is not None:
         _log_once(f"coachhook_kernels uses plain torch: {refusal}")
     return refusal is None
