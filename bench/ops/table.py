@@ -41,7 +41,7 @@ Row = dict[str, Any]
 def sets_of(case: Case, device: torch.device) -> int:
     """Number of sets of tensors that together hold some five times the last cache of a GPU."""
     if device.type != "cuda":
-        return 2
+        return 1
     return max(2, min(MOST_SETS, -(-ROTATED_BYTES // case.bytes_moved)))
 
 
@@ -56,7 +56,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]
             steps[name] = in_a_row(calls)
         else:
             steps[name] = captured(calls, device)
-    take_turns(steps, 2, device)
+    take_turns(steps, min(2, rounds), device)
     timings = take_turns(steps, rounds, device)
     return {
         name: Timings([seconds / len(sets) for seconds in found.seconds])
