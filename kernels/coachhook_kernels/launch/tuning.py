@@ -167,13 +167,13 @@ class Series:
     def __init__(self, name: str) -> None:
         self.name = name
         self.refused: list[Use] = []
-        self._used: list[tuple[Use, bool]] = []
+        # Kernel, configuration, whether it was measured: the latest last.
+        self._used: list[tuple[str, Config, bool]] = []
         self._cleared: set[Use] = set()
         self._required: int | None = None
 
     def __enter__(self) -> "Series":
         self._outer, _thread.series = _thread.series, self
-        self._used.clear()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -181,15 +181,14 @@ class Series:
 
     def fitting(self, kernel: str, measured: Config | None, default: Config) -> Config:
         """The first that was not refused of: measured, default, the default with fewer stages."""
-        possible = [default] if measured is None else [measured, default]
+        config = default if measured is None else measured
         if refused:
             stages = range(default.get("num_stages", 1) - 1, 0, -1)
-            possible += [default | {"num_stages": n} for n in stages]
-            possible = [c for c in possible if self._use(kernel, c) not in refused] or [
-                possible[-1]
-            ]
-        self._used.insert(0, (self._use(kernel, possible[0]), possible[0] is measured))
-        return possible[0]
+            possible = [config, default, *(default | {"num_stages": n} for n in stages)]
+            fit = (c for c in possible if self._use(kernel, c) not in refused)
+            config = next(fit, possible[-1])
+        self._used.append((kernel, config, config is measured))
+        return config
 
     def refuse(self, required: int) -> bool:
         """Pass over one more of the configurations used, since a launch wanted `required` of what
@@ -201,7 +200,9 @@ class Series:
             self._cleared.add(innocent)
         self._required = required
         # Measured ones first, then the latest look-up, which most likely is the one that failed.
-        for use, _ in sorted(self._used, key=lambda used: used[1], reverse=True):
+        used, self._used = self._used[::-1], []
+        for kernel, config, _ in sorted(used, key=lambda one: one[2], reverse=True):
+            use = self._use(kernel, config)
             if use not in refused and use not in self._cleared:
                 refused.add(use)
                 self.refused.append(use)
