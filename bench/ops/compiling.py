@@ -50,6 +50,9 @@ def own_name(case: Case, found: Contenders) -> str:
 def fault(variant: Variant, device: torch.device) -> str | None:
     """Run the variant once. Why it cannot be used, if so."""
     runtime.forget_failures()
+    if device.type == "cuda":
+        # A dozen of these processes share the memory.
+        torch.cuda.empty_cache()
     try:
         with forced(variant.kernel, variant.config):
             found = contenders(variant.case, device, check=False)

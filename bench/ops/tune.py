@@ -25,8 +25,8 @@ from bench.harness.run_folder import write
 from bench.harness.script import WrongResultError, run_script
 from bench.harness.timing import Step, captured, take_turns
 from bench.ops.cases import Case, all_cases, contenders
-from bench.ops.compiling import Compilers, Variant, forced, own_name
-from bench.ops.lines import missed_cases, one_of_each_first
+from bench.ops.compiling import NOT_IN_TIME, Compilers, Variant, forced, own_name
+from bench.ops.lines import key_of, missed_cases, one_of_each_first
 from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
@@ -182,7 +182,12 @@ def tune(
     done: set[tuple[str, Any]] = set()
     with Compilers(processes) as compilers:
         for case in cases:
-            for problem in problems_of(case, device):
+            try:
+                problems = problems_of(case, device)
+            except (torch.OutOfMemoryError, ValueError) as error:
+                put({"kernel": case.op, "when": {"case": key_of(case)}, "fault": str(error)})
+                continue
+            for problem in problems:
                 key = (problem.kernel, problem.described)
                 if key in done or (not again and is_known(problem, device)):
                     continue
@@ -197,13 +202,16 @@ def tune(
 def _searched(
     problem: Problem, device: torch.device, until: float, compilers: Compilers
 ) -> dict[str, Any]:
-    """Search one problem and keep the result; a line that says what came of it."""
+    """Search one problem and keep the result; a line that says what came of it. A search that the
+    time cuts short is not kept."""
     dropped: dict[str, str] = {}
 
     def measured(configs: Sequence[Config]) -> list[float]:
         variants = [Variant(problem.case, problem.kernel, config) for config in configs]
         faults = compilers.compile(variants, until)
         dropped.update({str(configs[i]): why for i, why in faults.items()})
+        if NOT_IN_TIME in faults.values():
+            return [float("inf")] * len(configs)
         usable = [i for i in range(len(configs)) if i not in faults]
         times = seconds(problem, [configs[i] for i in usable], device)
         found = dict(zip(usable, times, strict=True))
@@ -214,6 +222,8 @@ def _searched(
         config, ratio = search(problem.default, measured)
     except torch.OutOfMemoryError as error:
         return line | {"fault": str(error)}
+    if NOT_IN_TIME in dropped.values():
+        return line | {"fault": NOT_IN_TIME}
     keep(problem, config, ratio, device)
     return line | {"config": config, "ratio": ratio, "dropped": dropped}
 

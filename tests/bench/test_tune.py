@@ -132,6 +132,29 @@ class TestKept:
         assert len(self.run(monkeypatch)) == 2
         assert len(self.run(monkeypatch)) == 0
 
+    def test_a_search_without_time_to_compile_is_not_kept(self, configs: Path) -> None:
+        class Late:
+            def compile(self, variants: Sequence[Any], until: float) -> dict[int, str]:
+                return {len(variants) - 1: compiling.NOT_IN_TIME}
+
+        line = tune._searched(PROBLEM, CPU, time.monotonic(), Late())  # type: ignore[arg-type]
+        assert line["fault"] == compiling.NOT_IN_TIME
+        assert not list(configs.rglob("*.json"))
+
+    def test_a_case_without_memory_costs_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def problems_of(case: Case, device: torch.device) -> list[tune.Problem]:
+            if case.rows == 1:
+                raise torch.OutOfMemoryError("too large")
+            return [PROBLEM]
+
+        monkeypatch.setattr(tune, "problems_of", problems_of)
+        monkeypatch.setattr(tune, "search", lambda default, _: (None, 1.0))
+        put: list[Any] = []
+        cases = [replace(CASE, rows=rows) for rows in (1, 2)]
+        tune.tune(cases, CPU, time.monotonic() + 60, put.append)
+        assert put[0]["fault"] == "too large"
+        assert put[1]["when"] == dict(PROBLEM.described)
+
     def test_nothing_begins_when_the_time_is_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(tune, "problems_of", lambda *_: [PROBLEM])
         put: list[Any] = []

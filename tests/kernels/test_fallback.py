@@ -390,6 +390,37 @@ class TestTuning:
         assert "odd.json" in record.getMessage()
 
 
+def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph holds the launches made before, and runs them at every replay."""
+    capturing = [True]
+    sets = [torch.zeros(workspace.SET, dtype=torch.int32) for _ in range(3)]
+    given = iter(sets)
+    monkeypatch.setattr(workspace, "_take", lambda device: next(given))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(workspace, "_of_stream", {})
+    gpu = torch.device("cuda", 0)
+
+    def series(fails: bool) -> str:
+        workspace.counters(gpu).add_(1)
+        if fails:
+            raise RuntimeError("an error of the device")
+        return "done"
+
+    assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", lambda: series(True), str)
+    assert [int(counts[0]) for counts in sets] == [1, 0, 0]
+    capturing[0] = False
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", lambda: series(True), str)
+    # Nothing is known of a stream's set but that the next series does not get it.
+    assert workspace._of_stream == {}
+    assert [int(counts[0]) for counts in sets] == [1, 0, 1]
+
+
 def test_a_series_broken_off_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """The list of open rows has a length by then; the next series would append to it."""
     pytest.importorskip("triton")
