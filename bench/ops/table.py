@@ -1,13 +1,15 @@
 """Every operation timed on a GPU against its speed target.
 
-    python -m bench.ops.table [--json PATH or -]
+    python -m bench.ops.table [--lines PATH] [--json PATH or -]
 
 Contenders take turns at replaying CUDA graphs, over enough sets of tensors to overflow the last
-cache; ratios are medians over the rounds. Each case is checked before it is timed, and a wrong
-result ends the run with exit code 1. `--tune` searches launch configurations first and writes them
-beside the kernels. Without a GPU the exit code is 2.
+cache; ratios are medians over the rounds. Each case is checked before it is timed; a wrong result
+or an error is its verdict, the others go on, and the exit code is 1 in the end. `--lines` keeps
+every row as soon as it is there. Without a GPU the exit code is 2.
 """
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from bench.harness.output import put
-from bench.harness.script import JsonTo, only_right_results, run_script
+from bench.harness.script import JsonTo, WrongResultError, run_script
 from bench.harness.timing import (
     Step,
     Timings,
@@ -28,7 +30,7 @@ from bench.harness.timing import (
     take_turns,
 )
 from bench.ops.cases import UNCAPTURED, Case, all_cases, contenders
-from bench.ops.tune import tune_all
+from bench.ops.lines import FAULT, append, key_of
 
 ROTATED_BYTES = 2**28
 MOST_SETS = 64
@@ -36,14 +38,16 @@ NO_GPU = 2
 Row = dict[str, Any]
 
 
-def sets_of(case: Case) -> int:
+def sets_of(case: Case, device: torch.device) -> int:
     """Number of sets of tensors that together hold some five times the last cache of a GPU."""
+    if device.type != "cuda":
+        return 1
     return max(2, min(MOST_SETS, -(-ROTATED_BYTES // case.bytes_moved)))
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]:
     """Check, then time: seconds a call of every contender."""
-    sets = [contenders(case, device, check=i == 0) for i in range(sets_of(case))]
+    sets = [contenders(case, device, check=i == 0) for i in range(sets_of(case, device))]
     steps: dict[str, Step] = {}
     for name in sets[0]:
         calls = [one[name] for one in sets]
@@ -52,7 +56,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]
             steps[name] = in_a_row(calls)
         else:
             steps[name] = captured(calls, device)
-    take_turns(steps, 2, device)
+    take_turns(steps, min(2, rounds), device)
     timings = take_turns(steps, rounds, device)
     return {
         name: Timings([seconds / len(sets) for seconds in found.seconds])
@@ -69,10 +73,7 @@ def rows_of(case: Case, timings: dict[str, Timings], bandwidth: float, rate: flo
     for name, found in timings.items():
         ratio, spread = found.over(baseline)
         line: Row = {
-            "case": case.name,
-            "contender": name,
-            "shape": f"{case.d_in}→{case.d_out}",
-            "rows": case.rows,
+            **heading(case, name),
             "microseconds": found.median * 1e6,
             "spread": found.spread,
             "ratio": ratio,
@@ -93,6 +94,17 @@ def rows_of(case: Case, timings: dict[str, Timings], bandwidth: float, rate: flo
     return lines
 
 
+def heading(case: Case, contender: str) -> Row:
+    """What a row is about."""
+    return {
+        "key": key_of(case),
+        "case": case.name,
+        "contender": contender,
+        "shape": f"{case.d_in}→{case.d_out}",
+        "rows": case.rows,
+    }
+
+
 def verdict(case: Case, line: Row, timings: dict[str, Timings]) -> str:
     """The speed targets of the case and whether each was reached; empty where it has none."""
     said = []
@@ -110,6 +122,56 @@ def verdict(case: Case, line: Row, timings: dict[str, Timings]) -> str:
 
 def _word(met: bool) -> str:
     return "reached" if met else "MISSED"
+
+
+def rows_or_fault(
+    case: Case, device: torch.device, rounds: int, bandwidth: float, rate: float
+) -> list[Row]:
+    """`rows_of` the case; one row with the reason where its result is wrong or it fails.
+
+    Errors of the device are raised, since nothing runs on it any more.
+    """
+    try:
+        torch.manual_seed(0)
+        return rows_of(case, measure(case, device, rounds), bandwidth, rate)
+    except torch.AcceleratorError:
+        raise
+    except WrongResultError as error:
+        reason = str(error)
+    except Exception as error:
+        # Any: the other cases are worth as much as before.
+        reason = f"{type(error).__name__}: {error}"[:500]
+    return [fault_row(case, reason)]
+
+
+def fault_row(case: Case, reason: str) -> Row:
+    return heading(case, case.op) | {"verdict": f"{FAULT}: {reason}"}
+
+
+def time_all(
+    cases: Iterable[Case],
+    device: torch.device,
+    rounds: int,
+    rates: tuple[float, float],
+    put: Callable[[Row], object],
+) -> list[Row]:
+    """The rows of all cases; put: is told when a case begins, and each row. rates: bytes and
+    operations a second. An error of the device is put, and raised."""
+    lines: list[Row] = []
+    for case in cases:
+        put({"begun": key_of(case)})
+        try:
+            found = rows_or_fault(case, device, rounds, *rates)
+        except torch.AcceleratorError as error:
+            put(fault_row(case, str(error)))
+            raise
+        for line in found:
+            put(line)
+        lines += found
+        if device.type == "cuda":
+            # Return the memory of this case's graphs and tensors for the next.
+            torch.cuda.empty_cache()
+    return lines
 
 
 def table_of(result: dict[str, Any]) -> Table:
@@ -144,7 +206,9 @@ def table_of(result: dict[str, Any]) -> Table:
 def main(
     match: Annotated[str, typer.Option(help="only cases whose name or operation has it")] = "",
     rounds: int = 15,
-    tune: Annotated[bool, typer.Option(help="search configurations first")] = False,
+    lines_to: Annotated[
+        Path | None, typer.Option("--lines", help="JSON lines, each there as soon as measured")
+    ] = None,
     json_to: JsonTo = None,
 ) -> None:
     """Check and time every operation on this machine's GPU."""
@@ -154,20 +218,16 @@ def main(
         raise typer.Exit(NO_GPU)
     device = torch.device("cuda")
     chosen = [case for case in all_cases() if match in f"{case.op} {case.name}"]
-    lines: list[Row] = []
+
+    def put_line(line: Row) -> None:
+        if lines_to is not None:
+            append(lines_to, line)
+
     with torch.inference_mode():
-        if tune:
-            for path in tune_all(device, messages):
-                messages.print(f"wrote {path}")
         bandwidth = copy_bandwidth(device)
         rate = matmul_rate(device, torch.bfloat16)
-        for case in track(chosen, console=messages, transient=True):
-            torch.manual_seed(0)
-            with only_right_results(messages, f"{case.name} {case.op}"):
-                timings = measure(case, device, rounds)
-            lines += rows_of(case, timings, bandwidth, rate)
-            # Return the memory of this case's graphs and tensors for the next.
-            torch.cuda.empty_cache()
+        tracked = track(chosen, console=messages, transient=True)
+        lines = time_all(tracked, device, rounds, (bandwidth, rate), put_line)
     result = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -176,6 +236,8 @@ def main(
         "rows": lines,
     }
     put(result, table_of(result), json_to)
+    if any(line.get("verdict", "").startswith(FAULT) for line in lines):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

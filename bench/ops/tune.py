@@ -1,171 +1,263 @@
-"""Search of launch configurations on the GPU at hand, written where
-`coachhook_kernels.launch.tuning` looks: `configs/<device>/<kernel>.json`.
+"""Search of launch configurations on the GPU at hand.
 
-A candidate that does not compile or gives a wrong result is dropped; of the others, and the
-default, the one with the least time over the problem's cases wins.
+    python -m bench.ops.tune [--match TEXT] [--minutes N] [--only-missed LINES] [--again]
+
+Problems are what the bench's cases look up. From the default, the search goes to the fastest
+configuration one change away, as long as that gains; the candidates of a step are compiled side by
+side first, and one that does not compile or gives a wrong result is dropped. Written after every
+problem, where `coachhook_kernels.launch.tuning` looks; the same command goes on with the rest.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
+import typer
 from rich.console import Console
 
+from bench.harness.machine import main_device
 from bench.harness.run_folder import write
-from bench.harness.script import WrongResultError
-from bench.harness.timing import captured, take_turns
-from bench.ops.cases import LARGE, RANK, SMALL, Case, contenders
+from bench.harness.script import WrongResultError, run_script
+from bench.harness.timing import Step, captured, take_turns
+from bench.ops.cases import Case, all_cases, contenders
+from bench.ops.compiling import NOT_IN_TIME, Compilers, Variant, forced, own_name
+from bench.ops.lines import key_of, missed_cases, one_of_each_first
 from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
 SETS = 4
 ROUNDS = 5
+STEPS = 4
+GAIN = 0.99
+"""A step is worth it only for less than this share of the time."""
+
+FLAGS = ("triangle", "tma")
+NO_GPU = 2
+
+Measured = Callable[[Sequence[Config]], list[float]]
+Put = Callable[[dict[str, Any]], object]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A search. when: sizes that the configuration is looked up by; cases: to be fast in."""
+    """A search. described: how the configuration is looked up; case: to be fast in."""
 
     kernel: str
-    when: dict[str, int]
-    cases: tuple[Case, ...]
-    candidates: tuple[Config, ...]
+    described: tuple[tuple[str, int | str], ...]
+    default: Config
+    case: Case
 
 
-def grid(**values: tuple[int, ...]) -> tuple[Config, ...]:
-    return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
+def problems_of(case: Case, device: torch.device) -> list[Problem]:
+    """What the case looks up, from running it once."""
+    found: list[Problem] = []
+    measured = tuning._measured
+
+    def record(folder: str, kernel: str, described: Any, default: Config) -> Config | None:
+        problem = Problem(kernel, described, default, case)
+        if problem not in found:
+            found.append(problem)
+        return measured(folder, kernel, described, default)
+
+    with mock.patch.object(tuning, "_measured", record):
+        calls = contenders(case, device, check=False)
+        calls[own_name(case, calls)]()
+    return found
 
 
-ROWS = tuple(
-    config
-    for config in grid(
-        BN=(16, 32, 64),
-        BK=(64, 128, 256),
-        SLICE=(256, 512, 1024),
-        num_warps=(4, 8),
-        num_stages=(3, 4, 5),
-    )
-    # Bytes of bfloat16 weights in flight: fewer starve the memory, more do not fit.
-    if 2**12 <= config["BN"] * config["BK"] * config["num_stages"] <= 2**16
-)
-FLOOD = {"FEW": 256, "BM": 128, "BN": 128, "BK": 64}
-TILES = grid(BM=(64, 128), BN=(64, 128), BK=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
-# The measured cases open one row in a hundred, so the tiles for many open rows stay as they are.
-OPEN = tuple(
-    FLOOD | config
-    for config in grid(
-        FEW_BM=(32, 64), FEW_BN=(16, 32, 64), FEW_BK=(64, 128), num_warps=(4, 8), num_stages=(3, 4)
-    )
-)
-SQUARES = grid(BM=(128,), BN=(128, 256), BK=(64,), num_warps=(4, 8), num_stages=(3, 4))
-DUAL = (
-    *grid(BT=(16,), BN=(16, 32, 64), BK=(128, 256), num_warps=(2, 4), num_stages=(3, 4, 5, 6)),
-    *grid(BT=(32, 64, 128), BN=(32, 64, 128), BK=(32, 64), num_warps=(4, 8), num_stages=(3, 4, 5)),
-)
-TRIANGLE: tuple[Config, ...] = (
-    {"triangle": 0},
-    *grid(
-        triangle=(1,),
-        tma=(0, 1),
-        block_i=(128,),
-        block_j=(128, 256),
-        block_n=(64,),
-        group=(8, 16),
-        num_warps=(4, 8),
-        num_stages=(3, 4),
-    ),
-)
+def neighbours(config: Config) -> Iterator[Config]:
+    """Every configuration with one parameter changed: tiles and bounds halved or doubled, up to two
+    stages more or less, half or twice the warps, flags the other way round."""
+    for name, value in config.items():
+        others: Iterable[int] = (value // 2, value * 2) if value > 1 else ()
+        if name in FLAGS:
+            others = (1 - value,)
+        elif name == "num_stages":
+            others = range(max(1, value - 2), value + 3)
+        for other in others:
+            if other != value:
+                yield config | {name: other}
 
 
-def problems() -> Iterator[Problem]:
-    keyed, calibrated = "keyed", "calibrated"
-    for d_in, d_out in SMALL + LARGE:
-        case = partial(Case, "tuning", "hook_linear", d_in, d_out)
-        shape = {"d_in": d_in, "d_out": d_out}
-        for rows in (1, 16, 64):
-            few = (case(rows, keyed), case(rows, calibrated, RANK))
-            yield Problem("hook_linear_rows_16bit", shape | {"rows": rows}, few, ROWS)
-        for rows in (256, 4096):
-            many = shape | {"rows": rows}
-            closed = (case(rows, keyed), case(rows, calibrated, RANK))
-            yield Problem("hook_linear_score_16bit", many, closed, TILES)
-            opened = (case(rows, keyed, n_open=rows // 100),)
-            yield Problem("hook_linear_correct_16bit", many, opened, OPEN)
-        squares = (case(4096, calibrated),)
-        yield Problem("hook_linear_squares_16bit", shape | {"rows": 4096}, squares, SQUARES)
-        for rows in (1, 16, 128, 512):
-            both = (case(rows, calibrated),)
-            fits = tuple(c for c in DUAL if (c["BT"] == 16) == (rows <= 16))
-            yield Problem("dual_path_dense", shape | {"n_tokens": rows}, both, fits)
-    for d in (1536, 4096, 14336):
-        for rows in (1024, 4096, 16384):
-            moment = Case("tuning", "key_covariance_", d, d, rows)
-            yield Problem("key_covariance_16bit", {"rows": rows, "d": d}, (moment,), TRIANGLE)
+def search(default: Config, measured: Measured) -> tuple[Config | None, float]:
+    """The fastest configuration found, None for the default, and its time over the default's.
+
+    measured: seconds of several, in turns; infinity for one that cannot be used.
+    """
+    best, ratio = default, 1.0
+    tried = [default]
+    for _ in range(STEPS):
+        step = [config for config in neighbours(best) if config not in tried]
+        tried += step
+        of_default, of_best, *times = measured([default, best, *step])
+        least = min(times, default=float("inf"))
+        if not least < GAIN * of_best:
+            break
+        best, ratio = step[times.index(least)], least / of_default
+    return (None, 1.0) if best == default else (best, ratio)
 
 
-@contextmanager
-def forced(kernel: str, config: Config | None) -> Iterator[None]:
-    """Inside the block every lookup of `kernel` finds `config`; if that is None, the default."""
-    nearest = tuning._nearest
+def seconds(problem: Problem, configs: Sequence[Config], device: torch.device) -> list[float]:
+    """Seconds a call of each, in turns; infinity for one that fails or errs."""
+    torch.manual_seed(0)
+    sets = [contenders(problem.case, device, check=False) for _ in range(SETS)]
+    name = own_name(problem.case, sets[0])
+    steps: dict[str, Step] = {}
+    for index, config in enumerate(configs):
+        runtime.forget_failures()
+        try:
+            with forced(problem.kernel, config):
+                contenders(problem.case, device, check=True)
+                step = captured([one[name] for one in sets], device)
+        except (torch.AcceleratorError, torch.OutOfMemoryError):
+            raise
+        except (WrongResultError, RuntimeError, ValueError, AssertionError):
+            continue
+        # What did not compile or fit has run in another form, whose time means nothing.
+        if not runtime.failures():
+            steps[str(index)] = step
+    runtime.forget_failures()
+    take_turns(steps, 1, device)
+    timings = take_turns(steps, ROUNDS, device)
+    return [
+        timings[str(i)].median / SETS if str(i) in timings else float("inf")
+        for i in range(len(configs))
+    ]
 
-    def found(folder: str, name: str, sizes: tuple[tuple[str, int], ...]) -> Config | None:
-        return config if name == kernel else nearest(folder, name, sizes)
 
-    with mock.patch.object(tuning, "_nearest", found):
-        yield
+def path_of(kernel: str, device: torch.device) -> Path:
+    return tuning.CONFIGS / tuning.device_folder(device) / f"{kernel}.json"
 
 
-def seconds(problem: Problem, config: Config | None, device: torch.device) -> float:
-    """Sum over the problem's cases; infinity for a candidate that fails or errs."""
-    total = 0.0
-    runtime._broken.clear()
+def versions() -> dict[str, str]:
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
     try:
-        with forced(problem.kernel, config):
-            for case in problem.cases:
-                torch.manual_seed(0)
-                sets = [contenders(case, device, check=i == 0) for i in range(SETS)]
-                step = captured([one[case.op] for one in sets], device)
-                total += take_turns({case.op: step}, ROUNDS, device)[case.op].median
-    except WrongResultError:
-        return float("inf")
-    # An operation that did not compile has run in plain torch, and its time means nothing.
-    return float("inf") if runtime._broken else total
+        return tuning.read_entries(path)
+    except (OSError, ValueError):
+        return []
 
 
-def best(
-    problem: Problem, measured: Callable[[Config | None], float]
-) -> tuple[Config | None, float]:
-    """The fastest candidate, None for the default, and its time over the default's."""
-    default = measured(None)
-    times = {i: measured(config) for i, config in enumerate(problem.candidates)}
-    least = min(times, key=lambda i: times[i])
-    if times[least] >= default:
-        return None, 1.0
-    return problem.candidates[least], times[least] / default
+def is_known(problem: Problem, device: torch.device) -> bool:
+    """Whether the problem was searched with the torch and Triton at hand."""
+    return any(
+        entry["when"] == dict(problem.described)
+        and versions().items() <= dict(entry.get("measured", {})).items()
+        for entry in entries(path_of(problem.kernel, device))
+    )
 
 
-def tune_all(device: torch.device, console: Console) -> list[Path]:
-    """Search every problem and write the winners. Returns the files written."""
-    entries: dict[str, list[dict[str, Any]]] = {}
-    for problem in problems():
-        config, ratio = best(problem, partial(seconds, problem, device=device))
-        console.print(f"{problem.kernel} {problem.when}: {config or 'default'}, ×{ratio:.3f}")
-        entries.setdefault(problem.kernel, []).append({"when": problem.when, "config": config})
-    folder = tuning.CONFIGS / tuning.device_folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for kernel, found in entries.items():
-        path = folder / f"{kernel}.json"
-        write(path, f"{json.dumps(found, indent=1)}\n".encode())
-        written.append(path)
-    tuning._entries.cache_clear()
-    tuning._nearest.cache_clear()
-    runtime._broken.clear()
-    return written
+def keep(problem: Problem, config: Config | None, ratio: float, device: torch.device) -> Path:
+    """Write the result of one search into the kernel's file, in place of an older one."""
+    path, when = path_of(problem.kernel, device), dict(problem.described)
+    others = [entry for entry in entries(path) if entry["when"] != when]
+    new = {"when": when, "config": config, "measured": versions() | {"ratio": round(ratio, 4)}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, f"{json.dumps([*others, new], indent=1)}\n".encode())
+    for cache in (tuning._entries, tuning._nearest):
+        cache.cache_clear()
+    return path
+
+
+def tune(
+    cases: Iterable[Case],
+    device: torch.device,
+    until: float,
+    put: Put,
+    again: bool = False,
+    most: int | None = None,
+    processes: int | None = None,
+) -> None:
+    """Search what the cases look up, in their order, up to the time `until` of `time.monotonic`.
+    put: is told the result, or the fault, of each problem. most: problems."""
+    done: set[tuple[str, Any]] = set()
+    with Compilers(processes) as compilers:
+        for case in cases:
+            try:
+                problems = problems_of(case, device)
+            except (torch.OutOfMemoryError, ValueError) as error:
+                put({"kernel": case.op, "when": {"case": key_of(case)}, "fault": str(error)})
+                continue
+            for problem in problems:
+                key = (problem.kernel, problem.described)
+                if key in done or (not again and is_known(problem, device)):
+                    continue
+                if time.monotonic() > until or len(done) == most:
+                    return
+                done.add(key)
+                put(_searched(problem, device, until, compilers))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def _searched(
+    problem: Problem, device: torch.device, until: float, compilers: Compilers
+) -> dict[str, Any]:
+    """Search one problem and keep the result; a line that says what came of it. A search that the
+    time cuts short is not kept."""
+    dropped: dict[str, str] = {}
+
+    def measured(configs: Sequence[Config]) -> list[float]:
+        variants = [Variant(problem.case, problem.kernel, config) for config in configs]
+        faults = compilers.compile(variants, until)
+        dropped.update({str(configs[i]): why for i, why in faults.items()})
+        if NOT_IN_TIME in faults.values():
+            return [float("inf")] * len(configs)
+        usable = [i for i in range(len(configs)) if i not in faults]
+        times = seconds(problem, [configs[i] for i in usable], device)
+        found = dict(zip(usable, times, strict=True))
+        return [found.get(i, float("inf")) for i in range(len(configs))]
+
+    line: dict[str, Any] = {"kernel": problem.kernel, "when": dict(problem.described)}
+    try:
+        config, ratio = search(problem.default, measured)
+    except torch.OutOfMemoryError as error:
+        return line | {"fault": str(error)}
+    if NOT_IN_TIME in dropped.values():
+        return line | {"fault": NOT_IN_TIME}
+    keep(problem, config, ratio, device)
+    return line | {"config": config, "ratio": ratio, "dropped": dropped}
+
+
+def main(
+    match: Annotated[str, typer.Option(help="only cases whose name or operation has it")] = "",
+    minutes: Annotated[float, typer.Option(help="no problem is begun after that")] = 60.0,
+    only_missed: Annotated[
+        Path | None, typer.Option(help="lines of the table: what missed its target, worst first")
+    ] = None,
+    again: Annotated[bool, typer.Option(help="also what is already in the files")] = False,
+) -> None:
+    """Search launch configurations on this machine's GPU and write them beside the kernels."""
+    messages = Console(stderr=True)
+    if not torch.cuda.is_available():
+        messages.print("no GPU: nothing to tune for")
+        raise typer.Exit(NO_GPU)
+    until = time.monotonic() + 60 * minutes
+    chosen = [case for case in all_cases() if match in f"{case.op} {case.name}"]
+    if only_missed is not None:
+        chosen = missed_cases(only_missed, chosen)
+    else:
+        # A kernel that only open rows keep busy would be searched by noise in a case without any.
+        chosen = sorted(one_of_each_first(chosen), key=lambda case: case.n_open == 0)
+
+    def tell(line: dict[str, Any]) -> None:
+        messages.print(
+            f"{line['kernel']} {line['when']}: {line.get('config') or 'default'}", end=""
+        )
+        messages.print(f", {line['fault']}" if "fault" in line else f", ×{line['ratio']:.3f}")
+
+    with torch.inference_mode():
+        tune(chosen, main_device(), until, tell, again)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,14 +1,17 @@
 """Operations on a GPU: what is checked, timed and told."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bench.harness import timing
-from bench.ops import cases, layers, published, table, tune
-from coachhook_kernels.launch.tuning import lookup
+from bench.ops import cases, layers, lines, published, table
 from tests.support.bench import called
+
+CPU = torch.device("cpu")
 
 
 def test_ops_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,13 +27,11 @@ OPS = ("hook_linear", "hook_correction_", "hook_linear_sequence", "key_covarianc
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_case_is_checked_timed_and_judged(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    monkeypatch.setattr(table, "ROTATED_BYTES", 0)
     monkeypatch.setattr(cases, "compiled", lambda: cases.published)
-    cpu = torch.device("cpu")
     faster = 0.0 if op == "hook_linear_sequence" else None
     case = cases.Case("tiny", op, 40, 24, 130, must=1e9, faster=faster, dtype=torch.float32)
     with torch.inference_mode():
-        lines = table.rows_of(case, table.measure(case, cpu, rounds=3), 1e9, 1e9)
+        lines = table.rows_of(case, table.measure(case, CPU, rounds=3), 1e9, 1e9)
     assert {line["contender"] for line in lines} >= {case.baseline}
     (own,) = [line for line in lines if "verdict" in line]
     assert "reached" in own["verdict"]
@@ -86,24 +87,103 @@ def test_a_sequence_that_opens_other_tokens_is_refused(monkeypatch: pytest.Monke
         cases.contenders(case, torch.device("cpu"), check=True)
 
 
-def test_tuning_keeps_the_default_unless_a_candidate_beats_it() -> None:
-    candidates = tune.grid(BN=(16, 32), num_warps=(4,))
-    problem = tune.Problem("kernel", {"d_in": 1}, (), candidates)
+def test_a_wrong_result_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    measured = table.measure
 
-    def measured(config: dict[str, int] | None) -> float:
-        return 2.0 if config is None else {16: 3.0, 32: 1.0}[config["BN"]]
+    def measure(case: cases.Case, device: torch.device, rounds: int) -> Any:
+        if case.name == "off":
+            raise layers.WrongResultError("off by 3")
+        if case.name == "broken":
+            raise torch.OutOfMemoryError("no memory")
+        return measured(case, device, rounds)
 
-    assert tune.best(problem, measured) == (candidates[1], 0.5)
-    assert tune.best(problem, lambda config: 2.0) == (None, 1.0)
+    monkeypatch.setattr(table, "measure", measure)
+    monkeypatch.setattr(
+        table,
+        "all_cases",
+        lambda: [
+            cases.Case(name, "hook_linear", 40, 24, 3, dtype=torch.float32)
+            for name in ("off", "broken", "sound")
+        ],
+    )
+    monkeypatch.setattr(table, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(table, "matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch, "device", lambda name: CPU)
+    kept = tmp_path / "lines.jsonl"
+    done = called(table, "--rounds", "1", "--lines", str(kept), "--json", "-")
+    assert done.exit_code == 1, done.output
+    told = json.loads(done.stdout)["rows"]
+    verdicts = [(row["case"], row["contender"], row.get("verdict")) for row in told]
+    assert verdicts == [
+        ("off", "hook_linear", "WRONG: off by 3"),
+        ("broken", "hook_linear", "WRONG: OutOfMemoryError: no memory"),
+        ("sound", "F.linear", None),
+        ("sound", "hook_linear", ""),
+    ]
+    found = lines.read(kept)
+    assert [line for line in found if "begun" not in line] == told
+    assert [line["begun"] for line in found if "begun" in line] == [
+        f"hook_linear | {name} | 40→24 | 3 rows" for name in ("off", "broken", "sound")
+    ]
 
 
-def test_a_forced_configuration_is_what_a_lookup_finds() -> None:
+def test_an_error_of_the_device_ends_the_table_and_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def measure(*_: Any) -> Any:
+        raise torch.AcceleratorError("an illegal memory access")
 
-    default = {"BN": 1}
-    with tune.forced("one", {"BN": 64}):
-        assert lookup("one", torch.device("cpu"), default, d_in=8) == {"BN": 64}
-        assert lookup("other", torch.device("cpu"), default, d_in=8) == default
-    assert lookup("one", torch.device("cpu"), default, d_in=8) == default
+    monkeypatch.setattr(table, "measure", measure)
+    case = cases.Case("tiny", "hook_linear", 40, 24, 1)
+    put: list[table.Row] = []
+    with pytest.raises(torch.AcceleratorError):
+        table.time_all([case, case], CPU, 1, (1.0, 1.0), put.append)
+    assert put[0] == {"begun": lines.key_of(case)}
+    assert put[1]["verdict"] == "WRONG: an illegal memory access"
+    assert len(put) == 2
+
+
+class TestLines:
+    CASES = (
+        cases.Case("a", "hook_linear", 8, 4, 1),
+        cases.Case("a", "hook_linear", 8, 4, 2),
+        cases.Case("b", "hook_linear", 8, 4, 1),
+        cases.Case("a", "hook_linear", 8, 4, 3),
+    )
+
+    def line(self, case: cases.Case, ratio: float, verdict: str) -> lines.Line:
+        return {"key": lines.key_of(case), "ratio": ratio, "must": 1.1, "verdict": verdict}
+
+    def test_a_cut_line_is_left_out(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "lines.jsonl"
+        assert lines.read(path) == []
+        lines.append(path, {"key": "ü"})
+        with path.open("a") as file:
+            file.write('{"key": "half')
+        assert lines.read(path) == [{"key": "ü"}]
+
+    def test_what_was_begun_and_not_done(self) -> None:
+        found = [{"begun": "a"}, {"key": "a"}, {"begun": "b"}, {"begun": "c"}, {"key": "c"}]
+        assert lines.unfinished(found) == ["b"]
+
+    def test_the_worst_miss_comes_first(self, tmp_path: Path) -> None:
+        path = tmp_path / "lines.jsonl"
+        one, two, three, four = self.CASES
+        lines.append(path, {"key": lines.key_of(one), "contender": "F.linear", "ratio": 1.0})
+        lines.append(path, self.line(one, 1.2, "×1.10 MISSED"))
+        lines.append(path, self.line(two, 1.05, "×1.10 reached"))
+        lines.append(path, self.line(three, 2.0, "×1.10 MISSED; 80% of copy reached"))
+        lines.append(path, {"key": lines.key_of(four), "verdict": "WRONG: off"})
+        assert lines.missed_cases(path, self.CASES) == [three, one]
+        assert lines.missed_cases(path, [one]) == [one]
+
+    def test_one_of_each_comes_before_the_second_of_any(self) -> None:
+        one, two, three, four = self.CASES
+        assert lines.one_of_each_first(self.CASES) == [one, three, two, four]
 
 
 def test_the_published_forms_agree() -> None:

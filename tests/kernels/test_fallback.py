@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from coachhook_kernels import Delta
+from coachhook_kernels.hook_linear import op
 from coachhook_kernels.launch import counters as workspace
 from coachhook_kernels.launch import runtime, tuning
 from tests.support.kernels import (
@@ -41,6 +44,7 @@ class Refused(SimpleNamespace):
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     caches = (runtime._device_refusal, runtime._log_once)
     monkeypatch.setattr(runtime, "_broken", set())
+    monkeypatch.setattr(tuning, "refused", set())
     for cache in caches:
         cache.cache_clear()
     yield
@@ -97,9 +101,11 @@ class TestFallBack:
             CompilationError(None, node, "no such thing"),
             OutOfResources(300_000, 232_448, "shared memory"),
             PTXASError("no such instruction"),
+            RuntimeError("PassManager::run failed"),
+            CalledProcessError(1, ["cc", "launcher.c"]),
         ]
 
-    @pytest.mark.parametrize("which", range(3))
+    @pytest.mark.parametrize("which", range(5))
     def test_a_kernel_that_does_not_compile(
         self, which: int, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -118,15 +124,54 @@ class TestFallBack:
         assert str(failure) in message
         assert runtime.with_fallback("another_op", lambda: "fast", lambda: "plain") == "fast"
 
-    def test_an_error_of_a_kernel_that_ran_is_raised(self) -> None:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("CUDA error: an illegal memory access was encountered"),
+            torch.OutOfMemoryError("tried to allocate more than there is"),
+            torch.AcceleratorError("PassManager of the device: out of memory"),
+            NotImplementedError("PassManager"),
+            KeyboardInterrupt(),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_what_is_not_of_the_compiler_is_raised(
+        self, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         pytest.importorskip("triton")
+        discarded: list[bool] = []
+        monkeypatch.setattr(runtime, "discard", lambda: discarded.append(True))
 
         def launch() -> str:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise error
 
         for _ in range(2):
-            with pytest.raises(RuntimeError, match="illegal memory access"):
+            with pytest.raises(type(error)):
                 runtime.with_fallback("some_op", launch, lambda: "plain")
+        assert len(discarded) == 2
+        assert runtime.failures() == []
+
+    @forms
+    def test_a_failure_disables_only_what_failed(self, form: str) -> None:
+        problem = make(replace(FORMS[form], rows=5))
+        keys, delta, gate = problem.keys, problem.delta, problem.gate
+
+        def name(rows: int, **others: Any) -> str:
+            given = {"keys": keys[:1].repeat(rows, 1), "delta": delta, "gate": gate} | others
+            return op._scope("hook_linear", d_out=8, **given)
+
+        assert name(5) == name(8)
+        other_form = Delta(keys, None if delta.up is not None else keys)
+        names = [
+            name(5),
+            name(4),
+            name(64),
+            name(5, delta=other_form),
+            name(5, gate=gate._replace(projection=None if gate.keyed else keys)),
+            name(5, keys=keys.half()),
+            name(5, keys=keys[:, 1:]),
+        ]
+        assert len(set(names)) == len(names)
 
     @forms
     @pytest.mark.parametrize("n_rows", [4, 70])
@@ -166,32 +211,117 @@ class TestFallBack:
         assert 1 <= len(tried) <= 2
 
 
+MEASURED = {"BM": 256, "num_stages": 4}
+DEFAULT = {"BM": 128, "num_stages": 3}
+
+
+def write_configs(folder: Path, kernel: str, content: Any) -> None:
+    """The configurations of a kernel on the device of the tests."""
+    place = folder / tuning.device_folder(torch.device(DEVICE))
+    place.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (place / f"{kernel}.json").write_text(text)
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    caches = (tuning._entries, tuning._nearest, tuning._log_keys_once)
+    monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+class TestWhatDoesNotFit:
+    """A GPU with so much shared memory; kernels that want as much as `BM * num_stages`."""
+
+    def run(self, limit: int, *kernels: str, early: bool = False) -> tuple[Any, int]:
+        """What was launched, None in plain torch, and the number of attempts. early: everything is
+        looked up before the first launch."""
+        from triton.runtime.errors import OutOfResources
+
+        tried: list[int] = []
+
+        def find(kernel: str) -> tuple[str, tuple[int, int]]:
+            found = tuning.lookup(kernel, torch.device(DEVICE), DEFAULT, rows=16)
+            return kernel, (found["BM"], found["num_stages"])
+
+        def launch() -> dict[str, tuple[int, int]]:
+            tried.append(1)
+            looked_up = [find(kernel) for kernel in kernels] if early else map(find, kernels)
+            launched = {}
+            for kernel, (block, stages) in looked_up:
+                if block * stages > limit and kernel != "small":
+                    raise OutOfResources(block * stages, limit, "shared memory")
+                launched[kernel] = (block, stages)
+            return launched
+
+        return runtime.with_fallback("some_op", launch, lambda: None), len(tried)
+
+    @pytest.mark.parametrize(
+        ("limit", "found"),
+        [(1024, (256, 4)), (1023, (128, 3)), (383, (128, 2)), (128, (128, 1)), (127, None)],
+    )
+    @pytest.mark.parametrize("early", [False, True])
+    def test_less_is_tried_and_remembered(
+        self, configs: Path, caplog: pytest.LogCaptureFixture, limit: int, found: Any, early: bool
+    ) -> None:
+        for kernel in ("large", "small"):
+            entry = {"when": {"rows": 16}, "config": MEASURED}
+            write_configs(configs, kernel, [entry])
+        expected = None if found is None else {"large": found, "small": (256, 4)}
+        launched, _ = self.run(limit, "large", "small", early=early)
+        assert launched == expected
+        told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        skipped = 4 - (0 if found is None else found[1]) if limit < 1024 else 0
+        assert all("of large" in line for line in told if found is not None)
+        assert len(told) == (1 if found is None else skipped)
+        launched, attempts = self.run(limit, "large", "small", early=early)
+        assert launched == expected
+        assert attempts == (0 if found is None else 1)
+        assert len(caplog.records) == len(told)
+
+    def test_two_that_do_not_fit(self, configs: Path) -> None:
+        for kernel in ("one", "other"):
+            write_configs(configs, kernel, [{"when": {"rows": 16}, "config": MEASURED}])
+        launched, _ = self.run(300, "one", "small", "other")
+        assert launched == {"one": (128, 2), "small": (128, 3), "other": (128, 2)}
+
+    def test_another_series_keeps_what_was_measured(self, configs: Path) -> None:
+        write_configs(configs, "large", [{"when": {"rows": 16}, "config": MEASURED}])
+        assert self.run(1023, "large")[0] == {"large": (128, 3)}
+        name, launch = (
+            "another",
+            lambda: tuning.lookup("large", torch.device(DEVICE), DEFAULT, rows=16),
+        )
+        assert runtime.with_fallback(name, launch, dict) == MEASURED
+        assert launch() == MEASURED
+
+
 class TestTuning:
     DEFAULT: tuning.Config = {"BM": 1}  # noqa: RUF012
 
     @pytest.fixture(autouse=True)
-    def configs(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-        caches = (tuning._entries, tuning._nearest)
-        monkeypatch.setattr(tuning, "CONFIGS", tmp_path)
-        for cache in caches:
-            cache.cache_clear()
-        folder = tmp_path / tuning.device_folder(torch.device(DEVICE))
-        folder.mkdir()
+    def entries(self, configs: Path) -> None:
         entries = [
             {"when": {"d_in": 4096, "rows": 16}, "config": {"BM": 16}},
             {"when": {"d_in": 4096, "rows": 1024}, "config": {"BM": 64}},
-            {"when": {"d_in": 4096}, "config": {"BM": 99}},
+            {"when": {"d_in": 4096}, "config": {"BM": 99}, "measured": {"torch": "2.11"}},
+            {"when": {"rows": 16, "gate": "keyed", "layout": "row"}, "config": {"BM": 2}},
+            {"when": {"rows": 64, "gate": "keyed", "layout": "column"}, "config": {"BM": 4}},
+            {"when": {"d_out": 8}, "config": None},
+            {"when": {"n": 8}, "config": {"BM": 8, "OLD": 1}},
         ]
-        (folder / "some_kernel.json").write_text(json.dumps(entries))
-        yield
-        for cache in caches:
-            cache.cache_clear()
+        write_configs(configs, "some_kernel", entries)
 
-    def lookup(self, kernel: str = "some_kernel", **sizes: int) -> tuning.Config:
-        return tuning.lookup(kernel, torch.device(DEVICE), self.DEFAULT, **sizes)
+    def lookup(self, kernel: str = "some_kernel", **described: int | str) -> tuning.Config:
+        return tuning.lookup(kernel, torch.device(DEVICE), self.DEFAULT, **described)
 
     @pytest.mark.parametrize(
-        ("sizes", "found"),
+        ("described", "found"),
         [
             ({"d_in": 4096, "rows": 16}, 16),
             ({"rows": 1024, "d_in": 4096}, 64),
@@ -202,12 +332,17 @@ class TestTuning:
             ({"d_in": 4096}, 99),
             ({"d_in": 4096, "rows": 16, "d_out": 8}, 1),
             ({"rows": 0, "d_in": 0}, 1),
+            ({"rows": 32, "gate": "keyed", "layout": "row"}, 2),
+            ({"rows": 32, "gate": "keyed", "layout": "column"}, 4),
+            ({"rows": 16, "gate": "calibrated", "layout": "row"}, 1),
+            ({"rows": 16, "gate": 5, "layout": "row"}, 1),
+            ({"d_out": 8}, 1),
         ],
         ids=str,
     )
-    def test_the_nearest_within_reach(self, sizes: dict[str, int], found: int) -> None:
+    def test_the_nearest_within_reach(self, described: dict[str, int | str], found: int) -> None:
         for _ in range(2):
-            assert self.lookup(**sizes) == {"BM": found}
+            assert self.lookup(**described) == {"BM": found}
 
     def test_a_missing_file_is_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO, logger=tuning.__name__)
@@ -216,6 +351,74 @@ class TestTuning:
         [record] = caplog.records
         assert "another_kernel" in record.getMessage()
         assert "defaults" in record.getMessage()
+
+    def test_parameters_of_another_version_are_not_launched(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for n in (7, 8, 9):
+            assert self.lookup(n=n) == self.DEFAULT
+        [record] = caplog.records
+        assert "BM, OLD" in record.getMessage()
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "[",
+            "{}",
+            [3],
+            [{"when": {"rows": 1}}],
+            [{"when": {"rows": 1}, "config": {"BM": 2}, "where": 3}],
+            [{"when": {"rows": -1}, "config": {"BM": 2}}],
+            [{"when": {"rows": 1.5}, "config": {"BM": 2}}],
+            [{"when": {}, "config": {"BM": 2}}],
+            [{"when": {"rows": 1}, "config": {"BM": "2"}}],
+            [{"when": {"rows": 1}, "config": {"BM": True}}],
+            [{"when": {"rows": 1}, "config": [2]}],
+            "\udcff",
+        ],
+        ids=str,
+    )
+    def test_a_file_that_says_something_else(
+        self, configs: Path, caplog: pytest.LogCaptureFixture, content: Any
+    ) -> None:
+        write_configs(configs, "odd", content if content != "\udcff" else "")
+        if content == "\udcff":
+            next(configs.rglob("odd.json")).write_bytes(b"\xff\xfe\xff")
+        for rows in (1, 2):
+            assert self.lookup("odd", rows=rows) == self.DEFAULT
+        [record] = caplog.records
+        assert "odd.json" in record.getMessage()
+
+
+def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The graph holds the launches made before, and runs them at every replay."""
+    capturing = [True]
+    sets = [torch.zeros(workspace.SET, dtype=torch.int32) for _ in range(3)]
+    given = iter(sets)
+    monkeypatch.setattr(workspace, "_take", lambda device: next(given))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(workspace, "_of_stream", {})
+    gpu = torch.device("cuda", 0)
+
+    def series(fails: bool) -> str:
+        workspace.counters(gpu).add_(1)
+        if fails:
+            raise RuntimeError("an error of the device")
+        return "done"
+
+    assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", lambda: series(True), str)
+    assert [int(counts[0]) for counts in sets] == [1, 0, 0]
+    capturing[0] = False
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", lambda: series(True), str)
+    # Nothing is known of a stream's set but that the next series does not get it.
+    assert workspace._of_stream == {}
+    assert [int(counts[0]) for counts in sets] == [1, 0, 1]
 
 
 def test_a_series_broken_off_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,9 +68,10 @@ def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor |
     return all(tensor is None or tensor.numel() > 0 for tensor in (keys, *same))
 
 
-def _kind(keys: Tensor, d_out: int) -> str:
-    """The scope of a failed compilation: other dtypes and layers may still compile."""
-    return f"{keys.dtype} {keys.shape[1]}→{d_out}"
+def _scope(operation: str, keys: Tensor, d_out: int, delta: Delta, gate: TokenGate) -> str:
+    """What a failed compilation disables: other rows, gates and forms of Δ may still compile."""
+    forms = ("keyed" if gate.keyed else "calibrated", "dense" if delta.up is None else "factored")
+    return runtime.scope(operation, keys, d_out, *forms)
 
 
 def eager_correction_(
@@ -101,7 +102,7 @@ def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tu
         return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
-        f"hook_correction_ {_kind(keys, output.shape[1])}",
+        _scope("hook_correction_", keys, output.shape[1], delta, gate),
         launch,
         lambda: eager_correction_(output, keys, delta, gate),
     )
@@ -119,7 +120,7 @@ def _linear(
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import rows
 
-    kind = _kind(keys, weight.shape[0])
+    name = _scope("hook_linear", keys, weight.shape[0], delta, gate)
     unit_bias = None if bias is None else bias.contiguous()
 
     def in_one_launch() -> tuple[Tensor, Tensor, Tensor]:
@@ -132,9 +133,9 @@ def _linear(
         return output, score, torch.full_like(score, -1, dtype=torch.int64)
 
     if rows.takes(keys, delta, gate):
-        return runtime.with_fallback(f"hook_linear rows {kind}", in_one_launch, compose)
+        return runtime.with_fallback(name, in_one_launch, compose)
     if not gate.keyed and delta.up is None and keys.shape[0] <= DUAL_PATH_ROWS:
-        return runtime.with_fallback(f"hook_linear dual path {kind}", on_both_paths, compose)
+        return runtime.with_fallback(name, on_both_paths, compose)
     return compose()
 
 

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.hook_linear_sequence import reference
-from coachhook_kernels.launch.runtime import triton_runs, with_fallback
+from coachhook_kernels.launch.runtime import scope, triton_runs, with_fallback
 from coachhook_kernels.scores import difference_norm, sequence_zscore
 
 NAME = "hook_linear_sequence"
@@ -128,7 +128,9 @@ def _op(
     filled = keys.numel() > 0 and weight.numel() > 0 and down.shape[0] > 0
     with torch.autocast(keys.device.type, enabled=False), torch.cuda.device_of(keys):
         if one_dtype and filled and triton_runs(keys, weight, down):
-            return with_fallback(NAME, launch, eager)
+            form = "dense" if up is None else "factored"
+            name = scope(NAME, keys, weight.shape[0], form)
+            return with_fallback(name, launch, eager)
         return eager()
 
 

@@ -8,9 +8,6 @@ from torch import Tensor
 from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
-LIBRARY: Config = {"triangle": 0}
-"""cuBLAS computes both triangles."""
-
 SQUARE: Config = {
     "triangle": 1,
     "tma": 1,
@@ -22,6 +19,9 @@ SQUARE: Config = {
     "num_stages": 3,
 }
 """Two programs fit on a Hopper multiprocessor: one multiplies while the other writes."""
+
+LIBRARY: Config = SQUARE | {"triangle": 0}
+"""cuBLAS computes both triangles, whatever the tiles."""
 
 WIDE: Config = SQUARE | {"block_j": 256, "group": 8, "num_warps": 8}
 """Fewer bytes of keys for each product, but only one program on a multiprocessor."""

@@ -103,18 +103,21 @@ def _key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None, mirror: 
     if mirror and moment.device.type == "cpu" and moment.shape[0] <= _CHECKED_D:
         require_symmetric(moment)
     if moment.dtype == torch.float32 and runtime.triton_runs(keys, moment):
-        config = choose(moment, keys, mask)
-        if config["triangle"]:
 
-            def launch() -> bool:
-                from coachhook_kernels.key_covariance.kernel import add_triangle
+        def launch() -> bool:
+            config = choose(moment, keys, mask)
+            if not config["triangle"]:
+                return False
+            from coachhook_kernels.key_covariance.kernel import add_triangle
 
-                with torch.cuda.device_of(moment):
-                    add_triangle(moment, keys, mask, mirror, config)
-                return True
+            with torch.cuda.device_of(moment):
+                add_triangle(moment, keys, mask, mirror, config)
+            return True
 
-            if runtime.with_fallback("key_covariance_", launch, lambda: False):
-                return
+        form = "every row" if mask is None else "masked"
+        name = runtime.scope("key_covariance_", keys, keys.shape[1], form)
+        if runtime.with_fallback(name, launch, lambda: False):
+            return
     _library_(moment, keys, mask)
     if mirror:
         _mirror(moment)

@@ -16,6 +16,13 @@ SET = 8
 
 SETS_A_BLOCK = 4096
 
+
+class _Thread(threading.local):
+    captured: Tensor | None = None
+    """The last set taken for a graph."""
+
+
+_thread = _Thread()
 _lock = threading.Lock()
 # Kept for good: a graph holds the address of its set, not the tensor.
 _blocks: list[Tensor] = []
@@ -30,7 +37,8 @@ def counters(device: torch.device) -> Tensor:
     stream = torch.cuda.current_stream(device).cuda_stream
     with _lock:
         if torch.cuda.is_current_stream_capturing():
-            return _take(device)
+            _thread.captured = _take(device)
+            return _thread.captured
         key = (device, stream, threading.get_ident())
         if key not in _of_stream:
             _of_stream[key] = _take(device)
@@ -39,9 +47,12 @@ def counters(device: torch.device) -> Tensor:
 
 def discard() -> None:
     """Forget the streams' counters, because a series of launches broke off and may have left them
-    above zero."""
+    above zero; a graph that is being captured sets its own to zero here at every replay."""
     with _lock:
         _of_stream.clear()
+    captured, _thread.captured = _thread.captured, None
+    if captured is not None and torch.cuda.is_current_stream_capturing():
+        captured.zero_()
 
 
 def _take(device: torch.device) -> Tensor:

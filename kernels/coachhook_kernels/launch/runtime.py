@@ -5,14 +5,17 @@ A fall-back to plain torch gives the same numbers more slowly, so it is logged o
 
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from coachhook_kernels.launch import tuning
 from coachhook_kernels.launch.counters import discard
 
 log = logging.getLogger(__name__)
@@ -54,11 +57,15 @@ def triton_runs(*tensors: Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors: the first is on a recent GPU, and each is
     float32, float16 or bfloat16."""
     given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].device.type != "cuda":
-        return False
     if any(tensor.dtype not in HALF_AND_SINGLE for tensor in given):
         return False
-    refusal = _device_refusal(given[0].device)
+    return _runs_on(given[0].device)
+
+
+def _runs_on(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    refusal = _device_refusal(device)
     if refusal is not None:
         _log_once(f"coachhook_kernels uses plain torch: {refusal}")
     return refusal is None
@@ -67,28 +74,96 @@ def triton_runs(*tensors: Tensor | None) -> bool:
 def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) -> T:
     """`launch()`; once that fails to compile, `eager()` in this and every later call with `name`.
 
-    Errors other than those of compilation are raised.
+    name: what is compiled, so that a failure disables nothing else. Where a configuration wants
+    more shared memory than there is, `launch` is run again without it, so what it changes in place
+    it must change in its last kernel. Errors other than those of compilation are raised: lack of
+    memory and errors of the device come and go, or say that results are lost.
     """
     if name in _broken:
         return eager()
-    import triton
+    series = tuning.Series(name)
+    while True:
+        try:
+            with series:
+                result = launch()
+        except BaseException as error:
+            # Whatever it was, the counters that its launches share may not be at zero.
+            discard()
+            if not _failed_to_compile(error):
+                raise
+            if _refuse(series, error):
+                continue
+            _broken.add(name)
+            _log_broken(name, error)
+            break
+        for use in series.refused:
+            _log_refused(use)
+        return result
+    return eager()
+
+
+def scope(operation: str, keys: Tensor, d_out: int, *forms: str) -> str:
+    """A name for `with_fallback`: the operation on keys `(..., d_in)` of this dtype and width, with
+    the number of rows rounded up to a power of two, in these forms (of the gate, of Δ)."""
+    *leading, d_in = keys.shape
+    return _scope(operation, keys.dtype, math.prod(leading), d_in, d_out, forms)
+
+
+@functools.lru_cache(maxsize=4096)
+def _scope(
+    operation: str, dtype: torch.dtype, rows: int, d_in: int, d_out: int, forms: tuple[str, ...]
+) -> str:
+    layer = f"{dtype} {d_in}→{d_out}, {1 << (rows - 1).bit_length()} rows"
+    return " ".join((operation, layer, *forms))
+
+
+def failures() -> list[str]:
+    """What does not run as it should: launches in plain torch, and configurations passed over."""
+    return sorted([*_broken, *map(str, tuning.refused)])
+
+
+def forget_failures() -> None:
+    """Try everything again."""
+    _broken.clear()
+    tuning.refused.clear()
+
+
+def _failed_to_compile(error: BaseException) -> bool:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    try:
-        return launch()
-    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
-        if type(error) is RuntimeError and not re.search(COMPILER_TROUBLE, str(error)):
-            raise
-        _broken.add(name)
-        discard()
-        log.warning(
-            "coachhook_kernels uses plain torch for %s: Triton %s could not compile it: %s",
-            name,
-            triton.__version__,
-            error,
-        )
-        return eager()
+    # CalledProcessError: of the C compiler, which builds the launcher. Lack of memory and errors of
+    # the device are kinds of RuntimeError, too.
+    if isinstance(error, (CompilationError, OutOfResources, PTXASError, CalledProcessError)):
+        return True
+    return type(error) is RuntimeError and bool(re.search(COMPILER_TROUBLE, str(error)))
+
+
+def _refuse(series: tuning.Series, error: BaseException) -> bool:
+    from triton.runtime.errors import OutOfResources
+
+    return isinstance(error, OutOfResources) and series.refuse(error.required)
+
+
+def _log_broken(name: str, error: BaseException) -> None:
+    import triton
+
+    log.warning(
+        "coachhook_kernels uses plain torch for %s: Triton %s could not compile it: %s",
+        name,
+        triton.__version__,
+        error,
+    )
+
+
+def _log_refused(use: tuning.Use) -> None:
+    log.warning(
+        "coachhook_kernels passes over the configuration %s of %s, which does not fit on this GPU, "
+        "for %s",
+        dict(use.config),
+        use.kernel,
+        use.series,
+    )
 
 
 @functools.cache

@@ -1,0 +1,112 @@
+"""The first minutes with a GPU, tried without one, and what is left of them when they are cut."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.first_contact import __main__ as first_contact
+from bench.first_contact import summary
+from bench.ops import lines
+from bench.ops.interpreted import TINY
+
+ROOT = Path(first_contact.__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_from_end_to_end_without_a_gpu(tmp_path: Path) -> None:
+    # On a machine with other work the phases need more than their three minutes.
+    command = [sys.executable, "-m", "bench.first_contact", "--out", tmp_path, "--minutes", "15"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    logs = "".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert [(line["phase"], line["exit_code"]) for line in found["phases"]] == [
+        (phase.name, 0) for phase in first_contact.PLAN
+    ]
+    assert summary.NO_TIMES in done.stdout
+    assert found["facts"]["copy_gb_s"] > 0
+    assert lines.read(tmp_path / "compile.jsonl")[-1]["compiled"] == len(TINY)
+    assert found["checks_passed"] == len(TINY)
+    keys = {line["key"] for line in lines.read(tmp_path / "table.jsonl") if "key" in line}
+    assert keys == {lines.key_of(case) for case in TINY}
+    [missed] = found["missed"]
+    assert "sequence" in missed["key"]
+    assert len(found["models"][0]["rows"]) == 4
+    [tuned] = found["tuned"]
+    [kept] = (tmp_path / "configs").rglob("*.json")
+    assert kept.stem == tuned["kernel"]
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_phase_ends_with_its_children_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        first_contact, "command", lambda *_: ["sh", "-c", "sleep 600 & echo $!; sleep 600"]
+    )
+    assert first_contact.run_phase("table", tmp_path, limit=1.0) is None
+    child = int((tmp_path / "table.log").read_text())
+    deadline = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def test_a_phase_that_breaks_off_is_begun_again_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run: list[str] = []
+
+    def run_phase(name: str, out: Path, limit: float) -> int | None:
+        run.append(name)
+        broken = name == "table" and run.count(name) < 3
+        return 1 if broken or name == "tune" else None if name == "check" else 0
+
+    monkeypatch.setattr(first_contact, "run_phase", run_phase)
+    first_contact.run_all(tmp_path, minutes=10)
+    once = ["facts", "compile", "check"]
+    assert run == [*once, *["table"] * 3, "inference", *["tune"] * first_contact.ATTEMPTS]
+    told = [line["exit_code"] for line in lines.read(tmp_path / "phases.jsonl")]
+    assert told[:6] == [0, 0, "its time was over", 1, 1, 0]
+    run.clear()
+    first_contact.run_all(tmp_path, minutes=0.1)
+    assert run == []
+
+
+def test_the_summary_of_what_there_is(tmp_path: Path) -> None:
+    summary.write(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["wrong"] == []
+    lines.append(tmp_path / "facts.jsonl", {"device": "H", "gpu": True})
+    lines.append(tmp_path / "check.jsonl", {"key": "a test", "outcome": "failed", "why": "so"})
+    row = {"microseconds": 3.0, "ratio": 1.2, "must": 1.1}
+    table = tmp_path / "table.jsonl"
+    lines.append(table, {"begun": "one"})
+    lines.append(table, {"key": "none", "verdict": ""} | row)
+    lines.append(table, {"key": "near", "verdict": "×1.10 MISSED"} | row)
+    lines.append(table, {"key": "far", "verdict": "×1.10 MISSED"} | row | {"ratio": 3.0})
+    lines.append(table, {"key": "good", "verdict": "×1.30 reached"} | row)
+    lines.append(table, {"key": "bad", "verdict": "WRONG: off by 3"})
+    with table.open("a") as file:
+        file.write('{"key": "cut')
+    found = summary.collect(tmp_path)
+    assert not found["times_mean_nothing"]
+    assert found["wrong"] == ["a test: so", "bad: WRONG: off by 3"]
+    assert [line["key"] for line in found["missed"]] == ["far", "near"]
+    assert [line["key"] for line in found["reached"]] == ["good"]
+    text = summary.text_of(found)
+    assert summary.NO_TIMES not in text
+    assert text.index("far") < text.index("near") < text.index("good")
