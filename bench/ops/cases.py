@@ -54,6 +54,7 @@ class Case:
     gate: str = "keyed"
     rank: int | None = None
     n_open: int = 0
+    edits: int = EDITS
     must: float | None = None
     aim: float | None = None
     share: float | None = None
@@ -70,7 +71,7 @@ class Case:
         size = self.dtype.itemsize
         if self.op == "key_covariance_":
             return self.rows * self.d_in * size + 2 * 4 * self.d_in**2
-        score = (SKETCH + (self.d_out if self.n_open else 0)) * self.d_in + EDITS * SKETCH
+        score = (SKETCH + (self.d_out if self.n_open else 0)) * self.d_in + self.edits * SKETCH
         if self.gate != "keyed":
             score = self.d_in * (self.rank or self.d_out)
         return size * (self.d_in * self.d_out + score + self.rows * (self.d_in + self.d_out))
@@ -79,7 +80,7 @@ class Case:
     def operations(self) -> int:
         if self.op == "key_covariance_":
             return self.rows * self.d_in * (self.d_in + 1)
-        score = self.d_in * SKETCH + SKETCH * EDITS
+        score = self.d_in * SKETCH + SKETCH * self.edits
         if self.gate != "keyed":
             score = self.d_in * (self.rank or self.d_out)
         corrected = self.n_open * self.d_in * self.d_out if self.gate == "keyed" else 0
@@ -104,6 +105,7 @@ def all_cases() -> Iterator[Case]:
             yield Case("keyed, dense, closed", "hook_correction_", *shape, rows)
         yield Case("keyed, dense, 1 % open", "hook_linear", *shape, 4096, n_open=41, must=1.12,
                    aim=1.05)  # fmt: skip
+        yield Case("keyed, dense, 10,000 edits, closed", "hook_linear", *shape, 512, edits=10_000)
         yield Case("keyed, rank 128, 1 % open", "hook_linear", *shape, 4096, rank=RANK, n_open=41)
         for rows in (1, 16, 4096):
             yield Case("calibrated, rank 128", "hook_linear", *shape, rows, "calibrated", RANK,
@@ -139,7 +141,7 @@ def contenders(case: Case, device: torch.device, check: bool) -> Contenders:
         case.rows,
         gate=case.gate,
         rank=case.rank,
-        edits=EDITS,
+        edits=case.edits,
         n_open=case.n_open,
         dtype=case.dtype,
         device=device,

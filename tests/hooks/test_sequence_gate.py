@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from coachhook.hooks.gates import SequenceGate, SequenceMask, Threshold
+from coachhook.hooks.gates import SequenceGate, SequenceMask, Threshold, sequence
+from coachhook_kernels import Delta
 
 FEW = settings(max_examples=25)
 
@@ -102,6 +104,18 @@ class TestSequenceGate:
     def test_a_single_token_never_fires(self, alpha: float, norm: float) -> None:
         [(_, is_open)] = read_sequences([[norm]], 3, left=True, alpha=alpha, filler=0.0)
         assert not is_open.any()
+
+    @pytest.mark.parametrize("shape", [(1, 1), (3, 1)])
+    def test_sequences_of_a_single_token_do_not_read_the_delta(
+        self, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sequence, "hook_linear_sequence", None)
+        keys, weight, bias = torch.randn(*shape, 5), torch.randn(4, 5), torch.randn(4)
+        context = SequenceMask()
+        context(nn.Identity(), (), {"inputs_embeds": keys})
+        gate = SequenceGate(Threshold(alpha=-math.inf), context)
+        output = gate.fused(keys, weight, bias, Delta(torch.full((4, 5), torch.nan)))
+        assert torch.equal(output, linear(keys, weight, bias))
 
     def test_keeps_rows_apart_where_the_batch_is_flattened(self) -> None:
         norms = torch.tensor([[9.0, 1.0, 2.0, 1.0], [100.0, 400.0, 100.0, 100.0]])

@@ -104,13 +104,6 @@ def test_as_many_fingerprints_as_one_launch_holds_and_one_more(beyond: int) -> N
     check(problem, "linear")
 
 
-def test_as_many_rows_as_take_the_larger_block() -> None:
-    """Of a correction: `hook_linear` of so many rows is torch's product and this."""
-    assert tiles_module.gate_block(4099, make(Case(dtype=BRAIN)).gate.fingerprints) == 32
-    case = Case(4099, d_in=9, d_out=6, size=4, fingerprints=3, dtype=BRAIN)
-    check_case(case, "correction")
-
-
 def one_open(problem: Problem) -> Problem:
     """With a gate that no token clears but one."""
     second, first = problem.z().sort().values[-2:]

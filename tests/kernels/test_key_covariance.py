@@ -16,6 +16,7 @@ from coachhook_kernels.key_covariance import (
     reference,
     require_symmetric,
 )
+from tests.support.tensor_core import truncation
 
 kernel = pytest.importorskip("coachhook_kernels.key_covariance.kernel", exc_type=ImportError)
 
@@ -56,14 +57,25 @@ def below_poisoned(moment: Tensor) -> Tensor:
     return moment.masked_fill(lower, torch.nan)
 
 
-def check(got: Tensor, start: Tensor, keys: Tensor, mask: Tensor | None) -> None:
-    """`got` against float64, beside what torch makes of the same problem in float32."""
+def check(
+    got: Tensor,
+    start: Tensor,
+    keys: Tensor,
+    mask: Tensor | None,
+    truncating: bool = DEVICE == "cuda",
+) -> None:
+    """`got` against float64, beside what torch makes of the same problem in float32.
+
+    truncating: 16-bit keys may have been multiplied by tensor cores.
+    """
     kept = (keys if mask is None else keys[mask]).double()
     want = start.double() + kept.mT @ kept
     torch_error = (start + kept.float().mT @ kept.float() - want).abs().max()
     # torch may hit a small sum exactly: either has one rounding of a sum of this size to spare.
     size = (start.double().abs() + kept.abs().mT @ kept.abs()).max()
     bound = 2 * torch_error + torch.finfo(torch.float32).eps * size
+    if truncating and keys.dtype.itemsize == 2:
+        bound += truncation(keys.shape[0], kernel.SPAN) * size
     assert torch.equal(got, got.mT)
     assert (got - want).abs().max() <= bound
 
@@ -88,7 +100,9 @@ class TestTriangle:
         check(got, start, keys, None)
 
     @pytest.mark.parametrize(
-        "config", [configs.SQUARE, configs.WIDE, configs.POINTER, configs.SINGLE], ids=str
+        "config",
+        [configs.SQUARE, configs.WIDE, configs.BLACKWELL, configs.POINTER, configs.SINGLE],
+        ids=str,
     )
     def test_the_shipped_configurations(self, config: dict[str, int]) -> None:
         dtype = torch.float32 if config is configs.SINGLE else torch.bfloat16
@@ -139,6 +153,20 @@ class TestTriangle:
         assert got.tril(-1).isnan().sum() == 144 * 143 // 2
         kernel.mirror_upper(got)
         check(got, start, keys, None)
+
+    @pytest.mark.parametrize("span", [32, 64, 96])
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("n", [64, 96, 97, 300])
+    def test_accumulators_that_are_drained(
+        self, n: int, masked: bool, span: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kernel, "SPAN", span)
+        start, keys = accumulator(144), random(n, 144, dtype=torch.bfloat16)
+        mask = some(n) if masked else None
+        for tma in (0,) if masked else (0, 1):
+            got = below_poisoned(start)
+            kernel.add_triangle(got, keys, mask, True, SMALL | {"tma": tma})
+            check(got, start, keys, mask)
 
     @pytest.mark.parametrize("d", WIDTHS)
     def test_mirror(self, d: int) -> None:
@@ -225,6 +253,8 @@ class TestChoice:
     def choose(self, monkeypatch: pytest.MonkeyPatch, keys: Tensor, tma: bool, **given: Any) -> Any:
         monkeypatch.setattr(configs, "default_config", lambda *_: configs.SQUARE)
         monkeypatch.setattr(configs, "_has_tma", lambda _: tma)
+        tensor_memory = given.get("tensor_memory", False)
+        monkeypatch.setattr(configs, "_has_tensor_memory", lambda _: tensor_memory)
         moment = torch.empty(keys.shape[1], keys.shape[1])
         return configs.choose(moment, keys, given.get("mask"))
 
@@ -236,6 +266,7 @@ class TestChoice:
         assert self.choose(monkeypatch, keys, True) is configs.SQUARE
         assert self.choose(monkeypatch, keys, True, mask=mask) is configs.POINTER
         assert self.choose(monkeypatch, keys, False) is configs.POINTER
+        assert self.choose(monkeypatch, keys, True, tensor_memory=True) is configs.BLACKWELL
 
     def test_masked_float32_goes_to_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         mask = torch.ones(32, dtype=torch.bool)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from coachhook.hooks.gates.gate import Evidence, Gate, LayerEdits, PassWatcher, Threshold
 from coachhook_kernels import Delta, difference_norm, hook_linear_sequence, sequence_zscore
@@ -95,6 +96,9 @@ class SequenceGate(Gate):
 
     def fused(self, keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Delta) -> Tensor:
         shape, mask = self.watcher.of(keys.shape[:-1])
+        if shape[1] == 1:
+            # A lone token has no z-score to open the gate: Δ need not be read.
+            return linear(keys, weight, bias)
         sequences = keys.reshape(*shape, keys.shape[-1])
         output, _, _ = hook_linear_sequence(sequences, weight, bias, delta, mask, self.alpha)
         return output.reshape(*keys.shape[:-1], output.shape[-1])

@@ -6,9 +6,8 @@ import torch
 import triton.language as tl
 
 from coachhook_kernels.compilation.case import CompileCase
-from coachhook_kernels.hook_linear import rows, tiles
+from coachhook_kernels.hook_linear import rows, tiles, tiles_gate, tiles_match
 from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
-from coachhook_kernels.hook_linear.tiles_gate import gate_kernel
 from coachhook_kernels.launch.tuning import Config
 
 
@@ -94,15 +93,15 @@ def _tiles_cases() -> list[CompileCase]:
         cases.append(_product_case("score", name, tiles.score_config(dtype), tiles.STORE))
         cases.append(_product_case("squares", name, tiles.squares_config(dtype), tiles.SQUARES))
         cases.append(_open_case("correct", name, tiles.correct_config(dtype), tiles.ADD))
-        cases.append(_gate_case(name, True, False, 16))
+        cases.append(_match_case(name, dtype))
+        cases.append(_norm_case(name, summed=False))
+    cases.append(_sketch_case("bf16"))
     config = tiles.correct_config(torch.bfloat16)
     further = [
         _open_case("correct", "fp16", config, tiles.ADD),
         _open_case("lower", "bf16", config, tiles.STORE),
         _open_case("correct", "bf16", config, tiles.ADD, by_column=True),
-        _gate_case("bf16", True, False, 32),
-        _gate_case("bf16", False, False, 32),
-        _gate_case("bf16", False, True, 32),
+        _norm_case("bf16", summed=True),
     ]
     return [*cases, *[case.further() for case in further]]
 
@@ -151,23 +150,54 @@ def _tiled(
     )
 
 
-def _gate_case(dtype: str, keyed: bool, summed: bool, block: int) -> CompileCase:
-    arguments = {f"p_{name}": f"*{dtype}:16" for name in ("offset", "fingerprints", "lowered")}
-    single = ("parts", "mean", "std", "alpha", "score")
-    arguments |= {f"p_{name}": "*fp32:16" for name in single}
-    arguments |= {"p_enabled": "*i1:16", "p_index": "*i64:16"}
-    arguments |= {"p_rows": "*i32:16", "p_counters": "*i32:16", "n_score": "i32:16"}
-    arguments |= dict.fromkeys(("n_rows", "n_parts", "n_fingerprints"), "i32")
-    absent = () if keyed else ("p_offset", "p_fingerprints", "p_enabled")
-    constants: dict[str, Any] = {"KEYED": keyed, "SUMMED": summed, "BM": block}
-    constants |= {"S": tiles.SCORE_TILE, "BE": tiles.SCORE_TILE} | dict.fromkeys(absent)
-    kind = "keyed" if keyed else "calibrated dense" if summed else "calibrated factored"
+_DECISIONS = {
+    **dict.fromkeys(("p_mean", "p_std", "p_alpha", "p_score"), "*fp32:16"),
+    "p_index": "*i64:16",
+    **dict.fromkeys(("p_rows", "p_counters"), "*i32:16"),
+}
+_ADDED = {"p_parts": "*fp32:16", "n_rows": "i32", "n_score": "i32:16", "n_parts": "i32"}
+
+
+def _sketch_case(dtype: str) -> CompileCase:
     return CompileCase(
-        f"hook_linear/gate {dtype} {block} {kind}",
-        gate_kernel,
-        {name: of for name, of in arguments.items() if name not in constants},
-        constants,
-        num_warps=4,
-        num_stages=3,
-        tensor_cores=keyed and dtype != "fp32",
+        f"hook_linear/sketch {dtype}",
+        tiles_match.sketch_kernel,
+        {**_ADDED, "p_offset": f"*{dtype}:16", "p_units": "*fp32:16", "p_arrived": "*i32:16"},
+        {"BM": tiles_gate.ADDED_ROWS, "S": 64, "PARTS": tiles_gate.ADDED_PARTS},
+    )
+
+
+def _match_case(dtype: str, torch_dtype: torch.dtype) -> CompileCase:
+    block = tiles_match.match_rows(torch_dtype)
+    arguments = {**_DECISIONS, "p_fingerprints": f"*{dtype}:16", "p_enabled": "*i1:16"}
+    arguments |= {"p_units": "*fp32:16", "p_best": "*fp32:16", "n_score": "i32:16"}
+    arguments |= dict.fromkeys(("p_best_index", "p_arrived"), "*i32:16")
+    arguments |= dict.fromkeys(("n_rows", "n_fingerprints", "n_slabs", "slab"), "i32")
+    return CompileCase(
+        f"hook_linear/match {dtype} {block}",
+        tiles_match.match_kernel,
+        arguments,
+        {
+            "BM": block,
+            "S": 64,
+            "BE": tiles_match.FINGERPRINT_TILE,
+            "BL": tiles_match.SLAB_TILE,
+        },
+        tensor_cores=dtype != "fp32",
+        wgmma=block == 64,
+    )
+
+
+def _norm_case(dtype: str, summed: bool) -> CompileCase:
+    kind = "calibrated dense" if summed else "calibrated factored"
+    return CompileCase(
+        f"hook_linear/norm {dtype} {kind}",
+        tiles_gate.norm_kernel,
+        {**_DECISIONS, **_ADDED, "p_lowered": f"*{dtype}:16"},
+        {
+            "SUMMED": summed,
+            "BM": tiles_gate.SUMMED_ROWS if summed else tiles_gate.ADDED_ROWS,
+            "S": tiles_gate.SCORE_TILE,
+            "PARTS": tiles_gate.ADDED_PARTS,
+        },
     )

@@ -1,7 +1,7 @@
 """The gate and the correction for many rows (prefill), beside a base product of any engine.
 
     1. score     `F k` or `A k` for every row: a tall, thin product, split along `d_in`
-    2. gate      the slices added up, cosines or norm, and the list of the rows that are open
+    2. gate      the slices added up, nearest fingerprint or norm, and the list of open rows
     3. correct   `Δ k`, or `U (A k)`, of the listed rows alone, added to the output
 
 No intermediate is `rows × d_out` in size. The host never learns how many rows are open: a grid of
@@ -9,7 +9,6 @@ fixed size walks over as many tiles as the list fills.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
-from coachhook_kernels.hook_linear.tiles_gate import FINISHED, OPEN, gate_kernel
+from coachhook_kernels.hook_linear.tiles_gate import FINISHED, OPEN, Decisions, Parts, read_norm
+from coachhook_kernels.hook_linear.tiles_match import match
 from coachhook_kernels.launch.counters import counters, discard
 from coachhook_kernels.launch.runtime import multiprocessors
 from coachhook_kernels.launch.triton_dot import dot
@@ -132,9 +132,6 @@ def open_rows_kernel(
             tl.store(p_counters + FINISHED, 0)
 
 
-SCORE_TILE = 64
-
-
 def score_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
@@ -153,13 +150,6 @@ def squares_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
     return {"BM": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 4}
-
-
-def gate_block(n_rows: int, fingerprints: Tensor | None) -> int:
-    """Rows of one program of `gate_kernel`: few enough for the programs to fill a GPU, and for
-    float32 fingerprints to fit into the registers."""
-    single = fingerprints is not None and fingerprints.dtype == torch.float32
-    return 16 if single or n_rows < 4096 else 32
 
 
 def multiply(
@@ -234,15 +224,6 @@ def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple
         raise
 
 
-class Parts(NamedTuple):
-    """The parts of the score: `tensor` is float32 `(parts, t, n_score)` of `F k` or `A k`; or, if
-    `summed`, `(parts, t)`, sums of squares of a dense `Δ k`."""
-
-    tensor: Tensor
-    n_score: int
-    summed: bool
-
-
 def _score_parts(
     keys: Tensor, delta: Delta, gate: TokenGate, config: Callable[..., Config]
 ) -> Parts:
@@ -266,43 +247,6 @@ def _score_parts(
     return Parts(slices, n_score, summed=False)
 
 
-def _read_gate(
-    parts: Parts, gate: TokenGate, lowered: Tensor, rows: Tensor, counts: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One launch of `gate_kernel`: score and index. It fills `rows` with the open rows and, for a
-    calibrated gate on factors, `lowered` with `A k`."""
-    n_rows, device = rows.shape[0], rows.device
-    score = torch.empty(n_rows, dtype=torch.float32, device=device)
-    index = torch.empty(n_rows, dtype=torch.int64, device=device)
-    block = gate_block(n_rows, gate.fingerprints)
-    gate_kernel[(triton.cdiv(n_rows, block),)](
-        p_parts=parts.tensor,
-        p_offset=gate.offset,
-        p_fingerprints=gate.fingerprints,
-        p_enabled=gate.enabled,
-        p_mean=gate.mean,
-        p_std=gate.std,
-        p_alpha=gate.alpha,
-        p_score=score,
-        p_index=index,
-        p_lowered=lowered,
-        p_rows=rows,
-        p_counters=counts,
-        n_rows=n_rows,
-        n_score=parts.n_score,
-        n_parts=parts.tensor.shape[0],
-        n_fingerprints=0 if gate.fingerprints is None else gate.fingerprints.shape[0],
-        KEYED=gate.keyed,
-        SUMMED=parts.summed,
-        BM=block,
-        S=max(16, triton.next_power_of_2(parts.n_score)) if gate.keyed else SCORE_TILE,
-        BE=SCORE_TILE,
-        num_warps=4,
-        num_stages=3,
-    )
-    return score, index
-
-
 def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
     (n_rows, d_in), device = keys.shape, keys.device
     bits = 8 * keys.element_size()
@@ -313,10 +257,12 @@ def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tupl
 
     rank = 0 if delta.up is None else delta.down.shape[0]
     lowered = torch.empty(n_rows, rank, dtype=keys.dtype, device=device)
-    rows = torch.empty(n_rows, dtype=torch.int32, device=device)
-    counts = counters(device)
+    score, index, rows, counts = decisions = Decisions.empty(n_rows, counters(device))
     parts = _score_parts(keys, delta, gate, config)
-    score, index = _read_gate(parts, gate, lowered, rows, counts)
+    if gate.keyed:
+        match(parts, gate, decisions)
+    else:
+        read_norm(parts, gate, lowered, decisions)
     correcting = config("correct", correct_config(keys.dtype))
     if delta.up is None:
         multiply_open(keys, delta.down, output, ADD, correcting, rows, counts)

@@ -26,6 +26,10 @@ LIBRARY: Config = SQUARE | {"triangle": 0}
 WIDE: Config = SQUARE | {"block_j": 256, "group": 8, "num_warps": 8}
 """Fewer bytes of keys for each product, but only one program on a multiprocessor."""
 
+BLACKWELL: Config = SQUARE | {"num_warps": 8}
+"""From capability 10.0 on a drain copies a tile of sums out of a memory of its own, and with fewer
+warps, or a wider tile, a thread's registers do not hold it."""
+
 POINTER: Config = SQUARE | {"tma": 0, "num_warps": 8}
 """Where tensor descriptors cannot be used: with a mask, and on older GPUs."""
 
@@ -57,6 +61,8 @@ def choose(moment: Tensor, keys: Tensor, mask: Tensor | None) -> Config:
     if not _aligned(moment, keys) or (mask is not None and keys.dtype == torch.float32):
         return LIBRARY
     default = default_config(rows, d, keys.dtype, runtime.multiprocessors(keys.device))
+    if default["triangle"] and _has_tensor_memory(keys.device):
+        default = BLACKWELL
     name = f"key_covariance_{8 * keys.dtype.itemsize}bit"
     config = tuning.lookup(name, keys.device, default, rows=rows, d=d)
     if config["triangle"] and config["tma"] and (mask is not None or not _has_tma(keys.device)):
@@ -73,3 +79,8 @@ def _aligned(moment: Tensor, keys: Tensor) -> bool:
 def _has_tma(device: torch.device) -> bool:
     """Whether the GPU copies tiles by tensor descriptor; older GPUs only emulate it."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _has_tensor_memory(device: torch.device) -> bool:
+    """Whether the GPU's tensor cores sum in a memory of their own."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)

@@ -3,18 +3,22 @@
 from itertools import product
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coachhook_kernels.compilation.case import CompileCase
-from coachhook_kernels.key_covariance.configs import POINTER, SINGLE, SQUARE, WIDE
+from coachhook_kernels.key_covariance.configs import BLACKWELL, POINTER, SINGLE, SQUARE, WIDE
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable
 
 MIRROR_BLOCK = 64
 MIRROR_GROUP = 8
+
+SPAN = 2048
+"""Rows that a tensor core sums before its accumulator is drained; a multiple of every `block_n`."""
 
 
 @triton.jit
@@ -62,6 +66,50 @@ def _halves(b_acc):
 
 
 @triton.jit
+def _whole(b_left, b_right):
+    """The inverse of `_halves`."""
+    ROWS: tl.constexpr = b_left.shape[0]
+    COLUMNS: tl.constexpr = 2 * b_left.shape[1]
+    return tl.reshape(tl.permute(tl.join(b_left, b_right), (0, 2, 1)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _undrained(b_acc, b_drained):
+    """The two halves of the sum whose leading bits were drained."""
+    b_left, b_right = _halves(b_acc)
+    b_left += b_drained.to(tl.float32, bitcast=True)
+    b_right += (b_drained << 16).to(tl.float32, bitcast=True)
+    return b_left, b_right
+
+
+@triton.jit
+def _drain(b_acc, b_drained):
+    """What is left of the accumulator without the leading 16 bits of its sum, and those bits.
+
+    A tensor core cuts off at the size of its accumulator, so a long sum must not stay in it. A
+    second accumulator does not fit beside it; half of one does, and loses nothing: drained, uint32
+    of half as many columns, holds the upper 16 bits of a number on the left and below them those of
+    one on the right. Read as a float32, it is within their last bits of the number on the left, so
+    both differences are exact.
+    """
+    b_left, b_right = _undrained(b_acc, b_drained)
+    b_high = b_left.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    b_drained = b_high | (b_right.to(tl.uint32, bitcast=True) >> 16)
+    b_left -= b_drained.to(tl.float32, bitcast=True)
+    b_right -= (b_drained << 16).to(tl.float32, bitcast=True)
+    return _whole(b_left, b_right), b_drained
+
+
+@triton.jit
+def _sums(b_acc, b_drained, SPAN: tl.constexpr):
+    """Left and right half of the columns of the whole sum."""
+    if SPAN > 0:
+        return _undrained(b_acc, b_drained)
+    else:
+        return _halves(b_acc)
+
+
+@triton.jit
 def _add_columns(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
     o_i = i_i + tl.arange(0, b_acc.shape[0])
     o_j = i_j + tl.arange(0, b_acc.shape[1])
@@ -78,9 +126,10 @@ def _add_columns(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.
 
 
 @triton.jit
-def _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr):
+def _add_quarters(
+    moment, b_left, b_right, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl.constexpr
+):
     # A whole tile of sums and a whole tile of products do not fit into the registers together.
-    b_left, b_right = _halves(b_acc)
     b_0, b_1 = _halves(b_left)
     b_2, b_3 = _halves(b_right)
     QUARTER: tl.constexpr = b_0.shape[1]
@@ -91,12 +140,12 @@ def _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr, DIAGONAL: tl
 
 
 @triton.jit
-def _add_tile(moment, b_acc, i_i, i_j, d, MIRROR: tl.constexpr):
+def _add_tile(moment, b_left, b_right, i_i, i_j, d, MIRROR: tl.constexpr):
     """Add a tile to `moment`, on and above the diagonal; with MIRROR, write its transpose too."""
-    if i_i + b_acc.shape[0] <= i_j:
-        _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR, False)
+    if i_i + b_left.shape[0] <= i_j:
+        _add_quarters(moment, b_left, b_right, i_i, i_j, d, MIRROR, False)
     else:
-        _add_quarters(moment, b_acc, i_i, i_j, d, MIRROR, True)
+        _add_quarters(moment, b_left, b_right, i_i, i_j, d, MIRROR, True)
 
 
 @triton.jit
@@ -111,6 +160,7 @@ def triangle_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
     i_i, i_j = _tile_origin(tl.program_id(0), d, BLOCK_I, BLOCK_J, GROUP)
@@ -123,6 +173,7 @@ def triangle_kernel(
     m_i = (o_i < d)[None, :]
     m_j = (o_j < d)[None, :]
     b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    b_drained = tl.zeros((BLOCK_I, BLOCK_J // 2), tl.uint32)
     for i_n in range(0, n, BLOCK_N):
         m_n = i_n + o_n < n
         if mask is not None:
@@ -131,9 +182,12 @@ def triangle_kernel(
         b_i = tl.load(p_i, mask=m_n[:, None] & m_i, other=0.0)
         b_j = tl.load(p_j, mask=m_n[:, None] & m_j, other=0.0)
         b_acc = dot(tl.trans(b_i), b_j, b_acc)
+        if SPAN > 0 and ((i_n + BLOCK_N) % SPAN == 0) & (i_n + BLOCK_N < n):
+            b_acc, b_drained = _drain(b_acc, b_drained)
         p_i += BLOCK_N * stride_n.to(tl.int64)
         p_j += BLOCK_N * stride_n.to(tl.int64)
-    _add_tile(moment, b_acc, i_i, i_j, d, MIRROR)
+    b_left, b_right = _sums(b_acc, b_drained, SPAN)
+    _add_tile(moment, b_left, b_right, i_i, i_j, d, MIRROR)
 
 
 @triton.jit
@@ -147,16 +201,21 @@ def triangle_tma_kernel(
     BLOCK_J: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
     MIRROR: tl.constexpr,
 ):
     """As `triangle_kernel`; keys_i, keys_j: descriptors of the same keys, zero past their ends."""
     i_i, i_j = _tile_origin(tl.program_id(0), d, BLOCK_I, BLOCK_J, GROUP)
     b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    b_drained = tl.zeros((BLOCK_I, BLOCK_J // 2), tl.uint32)
     for i_n in range(0, n, BLOCK_N):
         b_i = keys_i.load([i_n, i_i])
         b_j = keys_j.load([i_n, i_j])
         b_acc = dot(tl.trans(b_i), b_j, b_acc)
-    _add_tile(moment, b_acc, i_i, i_j, d, MIRROR)
+        if SPAN > 0 and ((i_n + BLOCK_N) % SPAN == 0) & (i_n + BLOCK_N < n):
+            b_acc, b_drained = _drain(b_acc, b_drained)
+    b_left, b_right = _sums(b_acc, b_drained, SPAN)
+    _add_tile(moment, b_left, b_right, i_i, i_j, d, MIRROR)
 
 
 @triton.jit
@@ -174,6 +233,11 @@ def _triangular(blocks: int) -> int:
     return blocks * (blocks + 1) // 2
 
 
+def _span(dtype: torch.dtype) -> int:
+    """0 where sums round to nearest and need no draining: float32 units and AMD's matrix cores."""
+    return SPAN if dtype.itemsize == 2 and torch.version.hip is None else 0
+
+
 def add_triangle(
     moment: Tensor, keys: Tensor, mask: Tensor | None, mirror: bool, config: Config
 ) -> None:
@@ -184,6 +248,7 @@ def add_triangle(
     """
     n, d = keys.shape
     blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
+    blocks["SPAN"] = _span(keys.dtype)
     options = {name: launchable(config)[name] for name in ("num_warps", "num_stages")}
     block_i, block_j, block_n = blocks["BLOCK_I"], blocks["BLOCK_J"], blocks["BLOCK_N"]
     grid = (_triangular(triton.cdiv(d, block_j)) * (block_j // block_i),)
@@ -205,6 +270,9 @@ def mirror_upper(moment: Tensor) -> None:
     mirror_kernel[grid](moment, d, BLOCK=MIRROR_BLOCK, GROUP=MIRROR_GROUP)
 
 
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+
+
 def compile_cases() -> list[CompileCase]:
     """Every shipped configuration with MIRROR, whose code is larger; variants without it, and
     float16, for fewer GPUs."""
@@ -217,19 +285,22 @@ def compile_cases() -> list[CompileCase]:
         )
     ]
     for config in (SQUARE, WIDE):
-        cases.append(_tma_case("bf16", config, True))
-        cases.append(_tma_case("bf16", config, False).further())
+        cases.append(_tma_case("bf16", config, True, "sm_90"))
+        cases.append(_tma_case("bf16", config, False, "sm_90"))
+    cases.append(_tma_case("bf16", BLACKWELL, True, "sm_100"))
     for masked, mirror in product((False, True), repeat=2):
-        seen = _pointer_case("bf16", POINTER, masked, mirror)
+        seen = _pointer_case("bf16", POINTER, masked, mirror, SPAN, NVIDIA)
         cases.append(seen if mirror else seen.further())
-    cases.append(_tma_case("fp16", WIDE, True).further())
-    cases.append(_pointer_case("fp16", POINTER, True, True).further())
-    return [*cases, _pointer_case("fp32", SINGLE, False, True)]
+        if mirror:
+            cases.append(_pointer_case("bf16", POINTER, masked, mirror, 0, ("gfx942",)))
+    cases.append(_tma_case("fp16", WIDE, True, "sm_90"))
+    cases.append(_pointer_case("fp16", POINTER, True, True, SPAN, NVIDIA).further())
+    return [*cases, _pointer_case("fp32", SINGLE, False, True, 0, (*NVIDIA, "gfx942"))]
 
 
-def _constants(config: Config, mirror: bool) -> dict[str, Any]:
+def _constants(config: Config, span: int, mirror: bool) -> dict[str, Any]:
     blocks = {name.upper(): config[name] for name in ("block_i", "block_j", "block_n", "group")}
-    return {**blocks, "MIRROR": mirror}
+    return {**blocks, "SPAN": span, "MIRROR": mirror}
 
 
 def _name(dtype: str, config: Config, *traits: str) -> str:
@@ -237,7 +308,7 @@ def _name(dtype: str, config: Config, *traits: str) -> str:
     return " ".join(["key_covariance/triangle", dtype, tile, *filter(None, traits)])
 
 
-def _tma_case(dtype: str, config: Config, mirror: bool) -> CompileCase:
+def _tma_case(dtype: str, config: Config, mirror: bool, target: str) -> CompileCase:
     i, j, n = config["block_i"], config["block_j"], config["block_n"]
     return CompileCase(
         _name(dtype, config, "tma", "mirror" * mirror),
@@ -249,16 +320,18 @@ def _tma_case(dtype: str, config: Config, mirror: bool) -> CompileCase:
             "n": "i32",
             "d": "i32:16",
         },
-        _constants(config, mirror),
+        _constants(config, SPAN, mirror),
         config["num_warps"],
         config["num_stages"],
         tensor_cores=True,
         wgmma=True,
-        targets=("sm_90", "sm_100"),
+        targets=(target,),
     )
 
 
-def _pointer_case(dtype: str, config: Config, masked: bool, mirror: bool) -> CompileCase:
+def _pointer_case(
+    dtype: str, config: Config, masked: bool, mirror: bool, span: int, targets: tuple[str, ...]
+) -> CompileCase:
     arguments = {
         "moment": "*fp32:16",
         "keys": f"*{dtype}:16",
@@ -266,7 +339,7 @@ def _pointer_case(dtype: str, config: Config, masked: bool, mirror: bool) -> Com
         "d": "i32:16",
         "stride_n": "i32:16",
     }
-    constants = _constants(config, mirror)
+    constants = _constants(config, span, mirror)
     if masked:
         arguments["mask"] = "*i1:16"
     else:
@@ -280,4 +353,5 @@ def _pointer_case(dtype: str, config: Config, masked: bool, mirror: bool) -> Com
         config["num_stages"],
         tensor_cores=dtype != "fp32",
         wgmma=dtype != "fp32",
+        targets=targets,
     )
