@@ -43,12 +43,13 @@ def grid(**values: tuple[int, ...]) -> tuple[Config, ...]:
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
 
 
-ROWS = tuple(
+ONE_ROW = grid(BN=(2, 4, 8), BK=(1024, 2048), SLICES=(1, 2), num_warps=(4, 8), num_stages=(3,))
+FEW_ROWS = tuple(
     config
     for config in grid(
         BN=(16, 32, 64),
         BK=(64, 128, 256),
-        SLICE=(256, 512, 1024),
+        SLICES=(1, 2, 4, 8),
         num_warps=(4, 8),
         num_stages=(3, 4, 5),
     )
@@ -91,7 +92,8 @@ def problems() -> Iterator[Problem]:
         shape = {"d_in": d_in, "d_out": d_out}
         for rows in (1, 16, 64):
             few = (case(rows, keyed), case(rows, calibrated, RANK))
-            yield Problem("hook_linear_rows_16bit", shape | {"rows": rows}, few, ROWS)
+            few_rows = ONE_ROW if rows == 1 else FEW_ROWS
+            yield Problem(f"hook_linear_decode{rows}_16bit", shape, few, few_rows)
         for rows in (256, 4096):
             many = shape | {"rows": rows}
             closed = (case(rows, keyed), case(rows, calibrated, RANK))

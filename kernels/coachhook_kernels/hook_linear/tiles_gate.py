@@ -7,6 +7,7 @@ from coachhook_kernels.launch.triton_dot import dot_wide
 
 # Counters of a series: the length of the list, and the number of programs done with it.
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
+OF_A_SERIES = tl.constexpr(8)
 
 
 @triton.jit
