@@ -138,7 +138,11 @@ def test_tickets_go_to_whichever_programs_come(
         takers.append(program)
         return take(scratch)
 
+    decide, decisions = decode_match.decide, []
     monkeypatch.setattr(decode_match, "take", take_one)
+    monkeypatch.setattr(
+        decode_match, "decide", lambda *given: (decisions.append(1), decide(*given))
+    )
     case = Case(max(2, n_rows), d_in=60, d_out=200, size=16, fingerprints=1400, dtype=BRAIN)
     problem = make(case)
     problem = problem._replace(keys=problem.keys[:n_rows].contiguous())
@@ -147,6 +151,7 @@ def test_tickets_go_to_whichever_programs_come(
     check(problem, "linear")
     assert len(takers) > n_tickets
     assert len(set(takers)) == len(takers)
+    assert len(decisions) == 1
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def match_ticket(
 def best_of_tickets(scratch, tokens, counts, BT: tl.constexpr):
     """Score and fingerprint of each token: -1 and -1 where none is enabled."""
     # Many at a time: one ticket a step would cost a round trip to the cache each.
-    TOGETHER: tl.constexpr = 2048 // BT
+    TOGETHER: tl.constexpr = 1024 // BT
     p_best = scratch.p_floats + counts.n_partials + counts.n_score * tokens.n
     b_score = tl.full((BT,), -2.0, tl.float32)
     b_index = tl.full((BT,), -1, tl.int32)
@@ -102,7 +102,7 @@ def best_of_tickets(scratch, tokens, counts, BT: tl.constexpr):
 @triton.jit
 def norm_of_tiles(scratch, tokens, counts, n_tiles, BT: tl.constexpr):
     """`‖A k‖`, which is `‖Δ k‖`, from the sums of squares of the tiles of `A k`."""
-    TOGETHER: tl.constexpr = 2048 // BT
+    TOGETHER: tl.constexpr = 1024 // BT
     b_squares = tl.zeros((BT,), tl.float32)
     for i_tile in range(0, n_tiles, TOGETHER):
         o_tile = i_tile + tl.arange(0, TOGETHER)
