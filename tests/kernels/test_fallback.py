@@ -184,7 +184,7 @@ class TestFallBack:
     ) -> None:
         failure = self.failures()[1]
         from coachhook_kernels.dual_path import kernel
-        from coachhook_kernels.hook_linear import rows, tiles
+        from coachhook_kernels.hook_linear import decode, tiles
 
         tried = []
 
@@ -197,7 +197,7 @@ class TestFallBack:
             patch.setattr(runtime, "triton_runs", lambda *tensors: False)
             expected = run_linear(problem)
         monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: True)
-        monkeypatch.setattr(rows, "launch", launch)
+        monkeypatch.setattr(decode, "launch", launch)
         monkeypatch.setattr(tiles, "launch", launch)
         monkeypatch.setattr(kernel, "dual_path_calibrated", launch)
         for run in (run_linear, lambda given: run_correction(given, base_output(given))):

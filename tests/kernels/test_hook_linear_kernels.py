@@ -44,7 +44,6 @@ from tests.support.kernels import (
 
 pytest.importorskip("triton")
 
-from coachhook_kernels.hook_linear import rows as rows_module
 from coachhook_kernels.hook_linear import tiles as tiles_module
 
 # The interpreter computes with numpy, which warns of what is not finite.
@@ -95,13 +94,6 @@ def test_layouts(case: Case) -> None:
     check_case(case)
 
 
-@pytest.mark.parametrize("beyond", [0, 1])
-def test_as_many_fingerprints_as_one_launch_holds_and_one_more(beyond: int) -> None:
-    n_rows = rows_module.TOKEN_TILES[-1]
-    count = rows_module.MOST_MATCHES // n_rows * rows_module.FINGERPRINT_TILE + beyond
-    problem = make(Case(n_rows, fingerprints=count, size=16, dtype=BRAIN))
-    assert rows_module.takes(problem.keys, problem.delta, problem.gate) == (not beyond)
-    check(problem, "linear")
 
 
 def one_open(problem: Problem) -> Problem:
@@ -301,9 +293,10 @@ def test_a_second_launch_says_the_same(form: str, n_rows: int, dtype: torch.dtyp
             assert torch.equal(got, want), entry
 
 
+@pytest.mark.parametrize("n_rows", [5, 70])
 @pytest.mark.parametrize("lost", ["STORE", "ADD"])
 def test_after_a_launch_that_fails_half_way_the_counters_are_zero(
-    lost: str, counters: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch
+    lost: str, n_rows: int, counters: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the next launch of the stream would take what it finds for its own progress."""
     from triton.runtime.errors import OutOfResources
@@ -317,7 +310,7 @@ def test_after_a_launch_that_fails_half_way_the_counters_are_zero(
 
     monkeypatch.setattr(tiles_module, "multiply_open", fails)
     monkeypatch.setattr(op, "eager_correction_", EAGER)
-    problem = make(Case(70, rank=3))
+    problem = make(Case(n_rows, rank=3))
     check(problem, "correction")
     assert len(runtime._broken) == 1
     runtime._broken.clear()

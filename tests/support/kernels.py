@@ -236,9 +236,9 @@ def run(entry: str, problem: Problem) -> Result:
 def entries_of(problem: Problem) -> tuple[str, ...]:
     """The ways to the kernels that differ: what the kernel of few rows does not take, a correction
     gives to the kernels for many."""
-    from coachhook_kernels.hook_linear import rows
+    from coachhook_kernels.hook_linear import decode
 
-    taken = rows.takes(problem.keys, problem.delta, problem.gate)
+    taken = decode.takes(problem.keys, problem.delta, problem.gate)
     return ENTRIES if taken else ("linear", "correction")
 
 
@@ -355,7 +355,7 @@ def kernels_only() -> Iterator[Callable[[], Tensor]]:
     Memory comes full of NaN. Yields what gives the counters of the next launch, which must be zero
     in the end, too.
     """
-    from coachhook_kernels.hook_linear import rows, tiles
+    from coachhook_kernels.hook_linear import decode, tiles
     from coachhook_kernels.launch import counters as workspace
 
     def zeros() -> Tensor:
@@ -373,7 +373,7 @@ def kernels_only() -> Iterator[Callable[[], Tensor]]:
             sets = [zeros()]
             patch.setattr(runtime, "triton_runs", lambda *tensors: True)
             patch.setattr(runtime, "discard", lambda: sets.append(zeros()))
-            patch.setattr(rows, "counters", lambda device: sets[-1])
+            patch.setattr(decode, "counters", lambda device: sets[-1])
             patch.setattr(tiles, "counters", lambda device: sets[-1])
         # As `use_deterministic_algorithms`, which would import all of Inductor first.
         torch._C._set_deterministic_algorithms(True, warn_only=True)

@@ -9,7 +9,8 @@ class CompileCase:
     """One shipped configuration of one kernel.
 
     name: `op/kernel dtype configuration`. kernel: a `@triton.jit` function. arguments: parameter to
-    type, such as `*bf16:16` or `i32`; `:16` says divisible by 16. constants: constexpr parameters,
+    type, such as `*bf16:16` or `i32`; `:16` says divisible by 16; a parameter that is a tuple, to a
+    tuple of types and of the values that are compiled in. constants: constexpr parameters,
     integers specialised to 1 and absent pointers. tensor_cores: NVIDIA code must hold matrix
     instructions; wgmma: on sm_90 those of a warp group (HGMMA). targets: the GPUs to compile for.
     amd_num_stages: pipelining depth on gfx942, whose local memory is about a quarter of an H200's.
@@ -17,7 +18,7 @@ class CompileCase:
 
     name: str
     kernel: Any
-    arguments: dict[str, str]
+    arguments: dict[str, Any]
     constants: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3

@@ -144,13 +144,25 @@ def _source(case: CompileCase) -> Any:
             f"parameters {wrong} of the case and of the kernel differ; every parameter of the "
             f"kernel needs either a type or a constant"
         )
-    signature, attributes = {}, {}
-    for index, name in enumerate(names):
-        kind, _, divisor = case.arguments.get(name, "constexpr").partition(":")
-        signature[name] = kind
+    constants: dict[Any, Any] = dict(case.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(given: Any, *path: int) -> Any:
+        """The type alone; what else is said goes to `constants` and `attributes`."""
+        if isinstance(given, tuple):
+            return type(given)(*[kind(member, *path, i) for i, member in enumerate(given)])
+        if not isinstance(given, str):
+            constants[path] = given
+            return "constexpr"
+        name, _, divisor = given.partition(":")
         if divisor:
-            attributes[(index,)] = [["tt.divisibility", int(divisor)]]
-    return ASTSource(case.kernel, signature, case.constants, attributes)
+            attributes[path] = [["tt.divisibility", int(divisor)]]
+        return name
+
+    signature = {
+        name: kind(case.arguments.get(name, "constexpr"), i) for i, name in enumerate(names)
+    }
+    return ASTSource(case.kernel, signature, constants, attributes)
 
 
 def _nvidia(compiled: Any, assembler_log: str, cubin: Path, counted: bool) -> Resources:

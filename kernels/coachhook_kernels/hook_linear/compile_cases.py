@@ -6,85 +6,15 @@ import torch
 import triton.language as tl
 
 from coachhook_kernels.compilation.case import CompileCase
-from coachhook_kernels.hook_linear import rows, tiles, tiles_gate, tiles_match
-from coachhook_kernels.hook_linear.rows_kernel import rows_kernel
+from coachhook_kernels.hook_linear import tiles, tiles_gate, tiles_match
+from coachhook_kernels.hook_linear.decode_cases import decode_cases
 from coachhook_kernels.launch.tuning import Config
 
 
 def compile_cases() -> list[CompileCase]:
     """Every default configuration in its fullest form, and the most used one in all its forms. A
     few of float16, whose code is that of bfloat16 but for the type in its instructions."""
-    return [*_rows_cases(), *_tiles_cases()]
-
-
-def _rows_cases() -> list[CompileCase]:
-    shapes = ((4096, 16), (4096, 32), (4096, 64), (576, 16), (576, 32), (576, 64), (8192, 16))
-    cases = [_rows_case("bf16", d_out, n, "keyed", "dense") for d_out, n in (*shapes, (8192, 32))]
-    cases.append(_rows_case("fp32", 4096, 16, "keyed", "dense"))
-    further = [
-        _rows_case("bf16", 4096, 16, "keyed", "factored"),
-        _rows_case("bf16", 4096, 16, "calibrated", "factored"),
-        _rows_case("bf16", 4096, 16, "keyed", "dense", base=False),
-        _rows_case("fp16", 4096, 64, "keyed", "factored"),
-        _rows_case("fp32", 4096, 16, "calibrated", "factored"),
-        *[_rows_case("bf16", 4096, n, "keyed", "dense", by_column=True) for n in rows.TOKEN_TILES],
-    ]
-    return [*cases, *[case.further() for case in further]]
-
-
-def _rows_case(
-    dtype: str,
-    d_out: int,
-    tokens: int,
-    gate: str,
-    form: str,
-    base: bool = True,
-    by_column: bool = False,
-) -> CompileCase:
-    keyed, factored = gate == "keyed", form == "factored"
-    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
-    config = rows.default_config(d_out, tokens, torch_dtype, by_column)
-    of_dtype = "keys weight bias down up projection offset fingerprints output"
-    of_single = "mean std alpha score partials lowered best"
-    arguments = {f"p_{name}": f"*{dtype}:16" for name in of_dtype.split()}
-    arguments |= {f"p_{name}": "*fp32:16" for name in of_single.split()}
-    arguments |= {"p_enabled": "*i1:16", "p_index": "*i64:16"}
-    arguments |= {"p_best_index": "*i32:16", "p_counters": "*i32:16"}
-    sizes = "d_in d_out n_score stride_kt stride_ot stride_wn stride_wk stride_dn stride_dk"
-    arguments |= dict.fromkeys((*sizes.split(), "stride_un", "stride_pn"), "i32:16")
-    counts = "n_tokens rank n_fingerprints n_slices n_project n_match n_down"
-    arguments |= dict.fromkeys(counts.split(), "i32")
-    ones = ("stride_wn", "stride_dn") if by_column else ("stride_wk", "stride_dk")
-    constants: dict[str, Any] = dict.fromkeys((*ones, "stride_ur", "stride_pk"), 1)
-    absent = [] if base else ["p_weight", "p_bias"]
-    absent += [] if keyed else ["p_offset", "p_fingerprints", "p_enabled"]
-    absent += [] if factored else ["p_up"]
-    constants |= dict.fromkeys(absent)
-    constants |= {
-        "BASE": base,
-        "KEYED": keyed,
-        "FACTORED": factored,
-        "BT": tokens,
-        "BN": config["BN"],
-        "BK": config["BK"],
-        "SLICE": config["SLICE"],
-        "BS": 64 if keyed else rows.CALIBRATED_TILE,
-        "BE": rows.FINGERPRINT_TILE,
-        "MATCHES": rows.match_table(rows.MOST_MATCHES // tokens) if keyed else 16,
-        "BR": rows.RANK_TILE,
-        "PK": rows.PROJECT_STEP,
-    }
-    layout = " by column" if by_column else ""
-    op = "hook_linear" if base else "hook_correction_"
-    return CompileCase(
-        f"{op}/rows {dtype} {config['BN']}x{tokens}x{config['BK']} {gate} {form}{layout}",
-        rows_kernel,
-        {name: kind for name, kind in arguments.items() if name not in constants},
-        constants,
-        config["num_warps"],
-        config["num_stages"],
-        tensor_cores=dtype != "fp32",
-    )
+    return [*decode_cases(), *_tiles_cases()]
 
 
 def _tiles_cases() -> list[CompileCase]:

@@ -94,11 +94,11 @@ def eager_correction_(
 def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tuple[Tensor, Tensor]:
     if not _kernels_take(keys, delta, gate, output):
         return eager_correction_(output, keys, delta, gate)
-    from coachhook_kernels.hook_linear import rows, tiles
+    from coachhook_kernels.hook_linear import decode, tiles
 
     def launch() -> tuple[Tensor, Tensor]:
-        if rows.takes(keys, delta, gate):
-            return rows.launch(keys, None, None, delta, gate.contiguous(), output)
+        if decode.takes(keys, delta, gate):
+            return decode.launch(keys, None, None, delta, gate.contiguous(), output)
         return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
@@ -118,22 +118,22 @@ def _linear(
     if not _kernels_take(keys, delta, gate, weight, bias):
         return compose()
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
-    from coachhook_kernels.hook_linear import rows
+    from coachhook_kernels.hook_linear import decode
 
     name = _scope("hook_linear", keys, weight.shape[0], delta, gate)
     unit_bias = None if bias is None else bias.contiguous()
 
-    def in_one_launch() -> tuple[Tensor, Tensor, Tensor]:
+    def while_decoding() -> tuple[Tensor, Tensor, Tensor]:
         output = keys.new_empty(keys.shape[0], weight.shape[0])
-        return (output, *rows.launch(keys, weight, unit_bias, delta, gate.contiguous(), output))
+        return (output, *decode.launch(keys, weight, unit_bias, delta, gate.contiguous(), output))
 
     def on_both_paths() -> tuple[Tensor, Tensor, Tensor]:
         scalars = (gate.mean, gate.std, gate.alpha)
         output, score = dual_path_calibrated(keys, weight, unit_bias, delta.down, *scalars)
         return output, score, torch.full_like(score, -1, dtype=torch.int64)
 
-    if rows.takes(keys, delta, gate):
-        return runtime.with_fallback(name, in_one_launch, compose)
+    if decode.takes(keys, delta, gate):
+        return runtime.with_fallback(name, while_decoding, compose)
     if not gate.keyed and delta.up is None and keys.shape[0] <= DUAL_PATH_ROWS:
         return runtime.with_fallback(name, on_both_paths, compose)
     return compose()

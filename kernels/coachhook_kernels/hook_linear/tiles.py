@@ -17,7 +17,14 @@ from torch import Tensor
 
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
-from coachhook_kernels.hook_linear.tiles_gate import FINISHED, OPEN, Decisions, Parts, read_norm
+from coachhook_kernels.hook_linear.tiles_gate import (
+    FINISHED,
+    OF_A_SERIES,
+    OPEN,
+    Decisions,
+    Parts,
+    read_norm,
+)
 from coachhook_kernels.hook_linear.tiles_match import match
 from coachhook_kernels.launch.counters import counters, discard
 from coachhook_kernels.launch.runtime import multiprocessors
@@ -125,11 +132,10 @@ def open_rows_kernel(
             1, length, EPILOGUE, True, BM, BN, BK,
         )  # fmt: skip
     if EPILOGUE == ADD:
-        # The last to finish leaves the counters at zero for the next launch.
+        # The last to finish leaves the counters of the series at zero for the next.
         tl.debug_barrier()
         if tl.atomic_add(p_counters + FINISHED, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(p_counters + OPEN, 0)
-            tl.store(p_counters + FINISHED, 0)
+            tl.store(p_counters + tl.arange(0, OF_A_SERIES), 0)
 
 
 def score_config(dtype: torch.dtype) -> Config:

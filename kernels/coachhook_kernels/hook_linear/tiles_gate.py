@@ -14,6 +14,7 @@ from coachhook_kernels.gate import TokenGate
 
 # Counters of a series: the length of the list, and the number of programs done with it.
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
+OF_A_SERIES = tl.constexpr(8)
 
 ADDED_ROWS = 4
 """Rows whose parts one program adds: few, for the programs of an ordinary prompt to fill a GPU."""

@@ -11,10 +11,14 @@ import threading
 import torch
 from torch import Tensor
 
-SET = 8
-"""Counters in a set: one 32-byte sector each, so that sets do not share one."""
+TILE_COUNTERS = 508
+"""Tiles that a product in slices may have. Each has a counter, which goes back to zero with the
+last slice."""
 
-SETS_A_BLOCK = 4096
+SET = 8 + 2 * TILE_COUNTERS
+"""Counters in a set: eight for a series of launches as a whole, and those of two products."""
+
+SETS_A_BLOCK = 1024
 
 
 class _Thread(threading.local):

@@ -1,0 +1,105 @@
+"""The default configurations of decoding, to be compiled without a GPU."""
+
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from coachhook_kernels.compilation.case import CompileCase
+from coachhook_kernels.compilation.record import recorded
+from coachhook_kernels.delta import Delta
+from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.hook_linear import decode, tiles
+
+KERNELS = ((decode, "decode_kernel"), (decode, "match_kernel"), (tiles, "open_rows_kernel"))
+BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
+PROCESSORS = 132
+
+
+def decode_cases() -> list[CompileCase]:
+    """Every tile of tokens and of weights in its fullest form, and the forms that differ."""
+    cases = [
+        case
+        for d_in, d_out, rows, dtype in (
+            (14336, 4096, 1, BRAIN),
+            (14336, 4096, 16, BRAIN),
+            (14336, 4096, 32, BRAIN),
+            (14336, 4096, 64, BRAIN),
+            (6400, 1600, 16, BRAIN),
+            (14336, 4096, 1, SINGLE),
+            (14336, 4096, 16, SINGLE),
+        )
+        for case in _cases(dtype, rows, d_in, d_out)
+    ]
+    further = [
+        *_cases(BRAIN, 1, 14336, 4096, keyed=False, rank=128),
+        *_cases(BRAIN, 16, 14336, 4096, keyed=False, rank=128),
+        *_cases(BRAIN, 1, 14336, 4096, base=False, fingerprints=10_000),
+        *_cases(BRAIN, 64, 14336, 4096, base=False, fingerprints=10_000),
+        *_cases(BRAIN, 16, 14336, 4096, base=False, rank=128),
+        *_cases(HALF, 64, 6400, 1600, rank=128),
+        *_cases(SINGLE, 16, 6400, 1600, keyed=False, rank=128),
+        *_cases(BRAIN, 1, 6400, 1600, by_column=True),
+        *_cases(BRAIN, 16, 6400, 1600, by_column=True),
+        *_cases(BRAIN, 64, 14336, 4096, by_column=True),
+    ]
+    # Forms share their smaller kernels: each is compiled once.
+    known: list[tuple[object, ...]] = []
+    kept = []
+    for case in [*cases, *[case.further() for case in further]]:
+        code = (case.kernel, case.arguments, case.constants, case.num_warps, case.num_stages)
+        if code not in known:
+            known.append(code)
+            kept.append(case)
+    return kept
+
+
+def _cases(
+    dtype: torch.dtype,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    keyed: bool = True,
+    rank: int | None = None,
+    base: bool = True,
+    by_column: bool = False,
+    fingerprints: int = 1000,
+) -> list[CompileCase]:
+    """The kernels that one call launches."""
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def matrix(n: int) -> Tensor:
+        return tensor(d_in, n).mT if by_column else tensor(n, d_in)
+
+    gate = TokenGate(*[tensor(dtype=SINGLE) for _ in range(3)])
+    if keyed:
+        enabled = tensor(fingerprints, dtype=torch.bool)
+        gate = TokenGate(*gate[:3], tensor(64, d_in), tensor(64), tensor(fingerprints, 64), enabled)
+    delta = Delta(matrix(d_out)) if rank is None else Delta(matrix(rank), tensor(d_out, rank))
+    weight, bias = (matrix(d_out), tensor(d_out)) if base else (None, None)
+    with (
+        recorded(*KERNELS) as launches,
+        mock.patch.object(decode, "multiprocessors", return_value=PROCESSORS),
+    ):
+        decode.launch(tensor(rows, d_in), weight, bias, delta, gate, tensor(rows, d_out))
+    kind = f"{str(dtype)[6:]} {d_in}→{d_out} {rows} {'keyed' if keyed else 'calibrated'}"
+    kind += " dense" if rank is None else " factored"
+    kind += " by column" * by_column + " correction" * (not base)
+    cases = []
+    for launch in launches:
+        products = launch.constants.get("BT", 16) > 1 and dtype != SINGLE
+        name = f"hook_linear/decode {launch.kernel.__name__} {kind}"
+        cases.append(
+            CompileCase(
+                name,
+                launch.kernel,
+                launch.arguments,
+                launch.constants,
+                launch.num_warps,
+                launch.num_stages,
+                tensor_cores=products,
+            )
+        )
+    return cases
