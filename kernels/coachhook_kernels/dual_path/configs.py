@@ -39,6 +39,19 @@ MANY_ROWS = {
     ),
 }
 
+MEETING = (
+    _config(16, 16, 256, 4, 5),
+    _config(16, 32, 256, 4, 4),
+    _config(16, 64, 128, 4, 5),
+    _config(32, 16, 256, 4, 4),
+    _config(32, 32, 256, 4, 4),
+    _config(32, 64, 128, 4, 4),
+    _config(64, 16, 128, 4, 5),
+    _config(64, 32, 128, 4, 5),
+    _config(64, 64, 64, 4, 6),
+)
+"""Tiles of the one launch, of half precision: all tokens by columns, the smallest first."""
+
 COLUMN_MAJOR_TILE = 128 * 64
 """Largest tile of a weight that is not row-major (`Conv1D`): above it sm_80 spills."""
 
@@ -99,6 +112,20 @@ def product_config(
         return default
     name = "dual_path_factored" if factored else "dual_path_dense"
     return lookup(name, keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out)
+
+
+def meeting_config(
+    n_tokens: int, d_out: int, dtype: torch.dtype, device: torch.device
+) -> Config | None:
+    """Tiles with which one launch does it all, or None where there are none: its programs wait for
+    each other, so that there may be no more of them than multiprocessors, each of which holds at
+    least one program of whatever size."""
+    if dtype == torch.float32:
+        return None
+    for config in MEETING:
+        if n_tokens <= config["BT"] and _tiles(d_out, config["BN"]) <= multiprocessors(device):
+            return config
+    return None
 
 
 def finish_block(length: int) -> int:
