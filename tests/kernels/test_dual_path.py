@@ -15,6 +15,7 @@ from tests.support.dual_path import (
     check_score,
     check_sequence,
     random,
+    score_bound,
 )
 from tests.support.kernels import DEVICE
 
@@ -215,7 +216,7 @@ class TestCalibrated:
         mean, std = torch.tensor(40.0, device=DEVICE), torch.tensor(3.0, device=DEVICE)
         norms = exact.delta.project(keys.double()).norm(dim=-1)
         alpha = between((norms - mean) / std, share)
-        output, score = kernel.dual_path_calibrated(
+        output, score, _ = kernel.dual_path_calibrated(
             keys, layer.weight, layer.bias, layer.delta.down, mean, std, alpha
         )
         gate = TokenGate(mean, std, alpha)
@@ -228,12 +229,35 @@ class TestCalibrated:
         )
         assert torch.equal(plain, exact.forward(keys.double(), is_open))
 
+    @dtypes
+    def test_composed_of_library_products(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(configs, "COMPOSED_ROWS", 1)
+        layer = Layer(37, 1100, dtype)
+        keys = random(21, 37, seed=13, dtype=dtype)
+        norms = layer.double().delta.project(keys.double()).norm(dim=-1)
+        scalars = (torch.tensor(200.0, device=DEVICE), torch.tensor(9.0, device=DEVICE))
+        gate = TokenGate(*scalars, between((norms - scalars[0]) / scalars[1], 0.3))
+        is_open = gate.is_open(norms)
+        output, score, index = kernel.dual_path_calibrated(
+            keys, layer.weight, layer.bias, layer.delta.down, *gate[:3]
+        )
+        # The library rounds `Δ k` to nearest, and a norm moves no further than its vector.
+        allowed = score_bound(layer, keys) + torch.finfo(dtype).eps / 2 * norms
+        assert ((score - norms).abs() <= allowed).all()
+        assert is_open.any()
+        assert not is_open.all()
+        assert torch.equal(gate.is_open(score), is_open)
+        assert torch.equal(index, torch.full_like(index, -1))
+        check_output(output, layer, keys, is_open)
+
     def test_nan_stays_closed(self) -> None:
         layer = Layer(5, 4, SINGLE)
         keys = random(3, 5, seed=14, dtype=SINGLE)
         keys[1, 2] = float("nan")
         scalars = [torch.tensor(value, device=DEVICE) for value in (0.0, 1.0, -1.0)]
-        output, score = kernel.dual_path_calibrated(
+        output, score, _ = kernel.dual_path_calibrated(
             keys, layer.weight, layer.bias, layer.delta.down, *scalars
         )
         assert torch.equal(score.isnan(), torch.tensor([False, True, False], device=DEVICE))

@@ -144,10 +144,11 @@ def test_the_token_gate(share: float, rows: int, layout: str, dtype: torch.dtype
     norms = layer.double().delta.project(keys.double()).norm(dim=-1)
     gate = TokenGate(mean, std, between((norms - mean) / std, share))
     is_open = gate.is_open(norms)
-    output, score = kernel.dual_path_calibrated(
+    output, score, index = kernel.dual_path_calibrated(
         keys, layer.weight, layer.bias, layer.delta.down, *gate[:3]
     )
     assert torch.equal(gate.is_open(score), is_open)
+    assert torch.equal(index, torch.full_like(index, -1))
     check_score(score, layer, keys)
     check_output(output, layer, keys, is_open)
 
@@ -157,7 +158,7 @@ def test_a_nan_closes_its_own_token_alone() -> None:
     keys = random(3, 5, seed=14, dtype=HALF)
     keys[1, 2] = float("nan")
     scalars = [torch.tensor(value, device=DEVICE) for value in (0.0, 1.0, -1.0)]
-    output, score = kernel.dual_path_calibrated(
+    output, score, _ = kernel.dual_path_calibrated(
         keys, layer.weight, layer.bias, layer.delta.down, *scalars
     )
     assert torch.equal(score.isnan(), torch.tensor([False, True, False], device=DEVICE))
@@ -167,15 +168,22 @@ def test_a_nan_closes_its_own_token_alone() -> None:
 
 def test_no_more_programs_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
-    device = torch.device("cpu")
-    chosen = {}
-    for d_out in (576, 4096, 8192, 8448, 8449, 16384):
-        config = configs.meeting_config(1, d_out, HALF, device)
-        chosen[d_out] = config and config["BN"]
-    assert chosen == {576: 16, 4096: 32, 8192: 64, 8448: 64, 8449: None, 16384: None}
-    heights = [configs.meeting_config(rows, 4096, HALF, device) for rows in (16, 17, 33, 64, 65)]
-    assert [config and config["BT"] for config in heights] == [16, 32, 64, 64, None]
-    assert configs.meeting_config(1, 576, torch.float32, device) is None
+
+    def tile(rows: int, d_out: int) -> tuple[int, int] | None:
+        config = configs.meeting_config(torch.empty(rows, 8, dtype=HALF), d_out)
+        return config and (config["BT"], config["BN"])
+
+    widths = [tile(1, d_out) for d_out in (576, 4096, 8192, 8448, 8449)]
+    assert widths == [(16, 16), (16, 32), (16, 64), (16, 64), None]
+    heights = [tile(rows, 4096) for rows in (16, 17, 33, 64, 65)]
+    assert heights == [(16, 32), (32, 32), (64, 32), (64, 32), None]
+    assert configs.meeting_config(torch.empty(1, 8), 576) is None
+    # One that was measured at 576 columns, with more programs than there may be at 1600.
+    narrow = configs.MEETING[0]
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 60)
+    monkeypatch.setattr(configs, "lookup", lambda *_, **__: narrow)
+    assert tile(1, 576) == (16, 16)
+    assert tile(1, 1600) == (16, 32)
 
 
 WATCHED = """
@@ -211,11 +219,10 @@ class TestOnAGPU:
     @pytest.mark.parametrize("rows", [1, 16, 33, 64])
     @pytest.mark.parametrize("d_out", [576, 4096, 8192])
     def test_large_layers(self, d_out: int, rows: int) -> None:
-        if configs.meeting_config(rows, d_out, HALF, torch.device("cuda", 0)) is None:
+        keys = random(1, rows, 2048, seed=15, dtype=HALF)
+        if configs.meeting_config(keys[0], d_out) is None:
             pytest.skip("too few multiprocessors")
-        check_sequence(
-            Layer(2048, d_out, HALF), random(1, rows, 2048, seed=15, dtype=HALF), None, 0.05
-        )
+        check_sequence(Layer(2048, d_out, HALF), keys, None, 0.05)
 
     def test_graph_replay_follows_its_inputs(self) -> None:
         layer = Layer(512, 640, HALF)

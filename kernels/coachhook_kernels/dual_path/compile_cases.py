@@ -71,9 +71,10 @@ def _meeting(dtype: str, config: Config, layout: str, sequences: bool) -> Compil
         arguments[f"stride_{matrix}{outer}"] = ALIGNED
     if sequences:
         arguments |= {"p_mask": "*i1:16", "p_z": NUMBERS}
-        constants |= dict.fromkeys(["p_mean", "p_std", "p_bias"])
+        constants |= dict.fromkeys(["p_mean", "p_std", "p_bias", "p_index"])
     else:
-        arguments |= dict.fromkeys(["p_mean", "p_std"], NUMBERS) | {"p_bias": pointer}
+        arguments |= dict.fromkeys(["p_mean", "p_std"], NUMBERS)
+        arguments |= {"p_bias": pointer, "p_index": "*i64:16"}
         constants |= dict.fromkeys(["p_mask", "p_z"])
     shape = "x".join(str(config[side]) for side in ("BT", "BN", "BK"))
     gate = "sequences" if sequences else "tokens"
@@ -135,7 +136,9 @@ def _finish_tokens(dtype: str, BT: int) -> CompileCase:
     return CompileCase(
         name=f"dual_path/finish_tokens {dtype} {BT}",
         kernel=finish_tokens_kernel,
-        arguments=_swap_arguments(dtype) | dict.fromkeys(["p_mean", "p_std"], NUMBERS),
+        arguments=_swap_arguments(dtype)
+        | dict.fromkeys(["p_mean", "p_std"], NUMBERS)
+        | {"p_index": "*i64:16"},
         constants=_swap_constants(BT),
         num_warps=configs.FINISH_WARPS,
     )

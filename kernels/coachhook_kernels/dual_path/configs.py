@@ -114,18 +114,33 @@ def product_config(
     return lookup(name, keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out)
 
 
-def meeting_config(
-    n_tokens: int, d_out: int, dtype: torch.dtype, device: torch.device
-) -> Config | None:
-    """Tiles with which one launch does it all, or None where there are none: its programs wait for
-    each other, so that there may be no more of them than multiprocessors, each of which holds at
-    least one program of whatever size."""
-    if dtype == torch.float32:
+def meeting_config(keys: torch.Tensor, d_out: int) -> Config | None:
+    """Tiles with which one launch does all for keys `(t, d_in)`, or None where there are none: its
+    programs wait for each other, so that there may be no more of them than multiprocessors, each of
+    which holds at least one program, whatever that takes."""
+    if keys.dtype == torch.float32:
         return None
-    for config in MEETING:
-        if n_tokens <= config["BT"] and _tiles(d_out, config["BN"]) <= multiprocessors(device):
-            return config
-    return None
+    (n_tokens, d_in), most = keys.shape, multiprocessors(keys.device)
+
+    def fits(config: Config) -> bool:
+        return n_tokens <= config["BT"] and _tiles(d_out, config["BN"]) <= most
+
+    default = next(filter(fits, MEETING), None)
+    if default is None:
+        return None
+    found = lookup(
+        "dual_path_meeting", keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out
+    )
+    # It may have been measured at a smaller size.
+    return found if fits(found) else default
+
+
+def composed(keys: torch.Tensor, d_out: int) -> bool:
+    """Whether keys `(t, d_in)` are so many that the vendor's library computes the products."""
+    default = {"composed_rows": COMPOSED_ROWS}
+    n_tokens, d_in = keys.shape
+    choice = lookup("hook_linear_sequence", keys.device, default, d_in=d_in, d_out=d_out)
+    return n_tokens >= choice["composed_rows"]
 
 
 def finish_block(length: int) -> int:

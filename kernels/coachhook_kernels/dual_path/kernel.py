@@ -24,7 +24,7 @@ from coachhook_kernels.dual_path.products import (
 )
 from coachhook_kernels.launch.counters import counters
 from coachhook_kernels.launch.runtime import interpreting
-from coachhook_kernels.launch.tuning import Config, launchable, lookup
+from coachhook_kernels.launch.tuning import Config, launchable
 
 __all__ = [
     "Products",
@@ -184,6 +184,16 @@ class Scalars(NamedTuple):
     alpha: Tensor
 
 
+class Gated(NamedTuple):
+    """output `(t, d_out)`; score float32 `(t,)`; and of the gate of sequences z, float32 `(t,)`, of
+    a gate per token the nearest fingerprint, int64 `(t,)`: -1, there is none."""
+
+    output: Tensor
+    score: Tensor
+    z: Tensor | None
+    index: Tensor | None
+
+
 def one_launch(
     keys: Tensor,
     weight: Tensor,
@@ -193,11 +203,10 @@ def one_launch(
     mask: Tensor | None,
     length: int,
     config: Config,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Gated:
     """Base path, dense Δ, gate and choice for the few keys `(t, d_in)` that config takes.
 
-    mask bool `(t,)`, contiguous, or None: all are real. length: tokens of a sequence. Returns the
-    output `(t, d_out)`, and float32 `(t,)` score and, for the gate of sequences, z.
+    mask bool `(t,)`, contiguous, or None: all are real. length: tokens of a sequence.
     """
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
@@ -205,7 +214,11 @@ def one_launch(
     output = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
     score = squares.new_empty(n_tokens)
-    z = torch.empty_like(score) if scalars.mean is None else None
+    z = index = None
+    if scalars.mean is None:
+        z = torch.empty_like(score)
+    else:
+        index = torch.empty_like(score, dtype=torch.int64)
     shared = counters(keys.device)
     # The interpreter runs one program after another, and none waits: the gates of its second run
     # read the squares of the first.
@@ -223,6 +236,7 @@ def one_launch(
             p_squares=squares,
             p_score=score,
             p_z=z,
+            p_index=index,
             p_counters=shared,
             n_tokens=n_tokens,
             length=length,
@@ -237,7 +251,7 @@ def one_launch(
             launch_cooperative_grid=True,
             **launchable(config),
         )
-    return output, score, z
+    return Gated(output, score, z, index)
 
 
 def linear_sequence(
@@ -253,20 +267,15 @@ def linear_sequence(
     rows = keys.reshape(-1, d_in)
     d_out = weight.shape[0]
     mask = None if mask is None else mask.contiguous()
-    config = configs.meeting_config(rows.shape[0], d_out, keys.dtype, keys.device)
-    if delta.up is None and config is not None:
+    config = configs.meeting_config(rows, d_out) if delta.up is None else None
+    if config is not None:
         scalars = Scalars(None, None, alpha)
-        output, score, z = one_launch(rows, weight, bias, delta.down, scalars, mask, length, config)
+        output, score, z, _ = one_launch(
+            rows, weight, bias, delta.down, scalars, mask, length, config
+        )
         assert z is not None
         return output.view(batch, length, d_out), score.view(batch, length), z.view(batch, length)
-    choice = lookup(
-        "hook_linear_sequence",
-        keys.device,
-        {"composed_rows": configs.COMPOSED_ROWS},
-        d_in=d_in,
-        d_out=d_out,
-    )
-    if rows.shape[0] >= choice["composed_rows"]:
+    if configs.composed(rows, d_out):
         products = composed_products(rows, weight, bias, delta.down)
     elif delta.up is None:
         products = dense_products(rows, weight, bias, delta.down)
@@ -284,21 +293,24 @@ def dual_path_calibrated(
     mean: Tensor,
     std: Tensor,
     alpha: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`hook_linear` with the calibrated gate on a dense Δ; mean, std, alpha 0-d float32.
 
-    One launch for rows of decoding size, else two. Returns the output `(t, d_out)` and the score
-    `‖Δ k‖`, float32 `(t,)`.
+    One launch for rows of decoding size, else two. Returns the output `(t, d_out)`, the score
+    `‖Δ k‖`, float32 `(t,)`, and the nearest fingerprint, int64 `(t,)`: -1, there is none.
     """
-    config = configs.meeting_config(keys.shape[0], weight.shape[0], keys.dtype, keys.device)
+    config = configs.meeting_config(keys, weight.shape[0])
     if config is not None:
         scalars = Scalars(mean, std, alpha)
-        output, score, _ = one_launch(keys, weight, bias, delta, scalars, None, 1, config)
-        return output, score
-    products = dense_products(keys, weight, bias, delta)
+        output, score, _, index = one_launch(keys, weight, bias, delta, scalars, None, 1, config)
+        assert index is not None
+        return output, score, index
+    by = composed_products if configs.composed(keys, weight.shape[0]) else dense_products
+    products = by(keys, weight, bias, delta)
     output, delta_keys, squares = products
     n_tokens, d_out = output.shape
     score = squares.new_empty(n_tokens)
+    index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
     n_blocks = triton.cdiv(n_tokens, BT)
     slab = configs.slab_columns(d_out, n_blocks, output.device)
@@ -310,6 +322,7 @@ def dual_path_calibrated(
         p_output=output,
         p_delta_keys=delta_keys,
         p_score=score,
+        p_index=index,
         n_tokens=n_tokens,
         d_out=d_out,
         n_tiles=squares.shape[0],
@@ -319,4 +332,4 @@ def dual_path_calibrated(
         BN=configs.FINISH_COLUMNS,
         num_warps=configs.FINISH_WARPS,
     )
-    return output, score
+    return output, score, index

@@ -10,7 +10,7 @@ all programs must be on the GPU at once: the launch is cooperative, and no large
 import triton
 import triton.language as tl
 
-from coachhook_kernels.dual_path.finish import difference_norms, real_tokens
+from coachhook_kernels.dual_path.finish import NOWHERE, difference_norms, real_tokens
 from coachhook_kernels.dual_path.products import both_products, store, store_squares
 from coachhook_kernels.launch.runtime import interpreting
 
@@ -59,12 +59,12 @@ def sequence_z(b_norm, p_mask, o_t, m_t, length):
 @triton.jit(do_not_specialize=["n_tokens", "length"])
 def meeting_kernel(
     p_keys, p_weight, p_bias, p_delta, p_mask, p_mean, p_std, p_alpha,
-    p_output, p_squares, p_score, p_z, p_counters,
+    p_output, p_squares, p_score, p_z, p_index, p_counters,
     n_tokens, length, d_in, d_out, stride_kt, stride_wn, stride_wk, stride_dn, stride_dk,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """All tokens of a column tile. p_mean None: the gate of sequences of `length`, else per token;
-    p_z is that gate's alone."""
+    """All tokens of a column tile. p_mean None: the gate of sequences of `length`, to which p_z
+    belongs; else per token, with p_index."""
     i_n = tl.program_id(0)
     # Always 0: all tokens are in one tile.
     i_t = tl.program_id(1)
@@ -86,6 +86,8 @@ def meeting_kernel(
         tl.store(p_score + o_t, b_norm, mask=m_t)
         if p_mean is None:
             tl.store(p_z + o_t, b_z, mask=m_t)
+        else:
+            tl.store(p_index + o_t, NOWHERE, mask=m_t)
     m_open = m_t & (b_z >= tl.load(p_alpha))
     b_output = tl.where(m_open[None, :], b_output + b_delta_keys, b_output)
     store(p_output, p_bias, b_output, i_t, i_n, n_tokens, d_out, BT, BN, True)
