@@ -191,7 +191,7 @@ class Gated(NamedTuple):
     output: Tensor
     score: Tensor
     z: Tensor | None
-    index: Tensor | None
+    nearest: Tensor | None
 
 
 def one_launch(
@@ -214,11 +214,11 @@ def one_launch(
     output = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
     score = squares.new_empty(n_tokens)
-    z = index = None
+    z = nearest = None
     if scalars.mean is None:
         z = torch.empty_like(score)
     else:
-        index = torch.empty_like(score, dtype=torch.int64)
+        nearest = torch.empty_like(score, dtype=torch.int64)
     shared = counters(keys.device)
     # The interpreter runs one program after another, and none waits: the gates of its second run
     # read the squares of the first.
@@ -236,7 +236,7 @@ def one_launch(
             p_squares=squares,
             p_score=score,
             p_z=z,
-            p_index=index,
+            p_index=nearest,
             p_counters=shared,
             n_tokens=n_tokens,
             length=length,
@@ -251,7 +251,7 @@ def one_launch(
             launch_cooperative_grid=True,
             **launchable(config),
         )
-    return Gated(output, score, z, index)
+    return Gated(output, score, z, nearest)
 
 
 def linear_sequence(
