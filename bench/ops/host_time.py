@@ -36,13 +36,15 @@ GATES = ("keyed", "calibrated", "sequence")
 
 
 class Compiled:
-    """A kernel as Triton holds it, which does nothing when launched."""
+    """A kernel as Triton holds it, which only counts when it is launched."""
 
+    launches = 0
     function = packed_metadata = None
 
     def launch_metadata(self, *_: Any) -> None: ...
 
-    def run(self, *_: Any) -> None: ...
+    def run(self, *_: Any) -> None:
+        Compiled.launches += 1
 
 
 @contextmanager
@@ -116,6 +118,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                 line |= {f"{k}, plain torch": microseconds(v, rounds) for k, v in found.items()}
                 del found["layer"]
                 with launching_nothing():
+                    before = Compiled.launches
+                    found["operation"]()
+                    line["launches of Triton"] = Compiled.launches - before
                     line |= {f"{k}, kernels": microseconds(v, rounds) for k, v in found.items()}
                 lines.append(line)
     return lines
@@ -133,7 +138,10 @@ def main(
     for name in lines[0]:
         table.add_column(name)
     for line in lines:
-        cells = (f"{v:.1f}" if isinstance(v, float) else str(v or "dense") for v in line.values())
+        cells = (
+            f"{v:.1f}" if isinstance(v, float) else "dense" if v is None else str(v)
+            for v in line.values()
+        )
         table.add_row(*cells)
     put({"rows": lines}, table, json_to)
 
