@@ -77,7 +77,7 @@ class HookLinear(nn.Module):
             return unedited
         if self.row_parallel is not None:
             return self._summed(keys, self.row_parallel)
-        plain = not torch.is_autocast_enabled(keys.device.type) and not _differentiated_forward()
+        plain = not self._is_recast(keys) and not _differentiated_forward()
         if plain and self.state is HookState.VALIDATED:
             gated = self._gated(keys)
             if gated is not None:
@@ -85,6 +85,17 @@ class HookLinear(nn.Module):
         output: Tensor = self.base(keys)
         projected = self.delta.project(keys)
         return hook_correction(output, self.delta.expand(projected), self._open(keys, projected))
+
+    def _is_recast(self, keys: Tensor) -> bool:
+        """Whether autocast changes the dtype of the keys, of Δ or of the bias for a product."""
+        device = keys.device.type
+        if not torch.is_autocast_enabled(device):
+            return False
+        dtype = torch.get_autocast_dtype(device)
+        bias = self.bias
+        return any(t.dtype != dtype for t in (keys, self.down)) or (
+            isinstance(bias, Tensor) and bias.dtype != dtype
+        )
 
     def split_over_processes(self) -> None:
         """If the base's keys are split over processes, keep only this process's columns of `A` and
@@ -138,7 +149,7 @@ class HookLinear(nn.Module):
             return hook_correction(output, corrected, gate.is_open(score))
         # Another module or a watching hook may keep the output: then it must not change in place.
         watched = self.base._forward_hooks or has_any_global_hook()
-        output = output.clone() if watched or type(self.base) not in (nn.Linear, Conv1D) else output
+        output = output.clone() if watched or not _gives_away(self.base) else output
         hook_correction_(output, keys, self.delta, gate)
         return output
 
@@ -168,6 +179,19 @@ class HookLinear(nn.Module):
 
 
 PLAIN = (Tensor, nn.Parameter)
+
+# Quantised layers whose output is fresh at every call, by name since nobody has all of them.
+QUANTISED = {
+    "bitsandbytes.nn.modules.Linear4bit",
+    "bitsandbytes.nn.modules.Linear8bitLt",
+    "transformers.integrations.finegrained_fp8.FP8Linear",
+}
+
+
+def _gives_away(base: nn.Module) -> bool:
+    """Whether this module is known to keep no reference to what it returns."""
+    kind = type(base)
+    return kind in (nn.Linear, Conv1D) or f"{kind.__module__}.{kind.__qualname__}" in QUANTISED
 
 
 def _plain_weight(base: Any) -> Tensor | None:

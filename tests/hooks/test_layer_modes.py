@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from coachhook.hooks.gates import KeyedGate
-from coachhook.hooks.layer import HookState
+from coachhook.hooks.layer import HookLinear, HookState
 from tests.support.hook_layers import (
     BATCH,
     D_OUT,
@@ -99,6 +99,21 @@ class TestAutocast:
         assert torch.equal(got[~layer.hot], plain[~layer.hot])
         exact = layer.expected(layer.hot)
         assert_as_good_as_torch(got[layer.hot], naive[layer.hot], exact[layer.hot])
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("gate", GATES)
+    def test_of_its_own_dtype_changes_nothing(
+        self, gate: str, form: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Then Δ need not be read for closed tokens, as it is where all products are recast."""
+        layer = make_layer(gate, form)
+        hook, keys = layer.hook.to(torch.bfloat16), layer.keys.bfloat16()
+        with torch.no_grad():
+            expected = hook(keys)
+            monkeypatch.setattr(HookLinear, "_open", None)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(hook(keys), expected)
+        assert not torch.equal(expected, hook.base(keys))
 
     @pytest.mark.parametrize("gate", GATES)
     def test_scores_stay_float32(self, gate: str) -> None:

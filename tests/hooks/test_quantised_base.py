@@ -13,7 +13,14 @@ from coachhook.hooks.layer import HookLinear, HookState
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, Journal, LayerFactors
 from coachhook.models.base import BaseModel, weight_checksums
-from tests.support.hook_layers import GATES, SKETCH, assert_as_good_as_torch, make_layer
+from tests.support.hook_layers import (
+    D_IN,
+    D_OUT,
+    GATES,
+    SKETCH,
+    assert_as_good_as_torch,
+    make_layer,
+)
 from tests.support.quantised import Int8Linear, quantised
 from tests.support.tiny import tiny_model
 
@@ -51,6 +58,22 @@ class TestQuantisedBase:
         assert torch.equal(got[~layer.hot], plain[~layer.hot])
         exact = plain.double() + layer.keys.double() @ layer.dense.T
         assert_as_good_as_torch(got[layer.hot], naive[layer.hot], exact[layer.hot])
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_a_known_layer_is_corrected_in_place(self, known: bool) -> None:
+        class Recording(Int8Linear):
+            def forward(self, keys: torch.Tensor) -> torch.Tensor:
+                self.given = super().forward(keys)
+                return self.given
+
+        Recording.__module__ = "bitsandbytes.nn.modules"
+        Recording.__qualname__ = "Linear4bit" if known else "Other"
+        layer = make_layer("keyed")
+        module = Recording(torch.nn.Linear(D_IN, D_OUT))
+        hook = HookLinear(module, layer.hook.delta, layer.hook.gate)
+        with torch.no_grad():
+            output = hook(layer.keys)
+        assert (output.data_ptr() == module.given.data_ptr()) == known
 
     @pytest.mark.parametrize("name", ["weight", "qweight"])
     def test_attach_to_a_quantised_copy(self, name: str) -> None:

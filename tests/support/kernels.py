@@ -290,15 +290,31 @@ class Scores(NamedTuple):
         exact = reference.hook_linear(*problem.double())[1:]
         return cls(single, *exact, score_rounding(problem))
 
-    def check(self, score: Tensor, index: Tensor) -> None:
+    def check(self, score: Tensor, index: Tensor, rounding: float = 0.0) -> None:
+        """rounding: relative, of the vector whose norm is the score."""
         assert score.dtype == SINGLE
         assert index.dtype == torch.int64
         # Torch's own sums may be exact by luck, on one processor and not on another: twice their
         # error is no bound then, and what the order of the sums can do is.
         off = errors(score, self.exact)
         by_torch = 2 * error(self.single, self.exact)
-        assert (off <= self.rounding.nan_to_num(0.0).clamp_min(by_torch)).all(), off.max()
+        allowed = self.rounding.nan_to_num(0.0).clamp_min(by_torch)
+        # A norm moves no further than its vector, whose parts move by this share of each.
+        allowed = allowed + rounding * self.exact.nan_to_num(0.0)
+        assert (off <= allowed).all(), off.max()
         assert torch.equal(index, self.nearest)
+
+
+def vector_rounding(problem: Problem, entry: str) -> float:
+    """Relative rounding of `Δ k` before its norm: none, but where the vendor's library computes it,
+    which rounds to nearest."""
+    from coachhook_kernels.dual_path import configs
+
+    many = problem.keys.shape[0] >= configs.COMPOSED_ROWS
+    dense = not problem.gate.keyed and problem.delta.up is None
+    if entry == "linear" and dense and many:
+        return torch.finfo(problem.keys.dtype).eps / 2
+    return 0.0
 
 
 def check(problem: Problem, *entries: str, poisoned: bool = True) -> Tensor:
@@ -330,7 +346,7 @@ def check(problem: Problem, *entries: str, poisoned: bool = True) -> Tensor:
             assert output.dtype == problem.keys.dtype
             plain = torch.where(is_open[..., None], start + correction, start)
             assert_as_exact(output, plain, expected)
-            expected_scores.check(*scores)
+            expected_scores.check(*scores, vector_rounding(problem, entry))
         except AssertionError as error:
             error.add_note(f"entry: {entry}")
             raise

@@ -5,6 +5,7 @@ from typing import Any
 from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.dual_path import configs
 from coachhook_kernels.dual_path.finish import finish_sequences_kernel, finish_tokens_kernel
+from coachhook_kernels.dual_path.meeting import meeting_kernel
 from coachhook_kernels.dual_path.products import (
     dense_kernel,
     factored_kernel,
@@ -55,6 +56,41 @@ def _product(dtype: str, config: Config, layout: str, factored: bool, bias: bool
     )
 
 
+def _meeting(dtype: str, config: Config, layout: str, sequences: bool) -> CompileCase:
+    """With a mask where the gate is that of sequences, and with a bias where it is per token."""
+    pointer = f"*{dtype}:16"
+    arguments = dict.fromkeys(["p_keys", "p_weight", "p_delta", "p_output"], pointer)
+    arguments |= dict.fromkeys(["p_alpha", "p_squares", "p_score"], NUMBERS)
+    arguments |= {"p_counters": "*i32:16", "n_tokens": "i32", "length": "i32"}
+    arguments |= dict.fromkeys(["d_in", "d_out", "stride_kt"], ALIGNED)
+    constants: dict[str, Any] = {side: config[side] for side in ("BT", "BN", "BK")}
+    constants["TILES"] = configs.FINISH_BLOCK // config["BT"]
+    inner, outer = ("k", "n") if layout == "linear" else ("n", "k")
+    for matrix in ("w", "d"):
+        constants[f"stride_{matrix}{inner}"] = 1
+        arguments[f"stride_{matrix}{outer}"] = ALIGNED
+    if sequences:
+        arguments |= {"p_mask": "*i1:16", "p_z": NUMBERS}
+        constants |= dict.fromkeys(["p_mean", "p_std", "p_bias", "p_index"])
+    else:
+        arguments |= dict.fromkeys(["p_mean", "p_std"], NUMBERS)
+        arguments |= {"p_bias": pointer, "p_index": "*i64:16"}
+        constants |= dict.fromkeys(["p_mask", "p_z"])
+    shape = "x".join(str(config[side]) for side in ("BT", "BN", "BK"))
+    gate = "sequences" if sequences else "tokens"
+    return CompileCase(
+        name=f"dual_path/one launch {dtype} {layout} {shape} {gate}",
+        kernel=meeting_kernel,
+        arguments=arguments,
+        constants=constants,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        tensor_cores=True,
+        # The columns take the side of which a warp group multiplies 64 at a time.
+        wgmma=config["BN"] >= 64,
+    )
+
+
 def _swap_arguments(dtype: str) -> dict[str, str]:
     arguments = dict.fromkeys(["p_squares", "p_alpha", "p_score"], NUMBERS)
     arguments |= {"p_output": f"*{dtype}:16", "p_delta_keys": f"*{dtype}:16"}
@@ -100,7 +136,9 @@ def _finish_tokens(dtype: str, BT: int) -> CompileCase:
     return CompileCase(
         name=f"dual_path/finish_tokens {dtype} {BT}",
         kernel=finish_tokens_kernel,
-        arguments=_swap_arguments(dtype) | dict.fromkeys(["p_mean", "p_std"], NUMBERS),
+        arguments=_swap_arguments(dtype)
+        | dict.fromkeys(["p_mean", "p_std"], NUMBERS)
+        | {"p_index": "*i64:16"},
         constants=_swap_constants(BT),
         num_warps=configs.FINISH_WARPS,
     )
@@ -125,6 +163,10 @@ def compile_cases() -> list[CompileCase]:
         cases += [_product("bf16", config, "linear", True, False).further()]
         if config["BT"] * config["BN"] <= configs.COLUMN_MAJOR_TILE:
             cases += [_product("bf16", config, "conv1d", False, True).further()]
+    for config in configs.MEETING:
+        cases += [_meeting("bf16", config, "linear", True)]
+        cases += [_meeting("bf16", config, "linear", False).further()]
+        cases += [_meeting("bf16", config, "conv1d", True).further()]
     cases += [_product("fp16", configs.MANY_ROWS["half"][0], "linear", False, False).further()]
     for config in configs.FEW_ROWS["single"] + configs.MANY_ROWS["single"]:
         cases += [_product("fp32", config, "conv1d", False, True)]

@@ -39,6 +39,19 @@ MANY_ROWS = {
     ),
 }
 
+MEETING = (
+    _config(16, 16, 256, 4, 5),
+    _config(16, 32, 256, 4, 4),
+    _config(16, 64, 128, 4, 5),
+    _config(32, 16, 256, 4, 4),
+    _config(32, 32, 256, 4, 4),
+    _config(32, 64, 128, 4, 4),
+    _config(64, 16, 128, 4, 5),
+    _config(64, 32, 128, 4, 5),
+    _config(64, 64, 64, 4, 6),
+)
+"""Tiles of the one launch, of half precision: all tokens by columns, the smallest first."""
+
 COLUMN_MAJOR_TILE = 128 * 64
 """Largest tile of a weight that is not row-major (`Conv1D`): above it sm_80 spills."""
 
@@ -99,6 +112,35 @@ def product_config(
         return default
     name = "dual_path_factored" if factored else "dual_path_dense"
     return lookup(name, keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out)
+
+
+def meeting_config(keys: torch.Tensor, d_out: int) -> Config | None:
+    """Tiles with which one launch does all for keys `(t, d_in)`, or None where there are none: its
+    programs wait for each other, so that there may be no more of them than multiprocessors, each of
+    which holds at least one program, whatever that takes."""
+    if keys.dtype == torch.float32:
+        return None
+    (n_tokens, d_in), most = keys.shape, multiprocessors(keys.device)
+
+    def fits(config: Config) -> bool:
+        return n_tokens <= config["BT"] and _tiles(d_out, config["BN"]) <= most
+
+    default = next(filter(fits, MEETING), None)
+    if default is None:
+        return None
+    found = lookup(
+        "dual_path_meeting", keys.device, default, n_tokens=n_tokens, d_in=d_in, d_out=d_out
+    )
+    # It may have been measured at a smaller size.
+    return found if fits(found) else default
+
+
+def composed(keys: torch.Tensor, d_out: int) -> bool:
+    """Whether keys `(t, d_in)` are so many that the vendor's library computes the products."""
+    default = {"composed_rows": COMPOSED_ROWS}
+    n_tokens, d_in = keys.shape
+    choice = lookup("hook_linear_sequence", keys.device, default, d_in=d_in, d_out=d_out)
+    return n_tokens >= choice["composed_rows"]
 
 
 def finish_block(length: int) -> int:

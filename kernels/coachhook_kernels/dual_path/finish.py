@@ -12,6 +12,9 @@ import triton.language as tl
 
 from coachhook_kernels.launch.triton_dot import dot
 
+# The fingerprint that a token is nearest to, under a gate that has none.
+NOWHERE = tl.constexpr(-1)
+
 
 @triton.jit
 def difference_norms(
@@ -117,7 +120,7 @@ def finish_sequences_kernel(
 
 @triton.jit(do_not_specialize=["n_tokens", "n_tiles"])
 def finish_tokens_kernel(
-    p_squares, p_mean, p_std, p_alpha, p_output, p_delta_keys, p_score,
+    p_squares, p_mean, p_std, p_alpha, p_output, p_delta_keys, p_score, p_index,
     n_tokens, d_out, n_tiles, slab,
     BT: tl.constexpr, BLOCK_TILES: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -129,6 +132,7 @@ def finish_tokens_kernel(
     b_z = tl.div_rn(b_score - tl.load(p_mean), tl.load(p_std))
     if i_slab == 0:
         tl.store(p_score + o_t, b_score, mask=m_t)
+        tl.store(p_index + o_t, NOWHERE, mask=m_t)
     m_open = m_t & (b_z >= tl.load(p_alpha))
     if tl.max(m_open.to(tl.int32), axis=0) > 0:
         swap(

@@ -1,4 +1,5 @@
-"""Launchers of the dual path: products in one pass, then one finish that gates and swaps.
+"""Launchers of the dual path: products in one pass, then one finish that gates and swaps; or, for
+rows of decoding size and a dense Δ, all of it in one launch.
 
 Keys are `(t, d_in)` with t > 0, in the dtype of weight and Δ: float32, float16 or bfloat16. weight
 and Δ may have any strides (`nn.Linear` and `Conv1D`).
@@ -15,12 +16,15 @@ from coachhook_kernels.delta import Delta
 from coachhook_kernels.dual_path import configs
 from coachhook_kernels.dual_path.compile_cases import compile_cases
 from coachhook_kernels.dual_path.finish import finish_sequences_kernel, finish_tokens_kernel
+from coachhook_kernels.dual_path.meeting import meeting_kernel
 from coachhook_kernels.dual_path.products import (
     dense_kernel,
     factored_kernel,
     row_squares_kernel,
 )
-from coachhook_kernels.launch.tuning import launchable, lookup
+from coachhook_kernels.launch.counters import counters
+from coachhook_kernels.launch.runtime import interpreting
+from coachhook_kernels.launch.tuning import Config, launchable
 
 __all__ = [
     "Products",
@@ -31,6 +35,7 @@ __all__ = [
     "factored_products",
     "finish_sequences",
     "linear_sequence",
+    "one_launch",
 ]
 
 
@@ -171,6 +176,84 @@ def finish_sequences(
     return score, z
 
 
+class Scalars(NamedTuple):
+    """The gate's, 0-d float32. mean and std None: those of each sequence."""
+
+    mean: Tensor | None
+    std: Tensor | None
+    alpha: Tensor
+
+
+class Gated(NamedTuple):
+    """output `(t, d_out)`; score float32 `(t,)`; and of the gate of sequences z, float32 `(t,)`, of
+    a gate per token the nearest fingerprint, int64 `(t,)`: -1, there is none."""
+
+    output: Tensor
+    score: Tensor
+    z: Tensor | None
+    nearest: Tensor | None
+
+
+def one_launch(
+    keys: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    delta: Tensor,
+    scalars: Scalars,
+    mask: Tensor | None,
+    length: int,
+    config: Config,
+) -> Gated:
+    """Base path, dense Δ, gate and choice for the few keys `(t, d_in)` that config takes.
+
+    mask bool `(t,)`, contiguous, or None: all are real. length: tokens of a sequence.
+    """
+    keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
+    n_columns = triton.cdiv(d_out, config["BN"])
+    output = keys.new_empty(n_tokens, d_out)
+    squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
+    score = squares.new_empty(n_tokens)
+    z = nearest = None
+    if scalars.mean is None:
+        z = torch.empty_like(score)
+    else:
+        nearest = torch.empty_like(score, dtype=torch.int64)
+    shared = counters(keys.device)
+    # The interpreter runs one program after another, and none waits: the gates of its second run
+    # read the squares of the first.
+    for _ in range(2 if interpreting() else 1):
+        meeting_kernel[(n_columns,)](
+            p_keys=keys,
+            p_weight=weight,
+            p_bias=bias,
+            p_delta=delta,
+            p_mask=mask,
+            p_mean=scalars.mean,
+            p_std=scalars.std,
+            p_alpha=scalars.alpha,
+            p_output=output,
+            p_squares=squares,
+            p_score=score,
+            p_z=z,
+            p_index=nearest,
+            p_counters=shared,
+            n_tokens=n_tokens,
+            length=length,
+            d_in=d_in,
+            d_out=d_out,
+            stride_kt=keys.stride(0),
+            stride_wn=weight.stride(0),
+            stride_wk=weight.stride(1),
+            stride_dn=delta.stride(0),
+            stride_dk=delta.stride(1),
+            TILES=configs.FINISH_BLOCK // config["BT"],
+            launch_cooperative_grid=True,
+            **launchable(config),
+        )
+    return Gated(output, score, z, nearest)
+
+
 def linear_sequence(
     keys: Tensor,
     weight: Tensor,
@@ -183,20 +266,21 @@ def linear_sequence(
     batch, length, d_in = keys.shape
     rows = keys.reshape(-1, d_in)
     d_out = weight.shape[0]
-    choice = lookup(
-        "hook_linear_sequence",
-        keys.device,
-        {"composed_rows": configs.COMPOSED_ROWS},
-        d_in=d_in,
-        d_out=d_out,
-    )
-    if rows.shape[0] >= choice["composed_rows"]:
+    mask = None if mask is None else mask.contiguous()
+    config = configs.meeting_config(rows, d_out) if delta.up is None else None
+    if config is not None:
+        scalars = Scalars(None, None, alpha)
+        output, score, z, _ = one_launch(
+            rows, weight, bias, delta.down, scalars, mask, length, config
+        )
+        assert z is not None
+        return output.view(batch, length, d_out), score.view(batch, length), z.view(batch, length)
+    if configs.composed(rows, d_out):
         products = composed_products(rows, weight, bias, delta.down)
     elif delta.up is None:
         products = dense_products(rows, weight, bias, delta.down)
     else:
         products = factored_products(rows, weight, bias, delta.down)
-    mask = None if mask is None else mask.contiguous()
     score, z = finish_sequences(products, delta.up, mask, alpha, length)
     return products.output.view(batch, length, d_out), score, z
 
@@ -209,15 +293,24 @@ def dual_path_calibrated(
     mean: Tensor,
     std: Tensor,
     alpha: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`hook_linear` with the calibrated gate on a dense Δ; mean, std, alpha 0-d float32.
 
-    Two launches. Returns the output `(t, d_out)` and the score `‖Δ k‖`, float32 `(t,)`.
+    One launch for rows of decoding size, else two. Returns the output `(t, d_out)`, the score
+    `‖Δ k‖`, float32 `(t,)`, and the nearest fingerprint, int64 `(t,)`: -1, there is none.
     """
-    products = dense_products(keys, weight, bias, delta)
+    config = configs.meeting_config(keys, weight.shape[0])
+    if config is not None:
+        scalars = Scalars(mean, std, alpha)
+        output, score, _, index = one_launch(keys, weight, bias, delta, scalars, None, 1, config)
+        assert index is not None
+        return output, score, index
+    by = composed_products if configs.composed(keys, weight.shape[0]) else dense_products
+    products = by(keys, weight, bias, delta)
     output, delta_keys, squares = products
     n_tokens, d_out = output.shape
     score = squares.new_empty(n_tokens)
+    index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
     n_blocks = triton.cdiv(n_tokens, BT)
     slab = configs.slab_columns(d_out, n_blocks, output.device)
@@ -229,6 +322,7 @@ def dual_path_calibrated(
         p_output=output,
         p_delta_keys=delta_keys,
         p_score=score,
+        p_index=index,
         n_tokens=n_tokens,
         d_out=d_out,
         n_tiles=squares.shape[0],
@@ -238,4 +332,4 @@ def dual_path_calibrated(
         BN=configs.FINISH_COLUMNS,
         num_warps=configs.FINISH_WARPS,
     )
-    return output, score
+    return output, score, index

@@ -116,16 +116,13 @@ def store_squares(
     tl.store(p_squares + i_n.to(tl.int64) * n_tokens + o_t, b_squares, mask=o_t < n_tokens)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def dense_kernel(
-    p_keys, p_weight, p_bias, p_delta, p_output, p_delta_keys, p_squares,
-    n_tokens, d_in, d_out, stride_kt, stride_wn, stride_wk, stride_dn, stride_dk,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    FEW_ROWS: tl.constexpr,
+@triton.jit
+def both_products(
+    p_keys, p_weight, p_delta, i_t, i_n, n_tokens, d_in, d_out,
+    stride_kt, stride_wn, stride_wk, stride_dn, stride_dk,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, FEW_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `W k + b`, of `Δ k` and of its squares: two accumulators over one tile of keys."""
-    n_rows = tl.cdiv(n_tokens, BT)
-    i_t, i_n = row_and_column(tl.program_id(0), n_rows, tl.cdiv(d_out, BN), GROUP)
+    """Tile `(i_t, i_n)` of `W k` and of `Δ k`: two accumulators over one tile of keys."""
     o_k = tl.arange(0, BK)
     m_t = i_t * BT + tl.arange(0, BT) < n_tokens
     m_n = i_n * BN + tl.arange(0, BN) < d_out
@@ -144,6 +141,24 @@ def dense_kernel(
         p_keys += BK
         p_weight += BK * stride_wk
         p_delta += BK * stride_dk
+    return b_output, b_delta_keys
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def dense_kernel(
+    p_keys, p_weight, p_bias, p_delta, p_output, p_delta_keys, p_squares,
+    n_tokens, d_in, d_out, stride_kt, stride_wn, stride_wk, stride_dn, stride_dk,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
+):  # fmt: skip
+    """A tile of `W k + b`, of `Δ k` and of its squares."""
+    n_rows = tl.cdiv(n_tokens, BT)
+    i_t, i_n = row_and_column(tl.program_id(0), n_rows, tl.cdiv(d_out, BN), GROUP)
+    b_output, b_delta_keys = both_products(
+        p_keys, p_weight, p_delta, i_t, i_n, n_tokens, d_in, d_out,
+        stride_kt, stride_wn, stride_wk, stride_dn, stride_dk, BT, BN, BK, FEW_ROWS,
+    )  # fmt: skip
+    m_n = i_n * BN + tl.arange(0, BN) < d_out
     store(p_output, p_bias, b_output, i_t, i_n, n_tokens, d_out, BT, BN, FEW_ROWS)
     store(p_delta_keys, None, b_delta_keys, i_t, i_n, n_tokens, d_out, BT, BN, FEW_ROWS)
     store_squares(p_squares, b_delta_keys, m_n, i_t, i_n, n_tokens, BT, FEW_ROWS)

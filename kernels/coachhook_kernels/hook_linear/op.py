@@ -14,10 +14,7 @@ from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.validation import check_correction, check_linear, check_overlap
 from coachhook_kernels.launch import runtime
-
-DUAL_PATH_ROWS = 512
-"""Up to this many rows, one pass over `W` and a dense `Δ` also yields the norm of `Δ k`. Beyond,
-arithmetic is the bottleneck, and the vendor's library computes the base product."""
+from coachhook_kernels.launch.boundary import Operation
 
 
 def hook_linear(
@@ -129,12 +126,11 @@ def _linear(
 
     def on_both_paths() -> tuple[Tensor, Tensor, Tensor]:
         scalars = (gate.mean, gate.std, gate.alpha)
-        output, score = dual_path_calibrated(keys, weight, unit_bias, delta.down, *scalars)
-        return output, score, torch.full_like(score, -1, dtype=torch.int64)
+        return dual_path_calibrated(keys, weight, bias, delta.down, *scalars)
 
     if decode.takes(keys, delta, gate):
         return runtime.with_fallback(name, while_decoding, compose)
-    if not gate.keyed and delta.up is None and keys.shape[0] <= DUAL_PATH_ROWS:
+    if not gate.keyed and delta.up is None:
         return runtime.with_fallback(name, on_both_paths, compose)
     return compose()
 
@@ -144,8 +140,7 @@ def _as_rows(keys: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("coachhook::hook_linear", mutates_args=())
-def _hook_linear(
+def _run(
     keys: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -166,8 +161,7 @@ def _hook_linear(
     return output.view(*leading, weight.shape[0]), score.view(leading), index.view(leading)
 
 
-@_hook_linear.register_fake
-def _(keys: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(keys: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     leading = keys.shape[:-1]
     return (
         keys.new_empty(*leading, weight.shape[0]),
@@ -204,7 +198,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     return grad_keys, grad_weight, grad_bias, *[None] * 9
 
 
-_hook_linear.register_autograd(_backward, setup_context=_save)
+_hook_linear = Operation("hook_linear", _run, _fake, _save, _backward)
 
 
 @torch.library.custom_op("coachhook::hook_correction_", mutates_args={"output"})

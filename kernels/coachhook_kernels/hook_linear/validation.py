@@ -133,7 +133,8 @@ def _check_gate(gate: TokenGate, d_in: int) -> None:
 
 
 def _check_devices(keys: Tensor, delta: Delta, gate: TokenGate, **others: Tensor | None) -> None:
-    named = {**others, **delta._asdict(), **gate._asdict()}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != keys.device:
-            raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {keys.device}")
+    device = keys.device
+    names = (*others, *Delta._fields, *TokenGate._fields)
+    for name, tensor in zip(names, (*others.values(), *delta, *gate), strict=True):
+        if tensor is not None and tensor.device != device:
+            raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {device}")

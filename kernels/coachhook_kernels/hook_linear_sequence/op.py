@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.hook_linear_sequence import reference
+from coachhook_kernels.launch.boundary import Operation
 from coachhook_kernels.launch.runtime import scope, triton_runs, with_fallback
 from coachhook_kernels.scores import difference_norm, sequence_zscore
 
@@ -103,8 +104,7 @@ def _validate(
             raise KernelInputError(f"{name} is on {tensor.device}, the keys are on {keys.device}")
 
 
-@torch.library.custom_op(f"coachhook::{NAME}", mutates_args=())
-def _op(
+def _run(
     keys: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -152,8 +152,7 @@ def _row_sparse(
     return output, score, z
 
 
-@_op.register_fake
-def _(
+def _fake(
     keys: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -196,4 +195,4 @@ def _backward(ctx: Any, d_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return d_keys, d_weight, d_bias, None, None, None, None
 
 
-_op.register_autograd(_backward, setup_context=_save)
+_op = Operation(NAME, _run, _fake, _save, _backward)

@@ -1,0 +1,150 @@
+"""What the host spends on one hooked layer, on a machine without a GPU.
+
+    python -m bench.ops.host_time [--rounds N] [--json PATH or -]
+
+Layers are tiny, so that hardly anything but overhead is left. *kernels*: the way to the Triton
+kernels up to and with Triton's own preparation of each launch; nothing is compiled or launched, so
+what the driver's launch itself takes is not in it. *plain torch*: the same layer on the CPU, whose
+arithmetic is in it.
+"""
+
+import timeit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import thread_time
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from rich.table import Table
+
+from bench.harness.output import put
+from bench.harness.script import JsonTo, run_script
+from bench.ops.layers import random_delta, random_gate
+from coachhook.hooks.gates import Gate, SequenceGate, SequenceMask, Threshold
+from coachhook.hooks.layer import HookLinear
+from coachhook_kernels import hook_linear, hook_linear_sequence
+from coachhook_kernels.hook_linear_sequence import op as sequence_op
+from coachhook_kernels.launch import runtime
+
+D_IN, D_OUT, EDITS, RANK = 64, 32, 10, 16
+CALLS = 20
+# Decoding, and a prompt.
+ROWS = (1, 128)
+GATES = ("keyed", "calibrated", "sequence")
+
+
+class Compiled:
+    """A kernel as Triton holds it, which only counts when it is launched."""
+
+    launches = 0
+    function = packed_metadata = None
+
+    def launch_metadata(self, *_: Any) -> None: ...
+
+    def run(self, *_: Any) -> None:
+        Compiled.launches += 1
+
+
+@contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Operations take the way to their Triton kernels, for tensors on a CPU, and end short of the
+    driver's launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+    def compiled(kernel: Any, key: Any, signature: Any, device: int, *_: Any, **__: Any) -> Any:
+        return kernel.device_caches[device][0].setdefault(key, Compiled())
+
+    with (
+        patch.object(triton.runtime.driver, "_active", Driver()),
+        patch.object(runtime, "triton_runs", lambda *_: True),
+        patch.object(sequence_op, "triton_runs", lambda *_: True),
+        patch.object(triton.runtime.jit.JITFunction, "_do_compile", compiled),
+    ):
+        yield
+
+
+def hook_of(gate: str, rank: int | None) -> HookLinear:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    base = torch.nn.Linear(D_IN, D_OUT, bias=False, dtype=like.dtype)
+    closed = Threshold()
+    made: Gate
+    if gate == SequenceGate.name:
+        made = SequenceGate(closed, SequenceMask())
+    else:
+        made = random_gate(gate, D_IN, EDITS, like, closed)
+    return HookLinear(base, random_delta(D_IN, D_OUT, rank, like), made)
+
+
+def steps(gate: str, rank: int | None, rows: int) -> dict[str, Callable[[], object]]:
+    """The unhooked layer, the operation alone, and the hook in place of the layer."""
+    hook = hook_of(gate, rank)
+    keys = torch.randn(1, rows, D_IN, dtype=hook.weight.dtype)
+    weight, delta, tokens = hook.weight, hook.delta, hook.gate.per_token()
+
+    def operation() -> object:
+        if tokens is None:
+            return hook_linear_sequence(keys, weight, None, delta, None, hook.gate.alpha)
+        return hook_linear(keys, weight, None, delta, tokens)
+
+    return {"layer": lambda: hook.base(keys), "operation": operation, "hook": lambda: hook(keys)}
+
+
+def microseconds(step: Callable[[], object], rounds: int) -> float:
+    """Of processor time a call: the least over the rounds, which other work disturbed least."""
+    step()
+    return min(timeit.repeat(step, timer=thread_time, number=CALLS, repeat=rounds)) / CALLS * 1e6
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    lines = []
+    for gate in GATES:
+        for rank in (None, RANK):
+            for rows in ROWS:
+                line: dict[str, Any] = {"gate": gate, "rank": rank, "rows": rows}
+                found = steps(gate, rank, rows)
+                line |= {f"{k}, plain torch": microseconds(v, rounds) for k, v in found.items()}
+                del found["layer"]
+                with launching_nothing():
+                    before = Compiled.launches
+                    found["operation"]()
+                    line["launches of Triton"] = Compiled.launches - before
+                    line |= {f"{k}, kernels": microseconds(v, rounds) for k, v in found.items()}
+                lines.append(line)
+    return lines
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, of which the best counts.")] = 100,
+    json_to: JsonTo = None,
+) -> None:
+    """Time the host's part of every operation of a hooked layer."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        lines = measure(rounds)
+    table = Table(title="microseconds of the host a call, no gradients")
+    for name in lines[0]:
+        table.add_column(name)
+    for line in lines:
+        cells = (
+            f"{v:.1f}" if isinstance(v, float) else "dense" if v is None else str(v)
+            for v in line.values()
+        )
+        table.add_row(*cells)
+    put({"rows": lines}, table, json_to)
+
+
+if __name__ == "__main__":
+    run_script(main)
