@@ -94,8 +94,6 @@ def test_layouts(case: Case) -> None:
     check_case(case)
 
 
-
-
 def one_open(problem: Problem) -> Problem:
     """With a gate that no token clears but one."""
     second, first = problem.z().sort().values[-2:]
