@@ -345,7 +345,7 @@ def _pointer_case(
     else:
         constants["mask"] = None
     return CompileCase(
-        _name(dtype, config, "masked" * masked, "mirror" * mirror),
+        _name(dtype, config, "masked" * masked, "mirror" * mirror, "undrained" * (span == 0)),
         triangle_kernel,
         arguments,
         constants,

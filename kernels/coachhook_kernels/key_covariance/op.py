@@ -22,7 +22,7 @@ def key_covariance_(
     moment `(d, d)` float32 or float64, contiguous and symmetric; keys `(n, d)` of any float dtype;
     mask bool `(n,)`: rows where it is False are left out, whatever they hold. Only the upper
     triangle of `moment` counts, and the Triton kernels read and compute no other; no gradient
-    flows.
+    flows. A sum that is infinite may come out as NaN on a GPU.
 
     With `mirror` the result is exactly symmetric. A series of calls into one moment passes False
     and ends with `mirror_`; until then the lower triangle is meaningless.
