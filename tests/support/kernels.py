@@ -310,11 +310,9 @@ def vector_rounding(problem: Problem, entry: str) -> float:
     which rounds to nearest."""
     from coachhook_kernels.dual_path import configs
 
+    dense = entry == "linear" and not problem.gate.keyed and problem.delta.up is None
     many = problem.keys.shape[0] >= configs.COMPOSED_ROWS
-    dense = not problem.gate.keyed and problem.delta.up is None
-    if entry == "linear" and dense and many:
-        return torch.finfo(problem.keys.dtype).eps / 2
-    return 0.0
+    return torch.finfo(problem.keys.dtype).eps / 2 if dense and many else 0.0
 
 
 def check(problem: Problem, *entries: str, poisoned: bool = True) -> Tensor:
