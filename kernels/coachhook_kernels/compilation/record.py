@@ -3,6 +3,7 @@
 The launcher runs on meta tensors, with the kernel replaced by something that only looks.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 TYPES = {
@@ -51,12 +53,16 @@ class _Recorder:
     def _launch(self, num_warps: int = 4, num_stages: int = 3, **given: Any) -> None:
         arguments: dict[str, Any] = {}
         constants: dict[str, Any] = {}
-        for parameter in self.kernel.params:
-            value = given[parameter.name]
-            if not parameter.is_constexpr:
-                value = _described(value, not parameter.do_not_specialize)
-            compiled_in = parameter.is_constexpr or not isinstance(value, str | tuple)
-            (constants if compiled_in else arguments)[parameter.name] = value
+        # Defined for the interpreter, a kernel keeps what `triton.jit` was given apart.
+        options = vars(self.kernel).get("kwargs", vars(self.kernel))
+        counts = options["do_not_specialize"] or ()
+        for name, parameter in inspect.signature(self.kernel.fn).parameters.items():
+            value = given[name]
+            is_constant = parameter.annotation is tl.constexpr
+            if not is_constant:
+                value = _described(value, name not in counts)
+            compiled_in = is_constant or not isinstance(value, str | tuple)
+            (constants if compiled_in else arguments)[name] = value
         launch = Launch(self.kernel, arguments, constants, num_warps, num_stages)
         self.launches.append(launch)
 

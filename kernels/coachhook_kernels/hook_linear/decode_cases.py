@@ -90,7 +90,8 @@ def _cases(
     cases = []
     for launch in launches:
         products = launch.constants.get("BT", 16) > 1 and dtype != SINGLE
-        name = f"hook_linear/decode {launch.kernel.__name__} {kind}"
+        name = f"hook_linear/decode {launch.kernel.fn.__name__} {kind}"
+        name += " lower" * (launch.constants.get("EPILOGUE") is tiles.STORE)
         cases.append(
             CompileCase(
                 name,

@@ -6,7 +6,7 @@ Programs of the same kind: those of lower ids compute tiles of the gate's projec
 Whoever comes last to a tile adds up its slices. Whoever comes last to the projection has the norm,
 or opens the match: its work is divided into tickets, which are taken by this program and by every
 other that finds the match open when it is done with its tile. Whoever comes last to the match
-decides, and lists the open rows for the second launch, which corrects them. The argument is in
+decides, and lists the open rows for the second launch, which corrects them. The argument:
 csrc_notes/hook-linear.md.
 """
 
