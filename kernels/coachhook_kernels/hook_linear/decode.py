@@ -56,7 +56,7 @@ def default_config(
         config |= {"BN": 32 if by_column else 16, "BK": 256 if tile == 16 else 128}
         least = 8
     else:
-        # Up to 112 KiB of shared memory, of which a Hopper multiprocessor has room for two.
+        # Up to 96 KiB of shared memory, of which a Hopper multiprocessor has room for two.
         config |= {"BN": 64, "BK": 128, "num_stages": 4 if tile < 64 else 3}
         least = 8
     n_tiles, n_steps = triton.cdiv(d_out, config["BN"]), triton.cdiv(d_in, config["BK"])
