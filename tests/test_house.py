@@ -46,6 +46,7 @@ ROOMS = (
 KERNEL_ROOMS = (
     "coachhook_kernels.errors",
     "coachhook_kernels.compilation.case",
+    "coachhook_kernels.compilation.record",
     "coachhook_kernels.launch",
     "coachhook_kernels.scores",
     "coachhook_kernels.delta",
