@@ -78,7 +78,7 @@ def match_ticket(
 def best_of_tickets(scratch, tokens, counts, BT: tl.constexpr):
     """Score and fingerprint of each token: -1 and -1 where none is enabled."""
     # Many at a time: one ticket a step would cost a round trip to the cache each.
-    TOGETHER: tl.constexpr = 1024 // BT
+    TOGETHER: tl.constexpr = 512 // BT
     p_best = scratch.p_floats + counts.n_partials + counts.n_score * tokens.n
     b_score = tl.full((BT,), -2.0, tl.float32)
     b_index = tl.full((BT,), -1, tl.int32)
