@@ -111,9 +111,10 @@ def all_cases() -> Iterator[Case]:
     for d_in in (1536, 4096, 6400, 14336, 16384):
         for rows in (1024, 4096, 16384):
             must, aim = (0.75, 0.6) if rows == 1024 else (0.6, 0.53)
-            if d_in < 4096:
-                must, aim = 1.03, None
-            yield Case("second moment", "key_covariance_", d_in, d_in, rows, must=must, aim=aim)
+            # Of a small moment the library may well compute both triangles.
+            yield Case("second moment", "key_covariance_", d_in, d_in, rows,
+                       must=must if d_in >= 4096 else 1.03,
+                       aim=aim if d_in >= 4096 else None)  # fmt: skip
 
 
 def _keyed_cases() -> Iterator[Case]:

@@ -142,14 +142,18 @@ def launch(
         raise
 
 
-def _config(keys: Tensor, weight: Tensor | None, d_out: int) -> Config:
+def _config(keys: Tensor, weight: Tensor | None, d_out: int, keyed: bool) -> Config:
     (n_tokens, d_in), device = keys.shape, keys.device
     tile = token_tile(n_tokens)
     by_column = weight is not None and weight.stride(0) == 1 and weight.stride(1) > 1
     processors = multiprocessors(device)
     default = default_config(d_in, d_out, tile, keys.dtype, by_column, processors)
     kernel = f"hook_linear_decode{tile}_{8 * keys.element_size()}bit"
-    return launchable(lookup(kernel, device, default, d_in=d_in, d_out=d_out))
+    kinds = {
+        "gate": "keyed" if keyed else "calibrated",
+        "layout": "none" if weight is None else "column" if by_column else "row",
+    }
+    return launchable(lookup(kernel, device, default, d_in=d_in, d_out=d_out, **kinds))
 
 
 def _decide(
@@ -164,7 +168,7 @@ def _decide(
     """The first launch: the results, and the list of open rows, which it returns."""
     (n_tokens, d_in), d_out, device = keys.shape, results.pointer.shape[1], keys.device
     n_score, tile = projection.shape[0], token_tile(n_tokens)
-    config = _config(keys, weight, d_out)
+    config = _config(keys, weight, d_out, gate.keyed)
     block_n = config["BN"]
     n_tiles, n_steps = triton.cdiv(n_score, block_n), triton.cdiv(d_in, config["BK"])
     project_slices = projection_slices(n_steps, n_tiles, tile, gate.keyed)

@@ -256,10 +256,12 @@ def _score_parts(
 def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
     (n_rows, d_in), device = keys.shape, keys.device
     bits = 8 * keys.element_size()
+    kind = "keyed" if gate.keyed else "calibrated"
 
     def config(step: str, default: Config) -> Config:
         kernel = f"hook_linear_{step}_{bits}bit"
-        return lookup(kernel, device, default, d_in=d_in, d_out=output.shape[1], rows=n_rows)
+        sizes = {"d_in": d_in, "d_out": output.shape[1], "rows": n_rows}
+        return lookup(kernel, device, default, gate=kind, **sizes)
 
     rank = 0 if delta.up is None else delta.down.shape[0]
     lowered = torch.empty(n_rows, rank, dtype=keys.dtype, device=device)
