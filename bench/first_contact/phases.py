@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 import typer
 
-from bench.first_contact import shard
 from bench.harness.machine import device_name, machine, main_device
 from bench.harness.script import WrongResultError
 from bench.harness.timing import copy_bandwidth, matmul_rate
@@ -35,6 +34,7 @@ from coachhook_kernels.launch import tuning
 
 HANGS = 60
 """Seconds after which a case that is not done ends the process."""
+HUNG = "it hung, or took its process down"
 MOST_PROCESSES = 12
 TESTS = ("tests/kernels",)
 MODELS = (
@@ -104,18 +104,27 @@ def _check(path: Path, until: float) -> None:
     if on_gpu() and needed and all(Path(folder).is_dir() for folder in TESTS):
         _run_tests(path)
         return
-    done = {line["key"] for line in lines.read(path)}
+    for key in lines.unfinished(lines.read(path)):
+        lines.append(path, {"key": key, "outcome": "failed", "why": HUNG})
+    done = {line["key"] for line in lines.read(path) if "key" in line}
     for case in chosen():
-        if lines.key_of(case) in done or time.monotonic() > until:
+        key = lines.key_of(case)
+        if key in done or time.monotonic() > until:
             continue
-        lines.append(path, {"key": lines.key_of(case)} | _outcome(case))
+        lines.append(path, {"begun": key})
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        lines.append(path, {"key": key} | _outcome(case))
+    faulthandler.cancel_dump_traceback_later()
 
 
 def _outcome(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         contenders(case, main_device(), check=True)
-    except (WrongResultError, RuntimeError, ValueError) as error:
+    except torch.AcceleratorError:
+        # Nothing runs any more in this process: the phase is begun again behind this case.
+        raise
+    except (WrongResultError, RuntimeError, ValueError, AssertionError) as error:
         return {"outcome": "failed", "why": f"{type(error).__name__}: {error}"[:500]}
     return {"outcome": "passed"}
 
@@ -123,10 +132,16 @@ def _outcome(case: Case) -> dict[str, Any]:
 def _run_tests(path: Path) -> None:
     """The GPU's tests in several processes, each of which runs every so manieth and says what came
     of it as soon as it knows."""
+    # It imports pytest.
+    from bench.first_contact import shard
+
     running = []
     for index in range(processes()):
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *TESTS]
         command += ["-p", "no:cacheprovider", "-p", shard.__name__]
+        command += ["--continue-on-collection-errors", "-o", f"faulthandler_timeout={HANGS}"]
+        if find_spec("pytest_timeout"):
+            command += [f"--timeout={2 * HANGS}"]
         asked = {shard.PART: f"{index}/{processes()}", shard.LINES: str(path)}
         running.append(subprocess.Popen(command, env=os.environ | asked))
     for index, process in enumerate(running):
@@ -140,9 +155,8 @@ def _table(path: Path, until: float) -> None:
     seen = lines.read(path)
     by_key = {lines.key_of(case): case for case in chosen()}
     for key in lines.unfinished(seen):
-        reason = "it hung, or took its process down"
         if key in by_key:
-            lines.append(path, table.fault_row(by_key[key], reason))
+            lines.append(path, table.fault_row(by_key[key], HUNG))
     done = {line["key"] for line in lines.read(path) if "key" in line}
     facts: dict[str, float] = {}
     for line in lines.read(path.with_name("facts.jsonl")):
@@ -152,7 +166,7 @@ def _table(path: Path, until: float) -> None:
     def remaining() -> Iterator[Case]:
         for key, case in by_key.items():
             if time.monotonic() > until:
-                return
+                break
             if key not in done:
                 faulthandler.dump_traceback_later(HANGS, exit=True)
                 yield case
@@ -171,10 +185,19 @@ def _inference(path: Path, until: float) -> None:
     for model in MODELS if on_gpu() else MODELS[:1]:
         if (model["gate"], model["dense"]) in done or time.monotonic() > until:
             continue
+        fault = None
         try:
             main(shape=shape, rounds=rounds, tokens=tokens, json_to=str(result), **model)  # type: ignore[arg-type]
         except typer.Exit:
-            lines.append(path, {**model, "fault": "wrong result"})
+            fault = "wrong result"
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"[:500]
+            if isinstance(error, torch.AcceleratorError):
+                lines.append(path, {**model, "fault": fault})
+                raise
+        if fault is not None:
+            lines.append(path, {**model, "fault": fault})
+            torch.cuda.empty_cache()
             continue
         lines.append(path, {**model, **json.loads(result.read_text(encoding="utf-8"))})
         result.unlink()

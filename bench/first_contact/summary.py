@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.harness.run_folder import write as write_whole
 from bench.ops import lines
+from coachhook.system.files import write as write_whole
 
 Line = dict[str, Any]
 NO_TIMES = "NO GPU: Triton's interpreter on tiny shapes. The times below mean nothing."
@@ -19,7 +19,7 @@ def collect(out: Path) -> dict[str, Any]:
     checks = lines.read(out / "check.jsonl")
     rows = [line for line in lines.read(out / "table.jsonl") if line.get("verdict")]
     models = lines.read(out / "inference.jsonl")
-    wrong = [f"{line['key']}: {line['why']}" for line in checks if line["outcome"] == "failed"]
+    wrong = [f"{line['key']}: {line['why']}" for line in checks if line.get("outcome") == "failed"]
     wrong += [f"{row['key']}: {row['verdict']}" for row in rows if is_wrong(row)]
     wrong += [f"whole model, {line['gate']}: {line['fault']}" for line in models if "fault" in line]
     compiled = lines.read(out / "compile.jsonl")
@@ -28,7 +28,7 @@ def collect(out: Path) -> dict[str, Any]:
         "facts": facts,
         "phases": lines.read(out / "phases.jsonl"),
         "not_compiled": [line for line in compiled if "fault" in line],
-        "checks_passed": sum(line["outcome"] == "passed" for line in checks),
+        "checks_passed": sum(line.get("outcome") == "passed" for line in checks),
         "wrong": wrong,
         "reached": [row for row in rows if not is_wrong(row) and "MISSED" not in row["verdict"]],
         "missed": sorted(

@@ -19,6 +19,9 @@ from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
 NOT_IN_TIME = "not compiled in time"
+HANGS = 90.0
+"""Seconds after which a variant that is not done is taken for hung."""
+HUNG = f"not done after {HANGS:.0f} s"
 DIED = "the process died of it"
 
 
@@ -114,14 +117,21 @@ class Compilers:
         be used, and why."""
         waiting = list(enumerate(variants))[::-1]
         busy: dict[Connection, int] = {}
+        began: dict[Connection, float] = {}
         faults: dict[int, str] = {}
         while waiting or busy:
             while waiting and (self._idle or len(self._of) < self.processes):
                 worker = self._idle.pop() if self._idle else self._start()
                 index, variant = waiting.pop()
                 worker.send(variant)
-                busy[worker] = index
-            ready = connection.wait(list(busy), timeout=max(0.0, until - time.monotonic()))
+                busy[worker], began[worker] = index, time.monotonic()
+            patience = min(until, min(began[worker] for worker in busy) + HANGS)
+            ready = connection.wait(list(busy), timeout=max(0.0, patience - time.monotonic()))
+            if not ready and time.monotonic() < until:
+                oldest = min(busy, key=began.__getitem__)
+                faults[busy.pop(oldest)] = HUNG
+                self._end(oldest)
+                continue
             if not ready:
                 faults |= dict.fromkeys([*busy.values(), *dict(waiting)], NOT_IN_TIME)
                 for worker in busy:

@@ -21,12 +21,12 @@ import typer
 from rich.console import Console
 
 from bench.harness.machine import main_device
-from bench.harness.run_folder import write
 from bench.harness.script import WrongResultError, run_script
 from bench.harness.timing import Step, captured, take_turns
 from bench.ops.cases import Case, all_cases, contenders
 from bench.ops.compiling import NOT_IN_TIME, Compilers, Variant, forced, own_name
 from bench.ops.lines import key_of, missed_cases, one_of_each_first
+from coachhook.system.files import write
 from coachhook_kernels.launch import runtime, tuning
 from coachhook_kernels.launch.tuning import Config
 
@@ -84,10 +84,15 @@ def neighbours(config: Config) -> Iterator[Config]:
                 yield config | {name: other}
 
 
+class UnusableDefaultError(Exception):
+    """The default configuration fails or errs: there is nothing to compare with."""
+
+
 def search(default: Config, measured: Measured) -> tuple[Config | None, float]:
     """The fastest configuration found, None for the default, and its time over the default's.
 
-    measured: seconds of several, in turns; infinity for one that cannot be used.
+    measured: seconds of several, in turns; infinity for one that cannot be used. Raises
+    UnusableDefaultError if the default is one.
     """
     best, ratio = default, 1.0
     tried = [default]
@@ -95,6 +100,8 @@ def search(default: Config, measured: Measured) -> tuple[Config | None, float]:
         step = [config for config in neighbours(best) if config not in tried]
         tried += step
         of_default, of_best, *times = measured([default, best, *step])
+        if of_default == float("inf"):
+            raise UnusableDefaultError
         least = min(times, default=float("inf"))
         if not least < GAIN * of_best:
             break
@@ -222,6 +229,11 @@ def _searched(
         config, ratio = search(problem.default, measured)
     except torch.OutOfMemoryError as error:
         return line | {"fault": str(error)}
+    except UnusableDefaultError:
+        if NOT_IN_TIME in dropped.values():
+            return line | {"fault": NOT_IN_TIME}
+        why = dropped.get(str(problem.default), "wrong result")
+        return line | {"fault": f"the default cannot be used: {why}"}
     if NOT_IN_TIME in dropped.values():
         return line | {"fault": NOT_IN_TIME}
     keep(problem, config, ratio, device)

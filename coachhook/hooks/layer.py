@@ -147,8 +147,10 @@ class HookLinear(nn.Module):
             score, _ = gate.read(keys.detach(), self.delta)
             corrected = self.delta.expand(self.delta.project(keys))
             return hook_correction(output, corrected, gate.is_open(score))
-        # Another module or a watching hook may keep the output: then it must not change in place.
-        watched = self.base._forward_hooks or has_any_global_hook()
+        # Another module, a watching hook or a forward put in place of the module's own may keep the
+        # output: then it must not change in place.
+        replaced = "forward" in self.base.__dict__
+        watched = replaced or self.base._forward_hooks or has_any_global_hook()
         output = output.clone() if watched or not _gives_away(self.base) else output
         hook_correction_(output, keys, self.delta, gate)
         return output

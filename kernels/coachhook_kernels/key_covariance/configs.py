@@ -63,10 +63,13 @@ def choose(moment: Tensor, keys: Tensor, mask: Tensor | None) -> Config:
     default = default_config(rows, d, keys.dtype, runtime.multiprocessors(keys.device))
     if default["triangle"] and _has_tensor_memory(keys.device):
         default = BLACKWELL
+    if default["triangle"] and (mask is not None or not _has_tma(keys.device)):
+        default = POINTER
     name = f"key_covariance_{8 * keys.dtype.itemsize}bit"
     config = tuning.lookup(name, keys.device, default, rows=rows, d=d)
+    # What was measured may have been so without a mask.
     if config["triangle"] and config["tma"] and (mask is not None or not _has_tma(keys.device)):
-        return POINTER
+        return default if default["triangle"] else POINTER
     return config
 
 

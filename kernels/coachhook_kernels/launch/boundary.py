@@ -16,7 +16,7 @@ Function = Callable[..., Any]
 
 class Operation:
     """`torch.ops.coachhook.<name>`: its annotated implementation, and the same for fake tensors;
-    save and backward as in `torch.library.register_autograd`."""
+    save and backward as in `torch.library.register_autograd`, for reverse mode alone."""
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ since the graph may be replayed on any stream.
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -67,9 +68,8 @@ def _take(device: torch.device) -> Tensor:
             return torch.zeros(SET, dtype=torch.int32, device=device)
         # In a new thread: this thread may be allocating from the pool of a CUDA graph that is being
         # warmed up, and the pool takes its memory back.
-        thread = threading.Thread(target=_add_block, args=(device,))
-        thread.start()
-        thread.join()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_add_block, device).result()
     return free.pop()
 
 

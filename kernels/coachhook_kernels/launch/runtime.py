@@ -119,7 +119,7 @@ def _scope(
 
 def failures() -> list[str]:
     """What does not run as it should: launches in plain torch, and configurations passed over."""
-    return sorted([*_broken, *map(str, tuning.refused)])
+    return sorted([*_broken, *map(str, list(tuning.refused))])
 
 
 def forget_failures() -> None:
