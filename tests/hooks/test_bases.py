@@ -142,6 +142,23 @@ def test_a_forward_hook_sees_the_bases_output(keys: Tensor, everywhere: bool) ->
     torch.testing.assert_close(got, own + keys @ delta.T)
 
 
+def test_a_forward_put_in_place_keeps_the_bases_output(keys: Tensor) -> None:
+    base = nn.Linear(D_IN, D_OUT)
+    own_forward, seen = base.forward, []
+
+    def forward(given: Tensor) -> Tensor:
+        seen.append(own_forward(given))
+        return seen[-1]
+
+    base.forward = forward  # type: ignore[method-assign]
+    hook, delta = hooked(base)
+    with torch.no_grad():
+        got, own = hook(keys), own_forward(keys)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], own)
+    torch.testing.assert_close(got, own + keys @ delta.T)
+
+
 def test_forward_mode_derivatives(keys: Tensor) -> None:
     """The fused operation has none; the hook must not answer with zeros."""
     base = nn.Linear(D_IN, D_OUT)
