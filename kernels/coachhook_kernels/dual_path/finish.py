@@ -5,8 +5,6 @@ few kilobytes in L2, is cheaper than waiting for another program. The correction
 only where its gate is open.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
-
 import triton
 import triton.language as tl
 

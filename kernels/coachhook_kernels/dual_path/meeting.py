@@ -5,8 +5,6 @@ meets all other programs of the launch, works out the gate, and stores the tile 
 all programs must be on the GPU at once: the launch is cooperative, and no larger than the GPU.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
-
 import triton
 import triton.language as tl
 

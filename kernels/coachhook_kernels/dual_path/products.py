@@ -8,8 +8,6 @@ With few rows (FEW_ROWS) the time goes into reading the weights: there the weigh
 side of the dot and the keys its N side.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-decorators
-
 import triton
 import triton.language as tl
 

@@ -16,7 +16,7 @@ from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import tiles
 from coachhook_kernels.hook_linear.decode_kernel import decode_kernel, match_kernel
 from coachhook_kernels.hook_linear.decode_shared import Gate, Keys, Matrix, Output, Scratch
-from coachhook_kernels.launch.counters import TILE_COUNTERS, counters, discard
+from coachhook_kernels.launch.counters import TILE_COUNTERS, counters
 from coachhook_kernels.launch.runtime import multiprocessors
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
@@ -124,24 +124,6 @@ def correction_config(dtype: torch.dtype) -> Config:
     return few | {"BM": 64, "BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
 
 
-def launch(
-    keys: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    delta: Delta,
-    gate: TokenGate,
-    output: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Write `hook_linear` of keys `(t, d_in)` to output `(t, d_out)`; without a weight, add the
-    correction to it. Only for problems that `takes` accepts. Returns score and index."""
-    try:
-        return _launch(keys, weight, bias, delta, gate, output)
-    except BaseException:
-        # A series that breaks off leaves counters, which the next would take for its own.
-        discard()
-        raise
-
-
 def _config(keys: Tensor, weight: Tensor | None, d_out: int, keyed: bool) -> Config:
     (n_tokens, d_in), device = keys.shape, keys.device
     tile = token_tile(n_tokens)
@@ -216,7 +198,7 @@ def _decide(
     return ints
 
 
-def _launch(
+def launch(
     keys: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -224,6 +206,8 @@ def _launch(
     gate: TokenGate,
     output: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Write `hook_linear` of keys `(t, d_in)` to output `(t, d_out)`; without a weight, add the
+    correction to it. Only for problems that `takes` accepts. Returns score and index."""
     n_tokens, device = keys.shape[0], keys.device
     score = torch.empty(n_tokens, dtype=torch.float32, device=device)
     index = torch.empty(n_tokens, dtype=torch.int64, device=device)

@@ -26,7 +26,7 @@ from coachhook_kernels.hook_linear.tiles_gate import (
     read_norm,
 )
 from coachhook_kernels.hook_linear.tiles_match import match
-from coachhook_kernels.launch.counters import counters, discard
+from coachhook_kernels.launch.counters import counters
 from coachhook_kernels.launch.runtime import multiprocessors
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
@@ -219,17 +219,6 @@ def multiply_open(
     )
 
 
-def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Returns score and
-    index."""
-    try:
-        return _launch(keys, delta, gate, output)
-    except BaseException:
-        # A series that breaks off after its gate leaves a list, to which the next would append.
-        discard()
-        raise
-
-
 def _score_parts(
     keys: Tensor, delta: Delta, gate: TokenGate, config: Callable[..., Config]
 ) -> Parts:
@@ -253,7 +242,9 @@ def _score_parts(
     return Parts(slices, n_score, summed=False)
 
 
-def _launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
+def launch(keys: Tensor, delta: Delta, gate: TokenGate, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the correction of keys `(t, d_in)`, t ≥ 1, to output `(t, d_out)`. Returns score and
+    index."""
     (n_rows, d_in), device = keys.shape, keys.device
     bits = 8 * keys.element_size()
     kind = "keyed" if gate.keyed else "calibrated"
