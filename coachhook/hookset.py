@@ -165,6 +165,13 @@ class HookSet:
             raise AttachError("the hooks are not attached to this model; attach them first")
         return hooks
 
+    def warm_up(self, model: nn.Module, most_rows: int = 4096) -> None:
+        """Run every hook on zeros of up to `most_rows` tokens, so that on a GPU no kernel is left
+        to compile when the model serves, however many edits follow. Each is compiled once for all
+        models of these shapes. Raises `AttachError` if the hooks are not attached."""
+        for hook in self.modules(model).values():
+            hook.warm_up(most_rows)
+
     def trace(self, model: Any, tokenizer: Any, text: str) -> Trace:
         """Run `text` and record, per token and hooked layer: score, threshold, whether the gate
         opened, and for which edit. Raises `AttachError` if the hooks are not attached."""

@@ -18,6 +18,7 @@ from coachhook_kernels import (
     hook_correction,
     hook_correction_,
 )
+from coachhook_kernels.launch.sizes import telling_rows
 
 
 class HookState(StrEnum):
@@ -96,6 +97,12 @@ class HookLinear(nn.Module):
         return any(t.dtype != dtype for t in (keys, self.down)) or (
             isinstance(bias, Tensor) and bias.dtype != dtype
         )
+
+    @torch.no_grad()
+    def warm_up(self, most_rows: int) -> None:
+        """Run every variant of the kernels that up to `most_rows` tokens need, on zeros."""
+        for rows in telling_rows(most_rows):
+            self(self.down.new_zeros(1, rows, self.down.shape[1]))
 
     def split_over_processes(self) -> None:
         """If the base's keys are split over processes, keep only this process's columns of `A` and

@@ -3,6 +3,10 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+OLDER, NEWER = ("sm_80", "gfx942"), ("sm_90", "sm_100")
+"""GPUs where a launch waits for the end of the one before it, and those where it may begin earlier:
+a kernel that does is other code there."""
+
 
 @dataclass(frozen=True)
 class CompileCase:

@@ -8,7 +8,6 @@ and Δ may have any strides (`nn.Linear` and `Conv1D`).
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -22,8 +21,10 @@ from coachhook_kernels.dual_path.products import (
     factored_kernel,
     row_squares_kernel,
 )
+from coachhook_kernels.launch import prepared
 from coachhook_kernels.launch.counters import counters
 from coachhook_kernels.launch.runtime import interpreting
+from coachhook_kernels.launch.sizes import cdiv
 from coachhook_kernels.launch.tuning import Config, launchable
 
 __all__ = [
@@ -57,11 +58,13 @@ def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Ten
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     config = launchable(configs.product_config(keys, weight, delta, factored=False))
-    n_columns = triton.cdiv(d_out, config["BN"])
+    n_columns = cdiv(d_out, config["BN"])
     output = keys.new_empty(n_tokens, d_out)
     delta_keys = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
-    dense_kernel[(triton.cdiv(n_tokens, config["BT"]) * n_columns,)](
+    prepared.launch(
+        dense_kernel,
+        (cdiv(n_tokens, config["BT"]) * n_columns,),
         p_keys=keys,
         p_weight=weight,
         p_bias=bias,
@@ -89,12 +92,14 @@ def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: T
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out, rank = keys.shape, weight.shape[0], down.shape[0]
     config = launchable(configs.product_config(keys, weight, down, factored=True))
-    n_columns = triton.cdiv(d_out, config["BN"])
-    n_extra = triton.cdiv(rank, config["BN"])
+    n_columns = cdiv(d_out, config["BN"])
+    n_extra = cdiv(rank, config["BN"])
     output = keys.new_empty(n_tokens, d_out)
     projected = keys.new_empty(n_tokens, rank, dtype=torch.float32)
     squares = keys.new_empty(n_extra, n_tokens, dtype=torch.float32)
-    factored_kernel[(triton.cdiv(n_tokens, config["BT"]) * (n_columns + n_extra),)](
+    prepared.launch(
+        factored_kernel,
+        (cdiv(n_tokens, config["BT"]) * (n_columns + n_extra),),
         p_keys=keys,
         p_weight=weight,
         p_bias=bias,
@@ -123,7 +128,9 @@ def composed_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: T
     output, delta_keys = linear(keys, weight, bias), linear(keys, down)
     n_tokens, n_columns = delta_keys.shape
     squares = keys.new_empty(1, n_tokens, dtype=torch.float32)
-    row_squares_kernel[(n_tokens,)](
+    prepared.launch(
+        row_squares_kernel,
+        (n_tokens,),
         p_rows=delta_keys,
         p_squares=squares,
         n_columns=n_columns,
@@ -146,9 +153,11 @@ def finish_sequences(
     score = squares.new_empty(batch, length)
     z = squares.new_empty(batch, length)
     BL, BT = configs.finish_block(length), configs.swap_block(length)
-    n_blocks = triton.cdiv(length, BT)
+    n_blocks = cdiv(length, BT)
     slab = configs.slab_columns(d_out, batch * n_blocks, output.device)
-    finish_sequences_kernel[(batch, n_blocks, triton.cdiv(d_out, slab))](
+    prepared.launch(
+        finish_sequences_kernel,
+        (batch, n_blocks, cdiv(d_out, slab)),
         p_squares=squares,
         p_mask=mask,
         p_alpha=alpha,
@@ -210,7 +219,7 @@ def one_launch(
     """
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
-    n_columns = triton.cdiv(d_out, config["BN"])
+    n_columns = cdiv(d_out, config["BN"])
     output = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
     score = squares.new_empty(n_tokens)
@@ -223,7 +232,9 @@ def one_launch(
     # The interpreter runs one program after another, and none waits: the gates of its second run
     # read the squares of the first.
     for _ in range(2 if interpreting() else 1):
-        meeting_kernel[(n_columns,)](
+        prepared.launch(
+            meeting_kernel,
+            (n_columns,),
             p_keys=keys,
             p_weight=weight,
             p_bias=bias,
@@ -312,9 +323,11 @@ def dual_path_calibrated(
     score = squares.new_empty(n_tokens)
     index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
-    n_blocks = triton.cdiv(n_tokens, BT)
+    n_blocks = cdiv(n_tokens, BT)
     slab = configs.slab_columns(d_out, n_blocks, output.device)
-    finish_tokens_kernel[(n_blocks, triton.cdiv(d_out, slab))](
+    prepared.launch(
+        finish_tokens_kernel,
+        (n_blocks, cdiv(d_out, slab)),
         p_squares=squares,
         p_mean=mean,
         p_std=std,

@@ -1,11 +1,12 @@
 """The shipped configurations of the kernels of `hook_linear`, to be compiled without a GPU."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import triton.language as tl
 
-from coachhook_kernels.compilation.case import CompileCase
+from coachhook_kernels.compilation.case import NEWER, OLDER, CompileCase
 from coachhook_kernels.hook_linear import tiles, tiles_gate, tiles_match
 from coachhook_kernels.hook_linear.decode_cases import decode_cases
 from coachhook_kernels.launch.tuning import Config
@@ -22,15 +23,15 @@ def _tiles_cases() -> list[CompileCase]:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         cases.append(_product_case("score", name, tiles.score_config(dtype), tiles.STORE))
         cases.append(_product_case("squares", name, tiles.squares_config(dtype), tiles.SQUARES))
-        cases.append(_open_case("correct", name, tiles.correct_config(dtype), tiles.ADD))
+        cases += _open_cases("correct", name, tiles.correct_config(dtype), tiles.ADD)
         cases.append(_match_case(name, dtype))
         cases.append(_norm_case(name, summed=False))
     cases.append(_sketch_case("bf16"))
     config = tiles.correct_config(torch.bfloat16)
     further = [
-        _open_case("correct", "fp16", config, tiles.ADD),
-        _open_case("lower", "bf16", config, tiles.STORE),
-        _open_case("correct", "bf16", config, tiles.ADD, by_column=True),
+        *_open_cases("correct", "fp16", config, tiles.ADD),
+        *_open_cases("lower", "bf16", config, tiles.STORE),
+        *_open_cases("correct", "bf16", config, tiles.ADD, by_column=True),
         _norm_case("bf16", summed=True),
     ]
     return [*cases, *[case.further() for case in further]]
@@ -49,13 +50,18 @@ def _product_case(step: str, dtype: str, config: Config, epilogue: tl.constexpr)
     return _tiled(step, dtype, tiles.tiles_kernel, arguments, constants, config, epilogue)
 
 
-def _open_case(
+def _open_cases(
     step: str, dtype: str, config: Config, epilogue: tl.constexpr, by_column: bool = False
-) -> CompileCase:
+) -> list[CompileCase]:
     arguments, constants = _matrices(dtype, dtype, by_column)
     arguments |= {"p_rows": "*i32:16", "p_counters": "*i32:16"}
     step += " by column" * by_column
-    return _tiled(step, dtype, tiles.open_rows_kernel, arguments, constants, config, epilogue)
+    kernel = tiles.open_rows_kernel
+    case = _tiled(step, dtype, kernel, arguments, constants, config, epilogue)
+    return [
+        replace(case, constants=case.constants | {"EARLY": early}, targets=targets)
+        for early, targets in ((False, OLDER), (True, NEWER))
+    ]
 
 
 def _tiled(

@@ -5,10 +5,10 @@
 2. tiles           the correction of the listed rows: returns at once where none is open
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from coachhook_kernels.delta import Delta
@@ -16,8 +16,10 @@ from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import tiles
 from coachhook_kernels.hook_linear.decode_kernel import decode_kernel, match_kernel
 from coachhook_kernels.hook_linear.decode_shared import Gate, Keys, Matrix, Output, Scratch
+from coachhook_kernels.launch import prepared
 from coachhook_kernels.launch.counters import TILE_COUNTERS, counters
-from coachhook_kernels.launch.runtime import multiprocessors
+from coachhook_kernels.launch.runtime import launches_overlap, multiprocessors
+from coachhook_kernels.launch.sizes import cdiv, next_power_of_2
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
 TOKEN_TILES = (1, 16, 32, 64)
@@ -36,6 +38,7 @@ def takes(keys: Tensor, delta: Delta, gate: TokenGate) -> bool:
     return keys.shape[0] <= widest and (gate.keyed or delta.up is not None)
 
 
+@functools.cache
 def default_config(
     d_in: int, d_out: int, tile: int, dtype: torch.dtype, by_column: bool, processors: int
 ) -> Config:
@@ -59,7 +62,7 @@ def default_config(
         # Up to 96 KiB of shared memory, of which a Hopper multiprocessor has room for two.
         config |= {"BN": 64, "BK": 128, "num_stages": 4 if tile < 64 else 3}
         least = 8
-    n_tiles, n_steps = triton.cdiv(d_out, config["BN"]), triton.cdiv(d_in, config["BK"])
+    n_tiles, n_steps = cdiv(d_out, config["BN"]), cdiv(d_in, config["BK"])
     slices = power_of_two(min(2 * processors // n_tiles, n_steps // least))
     return config | {"SLICES": slices}
 
@@ -103,18 +106,24 @@ MATCH_BLOCK = {1: 64, 16: 64, 32: 64, 64: 32}
 def tickets(gate: TokenGate, tile: int, processors: int) -> Tickets:
     if gate.fingerprints is None:
         return Tickets(16, 16, 1)
-    n_fingerprints, n_score = gate.fingerprints.shape
-    sketch = max(16, triton.next_power_of_2(n_score))
-    widest = MATCH_BLOCK[tile]
-    if gate.fingerprints.dtype == torch.float32:
-        widest = min(widest, 32)
+    single = gate.fingerprints.dtype == torch.float32
+    return _tickets(*gate.fingerprints.shape, single, tile, processors)
+
+
+@functools.lru_cache(maxsize=256)
+def _tickets(
+    n_fingerprints: int, n_score: int, single: bool, tile: int, processors: int
+) -> Tickets:
+    sketch = max(16, next_power_of_2(n_score))
+    widest = min(MATCH_BLOCK[tile], 32) if single else MATCH_BLOCK[tile]
     block = max(16, min(widest, 8192 // sketch))
     if n_fingerprints <= ALONE:
         return Tickets(sketch, block, 1)
-    n_blocks = triton.cdiv(n_fingerprints, block)
-    return Tickets(sketch, block, triton.cdiv(n_blocks, triton.cdiv(n_blocks, 2 * processors)))
+    n_blocks = cdiv(n_fingerprints, block)
+    return Tickets(sketch, block, cdiv(n_blocks, cdiv(n_blocks, 2 * processors)))
 
 
+@functools.cache
 def correction_config(dtype: torch.dtype) -> Config:
     """Tiles of the second launch, which reads Δ once for up to 16 open rows, and for up to 64."""
     if dtype == torch.float32:
@@ -138,6 +147,33 @@ def _config(keys: Tensor, weight: Tensor | None, d_out: int, keyed: bool) -> Con
     return launchable(lookup(kernel, device, default, d_in=d_in, d_out=d_out, **kinds))
 
 
+class Programs(NamedTuple):
+    """Programs of the first launch, and the slices of `d_in` into which their tiles are cut."""
+
+    project_slices: int
+    n_project: int
+    slices: int
+    n_base: int
+
+    @property
+    def n_partial(self) -> int:
+        """The first so many write a part of a tile, each in a place of its own."""
+        if self.n_base and self.slices > 1:
+            return self.n_project + self.n_base
+        return self.n_project if self.project_slices > 1 else 0
+
+
+def _programs(
+    config: Config, tile: int, d_in: int, n_score: int, d_out: int, keyed: bool
+) -> Programs:
+    """d_out: 0 where there is no base product."""
+    n_tiles, n_steps = cdiv(n_score, config["BN"]), cdiv(d_in, config["BK"])
+    project_slices = projection_slices(n_steps, n_tiles, tile, keyed)
+    n_base_tiles = cdiv(d_out, config["BN"])
+    slices = countable(config["SLICES"], n_base_tiles)
+    return Programs(project_slices, n_tiles * project_slices, slices, n_base_tiles * slices)
+
+
 def _decide(
     keys: Tensor,
     weight: Tensor | None,
@@ -149,26 +185,18 @@ def _decide(
 ) -> Tensor:
     """The first launch: the results, and the list of open rows, which it returns."""
     (n_tokens, d_in), d_out, device = keys.shape, results.pointer.shape[1], keys.device
-    n_score, tile = projection.shape[0], token_tile(n_tokens)
-    config = _config(keys, weight, d_out, gate.keyed)
-    block_n = config["BN"]
-    n_tiles, n_steps = triton.cdiv(n_score, block_n), triton.cdiv(d_in, config["BK"])
-    project_slices = projection_slices(n_steps, n_tiles, tile, gate.keyed)
-    n_project = n_tiles * project_slices
-    n_base_tiles = 0 if weight is None else triton.cdiv(d_out, block_n)
-    slices = countable(config["SLICES"], n_base_tiles)
-    n_base = n_base_tiles * slices
+    n_score, tile, keyed = projection.shape[0], token_tile(n_tokens), gate.keyed
+    config = _config(keys, weight, d_out, keyed)
+    programs = _programs(config, tile, d_in, n_score, 0 if weight is None else d_out, keyed)
     match = tickets(gate, tile, multiprocessors(device))
     match_apart = weight is None and match.number > 1
-    n_partial = n_project if project_slices > 1 else 0
-    if n_base and slices > 1:
-        n_partial = n_project + n_base
-    n_partials = n_partial * block_n * tile
-    n_floats = n_partials + (max(n_score, n_tiles) + match.number) * n_tokens
+    n_partials = programs.n_partial * config["BN"] * tile
+    # `F k`, or fewer squares of each tile of `A k`; and the best of each ticket.
+    n_floats = n_partials + (n_score + match.number) * n_tokens
     floats = torch.empty(n_floats, dtype=torch.float32, device=device)
     ints = torch.empty((1 + match.number) * n_tokens, dtype=torch.int32, device=device)
     shared: dict[str, Any] = {
-        "gate": Gate(*gate[:3], *gate[4:], n_score if gate.keyed else 0),
+        "gate": Gate(*gate[:3], *gate[4:], n_score if keyed else 0),
         "output": results,
         "scratch": Scratch(floats, ints, counts),
         "n_tokens": n_tokens,
@@ -180,21 +208,24 @@ def _decide(
         "S": match.sketch,
         "BE": match.block,
     }
-    decode_kernel[(n_project + n_base,)](
+    prepared.launch(
+        decode_kernel,
+        (programs.n_project + programs.n_base,),
         keys=Keys(keys, keys.stride(0), d_in),
         weight=Matrix(weight, *((0, 0) if weight is None else weight.stride())),
         p_bias=bias,
         projection=Matrix(projection, *projection.stride()),
         d_out=d_out,
         BASE=weight is not None,
-        KEYED=gate.keyed,
-        MATCH=gate.keyed and not match_apart,
-        PROJECT_SLICES=project_slices,
-        **config | {"SLICES": slices},
+        KEYED=keyed,
+        MATCH=keyed and not match_apart,
+        PROJECT_SLICES=programs.project_slices,
+        EARLY=launches_overlap(device),
+        **config | {"SLICES": programs.slices},
         **shared,
     )
     if match_apart:
-        match_kernel[(match.number,)](**shared, num_warps=config["num_warps"])
+        prepared.launch(match_kernel, (match.number,), **shared, num_warps=config["num_warps"])
     return ints
 
 

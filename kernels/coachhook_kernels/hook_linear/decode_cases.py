@@ -1,11 +1,12 @@
 """The default configurations of decoding, to be compiled without a GPU."""
 
+from dataclasses import replace
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from coachhook_kernels.compilation.case import CompileCase
+from coachhook_kernels.compilation.case import NEWER, OLDER, CompileCase
 from coachhook_kernels.compilation.record import recorded
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
@@ -19,7 +20,8 @@ PROCESSORS = 132
 def decode_cases() -> list[CompileCase]:
     """Every tile of tokens and of weights in its fullest form, and the forms that differ."""
     cases = [
-        case
+        replace(case, targets=targets)
+        for early, targets in ((False, OLDER), (True, NEWER))
         for d_in, d_out, rows, dtype in (
             (14336, 4096, 1, BRAIN),
             (14336, 4096, 16, BRAIN),
@@ -29,7 +31,7 @@ def decode_cases() -> list[CompileCase]:
             (14336, 4096, 1, SINGLE),
             (14336, 4096, 16, SINGLE),
         )
-        for case in _cases(dtype, rows, d_in, d_out)
+        for case in _cases(dtype, rows, d_in, d_out, early=early)
     ]
     further = [
         *_cases(BRAIN, 1, 14336, 4096, keyed=False, rank=128),
@@ -47,7 +49,8 @@ def decode_cases() -> list[CompileCase]:
     known: list[tuple[object, ...]] = []
     kept = []
     for case in [*cases, *[case.further() for case in further]]:
-        code = (case.kernel, case.arguments, case.constants, case.num_warps, case.num_stages)
+        form = (case.num_warps, case.num_stages, case.targets)
+        code = (case.kernel, case.arguments, case.constants, *form)
         if code not in known:
             known.append(code)
             kept.append(case)
@@ -64,6 +67,7 @@ def _cases(
     base: bool = True,
     by_column: bool = False,
     fingerprints: int = 1000,
+    early: bool = False,
 ) -> list[CompileCase]:
     """The kernels that one call launches."""
 
@@ -82,6 +86,8 @@ def _cases(
     with (
         recorded(*KERNELS) as launches,
         mock.patch.object(decode, "multiprocessors", return_value=PROCESSORS),
+        mock.patch.object(decode, "launches_overlap", return_value=early),
+        mock.patch.object(tiles, "launches_overlap", return_value=early),
     ):
         decode.launch(tensor(rows, d_in), weight, bias, delta, gate, tensor(rows, d_out))
     kind = f"{str(dtype)[6:]} {d_in}→{d_out} {rows} {'keyed' if keyed else 'calibrated'}"

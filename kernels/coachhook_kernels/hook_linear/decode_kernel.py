@@ -12,6 +12,7 @@ csrc_notes/hook-linear.md.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from coachhook_kernels.hook_linear.decode_match import (
     decide,
@@ -100,8 +101,12 @@ def decode_kernel(
     BASE: tl.constexpr, KEYED: tl.constexpr, MATCH: tl.constexpr,
     SLICES: tl.constexpr, PROJECT_SLICES: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """MATCH: whether the fingerprints are matched here, or by `match_kernel`."""
+    """MATCH: whether the fingerprints are matched here, or by `match_kernel`. EARLY: whether the
+    next launch may begin, and wait, once all programs of this one have."""
+    if EARLY:
+        gdc_launch_dependents()
     i_program = tl.program_id(0)
     o_t = tl.arange(0, BT)
     tokens = Tokens(o_t, o_t < n_tokens, n_tokens)

@@ -8,12 +8,14 @@ No intermediate is `rows × d_out` in size. The host never learns how many rows 
 fixed size walks over as many tiles as the list fills.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
@@ -26,8 +28,10 @@ from coachhook_kernels.hook_linear.tiles_gate import (
     read_norm,
 )
 from coachhook_kernels.hook_linear.tiles_match import match
+from coachhook_kernels.launch import prepared
 from coachhook_kernels.launch.counters import counters
-from coachhook_kernels.launch.runtime import multiprocessors
+from coachhook_kernels.launch.runtime import launches_overlap, multiprocessors
+from coachhook_kernels.launch.sizes import cdiv
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
@@ -112,12 +116,16 @@ def open_rows_kernel(
     n_rows, n_columns, length, stride_lm, stride_rn, stride_rk, stride_om,
     EPILOGUE: tl.constexpr, FEW: tl.constexpr, FEW_BM: tl.constexpr, FEW_BN: tl.constexpr,
     FEW_BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """STORE or ADD the rows of `left @ rightᵀ` that are in the list.
 
     With few open rows, as usual, reading `right` is the bottleneck, and many narrow tiles are best;
-    with many, square tiles are. The length of the list decides.
+    with many, square tiles are. The length of the list decides. EARLY: launched while the kernel
+    that fills the list still runs, to wait for its end here.
     """
+    if EARLY:
+        gdc_wait()
     n_open = tl.load(p_counters + OPEN)
     if n_open <= FEW:
         walk_tiles(
@@ -138,12 +146,14 @@ def open_rows_kernel(
             tl.store(p_counters + tl.arange(0, OF_A_SERIES), 0)
 
 
+@functools.cache
 def score_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
     return {"BM": 64, "BN": 64, "BK": 128, "num_warps": 4, "num_stages": 4}
 
 
+@functools.cache
 def correct_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         few = {"FEW": 64, "FEW_BM": 32, "FEW_BN": 32, "FEW_BK": 32}
@@ -152,6 +162,7 @@ def correct_config(dtype: torch.dtype) -> Config:
     return few | {"BM": 128, "BN": 128, "BK": 64, "num_warps": 8, "num_stages": 4}
 
 
+@functools.cache
 def squares_config(dtype: torch.dtype) -> Config:
     if dtype == torch.float32:
         return {"BM": 32, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
@@ -169,8 +180,10 @@ def multiply(
     """One launch of `tiles_kernel`: left `(t, length)`, right `(n, length)`."""
     n_rows, length = left.shape
     n_columns = right.shape[0]
-    n_tiles = triton.cdiv(n_rows, config["BM"]) * triton.cdiv(n_columns, config["BN"])
-    tiles_kernel[(n_tiles * n_slices,)](
+    n_tiles = cdiv(n_rows, config["BM"]) * cdiv(n_columns, config["BN"])
+    prepared.launch(
+        tiles_kernel,
+        (n_tiles * n_slices,),
         p_left=left,
         p_right=right,
         p_output=output,
@@ -182,7 +195,7 @@ def multiply(
         stride_rk=right.stride(1),
         stride_om=output.stride(-2),
         n_slices=n_slices,
-        slice_length=triton.cdiv(triton.cdiv(length, n_slices), config["BK"]) * config["BK"],
+        slice_length=cdiv(cdiv(length, n_slices), config["BK"]) * config["BK"],
         EPILOGUE=epilogue,
         **launchable(config),
     )
@@ -200,8 +213,11 @@ def multiply_open(
     """One launch of `open_rows_kernel`, of a size that does not depend on how many are open."""
     n_rows, length = left.shape
     n_columns = right.shape[0]
-    n_tiles = triton.cdiv(n_rows, config["FEW_BM"]) * triton.cdiv(n_columns, config["FEW_BN"])
-    open_rows_kernel[(min(n_tiles, multiprocessors(left.device)),)](
+    early = launches_overlap(left.device)
+    n_tiles = cdiv(n_rows, config["FEW_BM"]) * cdiv(n_columns, config["FEW_BN"])
+    prepared.launch(
+        open_rows_kernel,
+        (min(n_tiles, multiprocessors(left.device)),),
         p_left=left,
         p_right=right,
         p_output=output,
@@ -215,6 +231,8 @@ def multiply_open(
         stride_rk=right.stride(1),
         stride_om=output.stride(-2),
         EPILOGUE=epilogue,
+        EARLY=early,
+        **({"launch_pdl": True} if early else {}),
         **launchable(config),
     )
 
@@ -226,16 +244,16 @@ def _score_parts(
     if not gate.keyed and delta.up is None:
         squaring = config("squares", squares_config(keys.dtype))
         rank = delta.down.shape[0]
-        n_parts = triton.cdiv(rank, squaring["BN"])
+        n_parts = cdiv(rank, squaring["BN"])
         squares = torch.empty(n_parts, n_rows, dtype=torch.float32, device=device)
         multiply(keys, delta.down, squares, SQUARES, squaring)
         return Parts(squares, rank, summed=True)
     scoring = config("score", score_config(keys.dtype))
     projection = delta.down if gate.projection is None else gate.projection
     n_score = projection.shape[0]
-    n_tiles = triton.cdiv(n_rows, scoring["BM"]) * triton.cdiv(n_score, scoring["BN"])
+    n_tiles = cdiv(n_rows, scoring["BM"]) * cdiv(n_score, scoring["BN"])
     # Enough slices for two programs on each multiprocessor, each of at least four steps.
-    most = triton.cdiv(d_in, 4 * scoring["BK"])
+    most = cdiv(d_in, 4 * scoring["BK"])
     n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
     slices = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
     multiply(keys, projection, slices, STORE, scoring, n_slices)

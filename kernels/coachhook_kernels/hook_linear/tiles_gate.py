@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.launch import prepared
+from coachhook_kernels.launch.sizes import cdiv
 
 # Counters of a series: the length of the list, and the number of programs done with it.
 OPEN, FINISHED = (tl.constexpr(i) for i in range(2))
@@ -176,7 +178,9 @@ def read_norm(parts: Parts, gate: TokenGate, lowered: Tensor, decisions: Decisio
     with `A k`."""
     n_rows = decisions.rows.shape[0]
     block = SUMMED_ROWS if parts.summed else ADDED_ROWS
-    norm_kernel[(triton.cdiv(n_rows, block),)](
+    prepared.launch(
+        norm_kernel,
+        (cdiv(n_rows, block),),
         p_parts=parts.tensor,
         p_mean=gate.mean,
         p_std=gate.std,

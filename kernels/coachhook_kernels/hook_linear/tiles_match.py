@@ -23,7 +23,9 @@ from coachhook_kernels.hook_linear.tiles_gate import (
     add_parts,
     decide,
 )
+from coachhook_kernels.launch import prepared
 from coachhook_kernels.launch.runtime import multiprocessors
+from coachhook_kernels.launch.sizes import cdiv, next_power_of_2
 from coachhook_kernels.launch.triton_dot import dot_wide
 
 FINGERPRINT_TILE = 64
@@ -170,10 +172,9 @@ def match_rows(dtype: torch.dtype) -> int:
 def slab_length(n_fingerprints: int, n_blocks: int, device: torch.device) -> int:
     """Fingerprints of one program: whole tiles, and so many that there are two programs on each
     multiprocessor, where there are fingerprints enough."""
-    n_tiles = max(1, triton.cdiv(n_fingerprints, FINGERPRINT_TILE))
+    n_tiles = max(1, cdiv(n_fingerprints, FINGERPRINT_TILE))
     n_slabs = min(n_tiles, max(1, 2 * multiprocessors(device) // n_blocks))
-    slab: int = triton.cdiv(n_tiles, n_slabs) * FINGERPRINT_TILE
-    return slab
+    return cdiv(n_tiles, n_slabs) * FINGERPRINT_TILE
 
 
 def match(parts: Parts, gate: TokenGate, decisions: Decisions) -> None:
@@ -183,14 +184,16 @@ def match(parts: Parts, gate: TokenGate, decisions: Decisions) -> None:
     n_rows, n_score, device = decisions.rows.shape[0], parts.n_score, decisions.rows.device
     n_fingerprints = gate.fingerprints.shape[0]
     block = match_rows(gate.fingerprints.dtype)
-    n_blocks = triton.cdiv(n_rows, block)
+    n_blocks = cdiv(n_rows, block)
     slab = slab_length(n_fingerprints, n_blocks, device)
-    n_slabs = max(1, triton.cdiv(n_fingerprints, slab))
-    n_adding = triton.cdiv(n_rows, ADDED_ROWS)
+    n_slabs = max(1, cdiv(n_fingerprints, slab))
+    n_adding = cdiv(n_rows, ADDED_ROWS)
     units = torch.empty(n_rows, n_score, dtype=torch.float32, device=device)
     arrived = torch.empty(n_adding, dtype=torch.int32, device=device)
-    size = max(16, triton.next_power_of_2(n_score))
-    sketch_kernel[(n_adding,)](
+    size = max(16, next_power_of_2(n_score))
+    prepared.launch(
+        sketch_kernel,
+        (n_adding,),
         p_parts=parts.tensor,
         p_offset=gate.offset,
         p_units=units,
@@ -202,7 +205,9 @@ def match(parts: Parts, gate: TokenGate, decisions: Decisions) -> None:
         S=size,
         PARTS=ADDED_PARTS,
     )
-    match_kernel[(n_blocks * n_slabs,)](
+    prepared.launch(
+        match_kernel,
+        (n_blocks * n_slabs,),
         p_units=units,
         p_fingerprints=gate.fingerprints,
         p_enabled=gate.enabled,

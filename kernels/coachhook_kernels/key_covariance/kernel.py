@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.key_covariance.configs import BLACKWELL, POINTER, SINGLE, SQUARE, WIDE
+from coachhook_kernels.launch.sizes import cdiv
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable
 
@@ -251,7 +252,7 @@ def add_triangle(
     blocks["SPAN"] = _span(keys.dtype)
     options = {name: launchable(config)[name] for name in ("num_warps", "num_stages")}
     block_i, block_j, block_n = blocks["BLOCK_I"], blocks["BLOCK_J"], blocks["BLOCK_N"]
-    grid = (_triangular(triton.cdiv(d, block_j)) * (block_j // block_i),)
+    grid = (_triangular(cdiv(d, block_j)) * (block_j // block_i),)
     if config["tma"]:
         left = TensorDescriptor.from_tensor(keys, [block_n, block_i])
         right = TensorDescriptor.from_tensor(keys, [block_n, block_j])
@@ -266,7 +267,7 @@ def add_triangle(
 def mirror_upper(moment: Tensor) -> None:
     """Launch the copy of the upper triangle of `moment`, contiguous, onto the lower one."""
     d = moment.shape[0]
-    grid = (_triangular(triton.cdiv(d, MIRROR_BLOCK)),)
+    grid = (_triangular(cdiv(d, MIRROR_BLOCK)),)
     mirror_kernel[grid](moment, d, BLOCK=MIRROR_BLOCK, GROUP=MIRROR_GROUP)
 
 

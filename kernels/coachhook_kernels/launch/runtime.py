@@ -167,6 +167,15 @@ def _log_refused(use: tuning.Use) -> None:
 
 
 @functools.cache
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs, and wait for it inside
+    (programmatic dependent launch)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 for the interpreter, which has none."""
     if device.type != "cuda":
