@@ -10,6 +10,7 @@ from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import hook_correction_, hook_linear
 from coachhook_kernels.hook_linear_sequence import hook_linear_sequence
 from coachhook_kernels.key_covariance import key_covariance_
+from coachhook_kernels.memory import MemoryGate, memory_add_, memory_gate
 from coachhook_kernels.scores import (
     difference_norm,
     fingerprint_similarity,
@@ -21,6 +22,7 @@ from coachhook_kernels.scores import (
 __all__ = [
     "Delta",
     "KernelInputError",
+    "MemoryGate",
     "TokenGate",
     "difference_norm",
     "fingerprint_similarity",
@@ -30,6 +32,8 @@ __all__ = [
     "hook_linear",
     "hook_linear_sequence",
     "key_covariance_",
+    "memory_add_",
+    "memory_gate",
     "nearest_fingerprint",
     "sequence_zscore",
 ]

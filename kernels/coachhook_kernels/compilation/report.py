@@ -29,6 +29,7 @@ MODULES = (
     "coachhook_kernels.dual_path.compile_cases",
     "coachhook_kernels.hook_linear.compile_cases",
     "coachhook_kernels.key_covariance.kernel",
+    "coachhook_kernels.memory.compile_cases",
 )
 COLUMNS = ("case", "target", "registers", "stack", "spills", "shared", "tensor cores", "copies", "")
 
