@@ -25,7 +25,8 @@ from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
-from coachhook.journal.journal import Batch, EditRecord, LayerFactors, Verdict
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Batch, EditRecord, Verdict
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.language_model import LanguageModel

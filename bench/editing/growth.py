@@ -25,7 +25,8 @@ from coachhook.editing.thresholds import threshold
 from coachhook.facts.request import EditRequest, LocalityPrompt
 from coachhook.hooks.gates import Threshold
 from coachhook.hookset import HookSet
-from coachhook.journal.journal import Batch, EditRecord, LayerFactors
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Batch, EditRecord
 from coachhook.models.base import BaseModel
 
 D_IN, D_OUT = 1536, 576

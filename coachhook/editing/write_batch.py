@@ -16,7 +16,8 @@ from coachhook.errors import ModelError
 from coachhook.hooks.gates import Threshold
 from coachhook.hooks.layer import HookState
 from coachhook.hookset import HookSet
-from coachhook.journal.journal import Batch, LayerFactors, Verdict
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Batch, Verdict
 from coachhook.models.architecture import Architecture
 from coachhook.models.language_model import LanguageModel
 

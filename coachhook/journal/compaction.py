@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from coachhook.journal.journal import Base, Batch, Journal, MergedFactors
+from coachhook.journal.factors import MergedFactors
+from coachhook.journal.journal import Base, Batch, Journal
 
 
 def merge(

@@ -162,10 +162,10 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
     injected: list[Tensor] = []
 
     def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return _like(template, hidden_states)
+        return with_hidden(template, hidden_states)
 
     def inject(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return _like(template, injected[0])
+        return with_hidden(template, injected[0])
 
     touched = list(blocks)[: last + 1]
     replaced = [block.__dict__.get("forward") for block in touched]
@@ -189,7 +189,8 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def _like(template: Any, hidden: Tensor) -> Any:
+def with_hidden(template: Any, hidden: Tensor) -> Any:
+    """A return value of a block of the form of `template`, with other hidden states."""
     return (hidden, *template[1:]) if isinstance(template, tuple) else hidden
 
 

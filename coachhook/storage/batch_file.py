@@ -15,19 +15,8 @@ from typing_extensions import TypedDict
 
 from coachhook.errors import ConfigError, CorruptFolderError, RequestError
 from coachhook.hooks.gates import Threshold
-from coachhook.journal.journal import (
-    FACTORS,
-    Base,
-    Batch,
-    EditEntry,
-    Factors,
-    Journal,
-    LayerFactors,
-    MergedFactors,
-    StoredFactors,
-    edit_from_json,
-    edit_to_json,
-)
+from coachhook.journal.factors import FACTORS, Factors, LayerFactors, MergedFactors, StoredFactors
+from coachhook.journal.journal import Base, Batch, EditEntry, Journal, edit_from_json, edit_to_json
 from coachhook.system.json_shapes import Count, MisshapenError, checked, parsed
 from coachhook.system.tensor_file import Headers, TensorFile, check
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from coachhook.editing.background_scores import BackgroundScores
-from coachhook.journal.journal import Journal, LayerFactors, Verdict
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Journal, Verdict
 from tests.support.journals import SKETCH, batch, grow_and_shrink, random_batch, tensor
 
 LAYER = 1

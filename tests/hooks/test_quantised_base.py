@@ -11,7 +11,8 @@ from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
 from coachhook.hooks.layer import HookLinear, HookState
 from coachhook.hookset import HookSet
-from coachhook.journal.journal import Batch, EditRecord, Journal, LayerFactors
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Batch, EditRecord, Journal
 from coachhook.models.base import BaseModel, weight_checksums
 from tests.support.hook_layers import (
     D_IN,

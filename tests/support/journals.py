@@ -14,7 +14,8 @@ from torch.nn.functional import normalize
 from coachhook.config import EditConfig, ValueConfig
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
-from coachhook.journal.journal import FACTORS, Batch, EditRecord, Journal, LayerFactors, Verdict
+from coachhook.journal.factors import FACTORS, LayerFactors
+from coachhook.journal.journal import Batch, EditRecord, Journal, Verdict
 from coachhook.models.base import BaseModel
 from coachhook.storage.folder import CONFIG_NAME, Contents
 

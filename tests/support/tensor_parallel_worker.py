@@ -27,7 +27,8 @@ from coachhook import EditConfig, Editor, EditRequest, HookLinear, HookSet
 from coachhook.errors import AttachError, BaseModelMismatchError, ModelError
 from coachhook.hooks.gates import Threshold
 from coachhook.hooks.tensor_parallel import RowParallel
-from coachhook.journal.journal import Batch, EditRecord, Journal, LayerFactors
+from coachhook.journal.factors import LayerFactors
+from coachhook.journal.journal import Batch, EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.passes import read_pass

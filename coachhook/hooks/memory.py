@@ -1,0 +1,185 @@
+"""The memory readout: a gate at the input of one block's FFN, and rows added after later blocks.
+
+A token whose key resembles a fingerprint receives the row of that fingerprint's edit; all others
+pass bit for bit. Nothing of the FFN has to be known (csrc_notes/method.md, "Memory").
+"""
+
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.hooks.gates.gate import GateReading
+from coachhook.hooks.layer import HookState
+from coachhook.models.passes import hidden_of, with_hidden
+from coachhook_kernels import MemoryGate, memory_add_, memory_gate
+
+LEAST_ROOM = 64
+"""Entries and fingerprints that there is room for at first."""
+
+
+class Entries(NamedTuple):
+    """What a memory holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each;
+    row int64 `(f,)`: the row that it opens, -1 where it opens none; rows: by write block, float32
+    `(e, d)`."""
+
+    fingerprints: Tensor
+    edit: Tensor
+    row: Tensor
+    rows: Mapping[int, Tensor]
+
+
+class _Passing:
+    """What the gate saw in the pass under way, for the blocks that come later in it. Other threads
+    may run passes of their own through the same model."""
+
+    def __init__(self) -> None:
+        self._traced: tuple[Tensor, Tensor] | None = None
+        self._of_thread: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def put(self, seen: tuple[Tensor, Tensor] | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = seen
+        elif seen is not None:
+            self._of_thread[threading.get_ident()] = seen
+        else:
+            self._of_thread.pop(threading.get_ident(), None)
+
+    def get(self) -> tuple[Tensor, Tensor] | None:
+        if torch.compiler.is_compiling():
+            return self._traced
+        return self._of_thread.get(threading.get_ident())
+
+
+class MemoryHook(nn.Module):
+    """The gate, at the input `(..., d)` of `site`, the FFN of the gate block.
+
+    A submodule of `site`, so that it moves with the model; none of its tensors is part of the
+    model's state. They have room for more than there is, so that edits come and go in place:
+    compiled and captured graphs see them in their next run.
+    """
+
+    projection: Tensor
+    offset: Tensor
+    fingerprints: Tensor
+    edit: Tensor
+    row: Tensor
+    enabled: Tensor
+    threshold: Tensor
+
+    def __init__(self, projection: Tensor, offset: Tensor) -> None:
+        super().__init__()
+        self.state = HookState.VALIDATED
+        self.owner = ""
+        self.passing = _Passing()
+        size = projection.shape[0]
+        tensors = {
+            "projection": projection,
+            "offset": offset,
+            "fingerprints": torch.zeros(0, size),
+            "edit": torch.zeros(0, dtype=torch.long),
+            "row": torch.zeros(0, dtype=torch.long),
+            "enabled": torch.zeros(0, dtype=torch.bool),
+            "threshold": torch.tensor(torch.inf),
+        }
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def hold(self, entries: Entries, threshold: float) -> None:
+        """Put these fingerprints in place of the present ones."""
+        n = len(entries.fingerprints)
+        if n > len(self.fingerprints):
+            room = _room(n)
+            self.fingerprints = self.fingerprints.new_zeros(room, self.projection.shape[0])
+            self.edit, self.row = self.edit.new_zeros(room), self.row.new_zeros(room)
+            self.enabled = self.enabled.new_zeros(room)
+        self.enabled[n:] = False
+        self.fingerprints[:n].copy_(entries.fingerprints)
+        self.edit[:n].copy_(entries.edit)
+        self.switch(entries.row)
+        self.threshold.fill_(threshold)
+
+    def switch(self, row: Tensor) -> None:
+        """Which row each fingerprint opens, int64 `(f,)`; -1 for none."""
+        n = len(row)
+        self.row[:n].copy_(row.clamp_min(0))
+        self.enabled[:n].copy_(row >= 0)
+
+    def gate(self, of: Tensor) -> MemoryGate:
+        """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`."""
+        return MemoryGate(
+            self.projection, self.offset, self.fingerprints, of, self.enabled, self.threshold
+        )
+
+    def watch(self, site: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward pre-hook of `site`."""
+        if self.state is HookState.OFF or len(self.fingerprints) == 0:
+            self.passing.put(None)
+            return
+        self.passing.put(memory_gate(args[0], self.gate(self.row)))
+
+    @torch.no_grad()
+    def read(self, keys: Tensor) -> GateReading:
+        """The gate's reading of keys `(..., d)`."""
+        score, edit = memory_gate(keys, self.gate(self.edit))
+        return GateReading(score, score, score >= self.threshold, edit)
+
+    def least_open(self) -> Tensor:
+        """The threshold, 0-d float32."""
+        return self.threshold
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MemoryHook":
+        # Follow the device but not the dtype: rounding to bfloat16 would change the threshold.
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        self.threshold = threshold.to(self.threshold.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"fingerprints={int(self.enabled.sum())}, state={self.state}"
+
+
+class MemoryRows(nn.Module):
+    """The rows that are added to the output of one write block, of which this is a submodule."""
+
+    rows: Tensor
+
+    def __init__(self, memory: MemoryHook, d: int, is_last: bool) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.zeros(0, d), persistent=False)
+        self.owner = memory.owner
+        self._passing = memory.passing
+        self._is_last = is_last
+        # Not a submodule: it is one of the gate's block.
+        self._memory = [memory]
+
+    def hold(self, rows: Tensor) -> None:
+        """Put the rows `(e, d)` in place of the present ones."""
+        if len(rows) > len(self.rows):
+            self.rows = self.rows.new_zeros(_room(len(rows)), self.rows.shape[1])
+        self.rows[: len(rows)].copy_(rows)
+
+    def add(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A forward hook of the write block."""
+        seen = self._passing.get()
+        if seen is None or len(self.rows) == 0:
+            return None
+        # A block run again for its gradient (checkpointing) needs it once more.
+        if self._is_last and not torch.is_grad_enabled():
+            self._passing.put(None)
+        hidden = hidden_of(output)
+        shape = hidden.shape[:-1]
+        score, row = (tensor.to(hidden.device).view(shape) for tensor in seen)
+        threshold = self._memory[0].threshold.to(hidden.device)
+        added = memory_add_(hidden, score, row, threshold, self.rows)
+        return None if added is hidden else with_hidden(output, added)
+
+    def extra_repr(self) -> str:
+        return f"rows={tuple(self.rows.shape)}"
+
+
+def _room(n: int) -> int:
+    """Doubling, so that a compiled graph is compiled again only when the number has doubled."""
+    return max(LEAST_ROOM, 1 << (n - 1).bit_length())
