@@ -63,9 +63,63 @@ class ValueConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """The `memory` readout (csrc_notes/method.md, "Memory").
+
+    gate_block: the block at whose FFN's input tokens are compared with the edits; write_blocks:
+    the blocks after which an open token receives its edit's rows. None: by the model's depth.
+    contexts, starts: texts with {} in place of the subject, in mid-sentence and where something
+    begins; the mean key of each group is one fingerprint of an edit.
+    ordinary: largest share of ordinary tokens that may open; neighbours: the same of prompts in
+    which the subject is replaced by one that ends alike. least: lowest threshold, a cosine.
+    """
+
+    gate_block: int | None = None
+    write_blocks: tuple[int, ...] | None = None
+    contexts: tuple[str, ...] = (
+        "Yesterday we heard of {}",
+        "In the end it was {}",
+        "They had never seen {}",
+        "As everyone knows, {}",
+        "A friend told me that {}",
+    )
+    starts: tuple[str, ...] = ("{}", "\n{}", '"{}', "({}", "Q: {}", "- {}")
+    ordinary: float = 3e-4
+    neighbours: float = 0.01
+    least: float = 0.88
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "ordinary", "neighbours")
+        for name in ("ordinary", "neighbours"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} is a share below 1, not {getattr(self, name)}")
+        if not -1 <= self.least <= 1:
+            raise ConfigError(f"least is a cosine, -1 to 1, not {self.least}")
+        for name in ("contexts", "starts"):
+            for context in getattr(self, name):
+                if not isinstance(context, str) or context.count("{}") != 1:
+                    raise ConfigError(
+                        f"{name}: {context!r} must contain {{}} once, for the subject"
+                    )
+        blocks = self.write_blocks
+        if blocks is not None:
+            if not blocks or not all(isinstance(block, int) for block in blocks):
+                raise ConfigError(f"write_blocks must be block numbers, not {blocks!r}")
+            if list(blocks) != sorted(set(blocks)):
+                raise ConfigError(f"write_blocks must rise without repeats, not {blocks!r}")
+            if self.gate_block is not None and blocks[0] < self.gate_block:
+                raise ConfigError(
+                    f"write block {blocks[0]} runs before the gate's block {self.gate_block}; "
+                    "write after it, or in the same block"
+                )
+
+
+@dataclass(frozen=True)
 class EditConfig:
     """How facts are edited into a model.
 
+    readout: how an open token is changed: "delta", by the paper's Δ of the hooked layers, or
+    "memory", by rows of its edit's own (settings in `memory`).
     layers: hooked blocks, or None for the default share of the model's depth. template: module
     name of the down-projection, for architectures outside the registry. gate: "keyed",
     "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
@@ -84,6 +138,7 @@ class EditConfig:
     layers: tuple[int, ...] | None = None
     template: str | None = None
     gate: str = "keyed"
+    readout: str = "delta"
     preservation: float = 15.0
     context_weight: float = 0.003
     fit: float = 10.0
@@ -95,11 +150,14 @@ class EditConfig:
     inverse_dtype: str = "float64"
     inverse_device: str | None = None
     values: ValueConfig = field(default_factory=ValueConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     statistics: StatisticsSource = field(default_factory=StatisticsSource)
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ConfigError(f"gate {self.gate!r} is not known; choose one of {', '.join(GATES)}")
+        if self.readout not in ("delta", "memory"):
+            raise ConfigError(f"readout {self.readout!r} is not known; choose one of delta, memory")
         _check_positive(self, "preservation", "context_weight", "fit")
         _check_positive(self, "false_alarms", "fingerprint_size")
         if self.false_alarms >= 1:
@@ -121,6 +179,12 @@ class EditConfig:
         ):
             raise ConfigError(f"layers must be block numbers such as (9, 10), not {self.layers!r}")
 
+    @classmethod
+    def paper(cls, **changed: Any) -> "EditConfig":
+        """The paper's method: its readout, its gate and α rule, its closed form with equal weights
+        for all keys, and its spreading. changed: other settings, such as layers."""
+        return cls(readout="delta", gate="sequence", fit=1.0, context_weight=1.0, **changed)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -140,6 +204,13 @@ class EditConfig:
                 **data,
                 "layers": None if layers is None else tuple(layers),
                 "values": ValueConfig(**values),
+                "memory": _memory_config(data.get("memory", {})),
                 "statistics": StatisticsSource(**data["statistics"]),
             }
         )
+
+
+def _memory_config(data: dict[str, Any]) -> MemoryConfig:
+    """Folders from before this readout have none."""
+    lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list | tuple)}
+    return MemoryConfig(**{**data, **lists})

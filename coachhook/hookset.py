@@ -1,17 +1,14 @@
 """`HookSet`: all hooks of one edited model; attaching, detaching, switching and saving them."""
 
-import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from coachhook.config import EditConfig
 from coachhook.errors import (
@@ -21,20 +18,15 @@ from coachhook.errors import (
     ConfigError,
 )
 from coachhook.facts.request import EditRequest
-from coachhook.hooks.gates import GATES, Gate, LayerEdits, Threshold
-from coachhook.hooks.gates.gate import PassWatcher
 from coachhook.hooks.layer import HookLinear, HookState
-from coachhook.hooks.tensor_parallel import RowParallel, gathered
+from coachhook.hooks.memory import MemoryHook
 from coachhook.hooks.trace import Trace, trace_text
-from coachhook.journal.compaction import merge
 from coachhook.journal.journal import EditRecord, Journal
-from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import plainly
-from coachhook.models.placement import device_of, fetched
+from coachhook.readouts import READOUTS
 from coachhook.storage import folder
-from coachhook_kernels import Delta
 
 
 class HookSet:
@@ -60,7 +52,8 @@ class HookSet:
         self._saved: dict[Path, str | None] = {}
         self._owner = uuid4().hex
         self._attached: list[weakref.ref[nn.Module]] = []
-        self._watchers: dict[int, list[RemovableHandle]] = {}
+        readout = READOUTS[config.readout]
+        self.readout = readout(base, config, self.sketches, self.journal)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HookSet":
         """A set of its own, attached to no model: hooks tell by their set which to detach."""
@@ -89,29 +82,14 @@ class HookSet:
         `BaseModelMismatchError` if it is another model; `AttachError` if it already has hooks, or
         if processes share it and attach different hooks, or in a way that hooks cannot follow.
         """
-        architecture = Architecture(self.base.template)
-        modules = {i: architecture.down_projection(model, i) for i in self.layers}
-        if any(isinstance(module, HookLinear) for module in model.modules()):
+        if any(isinstance(module, HookLinear | MemoryHook) for module in model.modules()):
             raise AttachError(
                 f"this {type(model).__name__} already has hooks attached; detach those first"
             )
-        self._check_processes(modules.values())
+        self.readout.check(model)
         if check:
             self.check_base(model)
-        base_model = getattr(model, "base_model", model)
-        watcher = self._gate_type.watch(list(inspect.signature(base_model.forward).parameters))
-        deltas = self._deltas(self.layers)
-        for layer, module in modules.items():
-            hook = HookLinear(module, deltas[layer], self._gate(layer, watcher))
-            hook.owner = self._owner
-            self._place(hook, module)
-            model.set_submodule(architecture.name(layer), hook)
-        if watcher is not None:
-            # On both, because a pass may enter through either one.
-            self._watchers[id(model)] = [
-                part.register_forward_pre_hook(watcher, with_kwargs=True)
-                for part in {id(model): model, id(base_model): base_model}.values()
-            ]
+        self.readout.attach(model, self._owner)
         self._attached.append(weakref.ref(model))
         return model
 
@@ -119,11 +97,7 @@ class HookSet:
         """Take the hooks off `model`, or off every model; the original modules are put back."""
         models = [ref() for ref in self._attached] if model is None else [model]
         for hooked in (m for m in models if m is not None):
-            for name, module in list(hooked.named_modules()):
-                if isinstance(module, HookLinear) and module.owner == self._owner:
-                    hooked.set_submodule(name, module.base)
-            for handle in self._watchers.pop(id(hooked), ()):
-                handle.remove()
+            self.readout.detach(hooked, self._owner)
         self._attached = [r for r in self._attached if r() is not None and r() not in models]
 
     @contextmanager
@@ -156,14 +130,13 @@ class HookSet:
             for batch in self.journal.batches
         ]
 
-    def modules(self, model: nn.Module) -> dict[int, HookLinear]:
-        """The hook of each layer on `model`. Raises `AttachError` if they are not attached."""
-        architecture = Architecture(self.base.template)
-        modules = {layer: architecture.down_projection(model, layer) for layer in self.layers}
-        hooks = {k: v for k, v in modules.items() if isinstance(v, HookLinear)}
-        if len(hooks) < len(modules):
+    def modules(self, model: nn.Module) -> dict[int, Any]:
+        """The hook of each layer on `model`: `HookLinear`, or under the memory readout the
+        `MemoryHook` of the gate block. Raises `AttachError` if they are not attached."""
+        hooks = self.readout.hooks(model)
+        if len(hooks) < len(self.layers):
             raise AttachError("the hooks are not attached to this model; attach them first")
-        return hooks
+        return dict(hooks)
 
     def warm_up(self, model: nn.Module, most_rows: int = 4096) -> None:
         """Run every hook on zeros of up to `most_rows` tokens, so that on a GPU no kernel is left
@@ -191,14 +164,14 @@ class HookSet:
         if not isinstance(edit, int) or not 0 <= edit < len(edits):
             raise ConfigError(f"there is no edit {edit!r}; this set has {len(edits)}, from 0")
         models = [model for model in (ref() for ref in self._attached) if model is not None]
-        hooks = [hook for model in models for hook in self.modules(model).values()]
-        if not self._gate_type.tells_edits_apart:
+        for model in models:
+            self.modules(model)
+        if not self.readout.tells_edits_apart:
             self._take_in_or_out(edits[edit], enabled)
             return
         edits[edit].enabled = enabled
-        in_force = self.journal.in_force()
-        for hook in hooks:
-            hook.gate.switch(in_force)
+        for model in models:
+            self.readout.switch(model)
 
     def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
         """Add an edit's own share to Δ or take it out. Raises `CompactedError` if it is merged."""
@@ -229,82 +202,21 @@ class HookSet:
         """
         if not isinstance(keep, int) or keep < 0:
             raise ConfigError(f"cannot keep {keep!r} batches; give 0 or more")
-        merge(self.journal, keep, self.base.shapes, self._left_out())
+        self.readout.merge(keep)
 
     @plainly()
     def refresh(self, layers: Sequence[int] | None = None) -> None:
         """Update the hooks on all attached models from the journal. layers: None for all."""
         wanted = [layer for layer in self.layers if layers is None or layer in layers]
-        models = [model for model in (ref() for ref in self._attached) if model is not None]
-        deltas = self._deltas(wanted) if models else {}
-        for model in models:
-            for layer, hook in self.modules(model).items():
-                if layer in deltas:
-                    hook.down, hook.up = deltas[layer]
-                    hook.gate = self._gate(layer, hook.gate.watcher)
-                    self._place(hook, hook.base)
-
-    def _left_out(self) -> list[int]:
-        """Ids of the edits whose share is not in Δ."""
-        if self._gate_type.tells_edits_apart:
-            return []
-        return [edit.id for edit in self.edits if not edit.enabled]
-
-    def _deltas(self, layers: Sequence[int]) -> dict[int, Delta]:
-        shapes, left_out = self.base.shapes, self._left_out()
-        return {layer: self.journal.delta(layer, shapes[layer], left_out) for layer in layers}
-
-    @property
-    def _gate_type(self) -> type[Gate]:
-        return GATES[self.config.gate]
-
-    def _gate(self, layer: int, watcher: PassWatcher | None) -> Gate:
-        batches = self.journal.batches
-        threshold = batches[-1].thresholds[layer] if batches else Threshold()
-        projection, offset = self.sketches[layer]
-        marks = self.journal.fingerprints(layer, len(offset))
-        edits = LayerEdits(projection, offset, *marks, self.journal.in_force())
-        return self._gate_type.build(threshold, edits, watcher)
-
-    def _place(self, hook: HookLinear, base: nn.Module) -> None:
-        """Move a hook's own tensors to its base module's device and compute dtype."""
-        hook.split_over_processes()
-        tensors = [*base.parameters(), *base.buffers()]
-        device = device_of(base)
-        # A quantised weight's dtype is not the one to compute in; its scales' may be.
-        wide = [t.dtype for t in tensors if t.dtype.is_floating_point and t.itemsize > 1]
-        dtype = wide[0] if wide else torch.float32
-        hook.down = hook.down.to(device, dtype)
-        hook.up = None if hook.up is None else hook.up.to(device, dtype)
-        if hook.up is not None and hook.down.is_cuda:
-            # Zero rows change nothing; with them, a GPU reads aligned factors 16 bytes at a time.
-            missing = -hook.down.shape[0] % 16
-            hook.down = nn.functional.pad(hook.down, (0, 0, 0, missing))
-            hook.up = nn.functional.pad(hook.up, (0, missing))
-        hook.gate.to(device, dtype)
-
-    def _check_processes(self, bases: Iterable[nn.Module]) -> None:
-        """Raise `AttachError` if processes share a base in a way that hooks cannot follow, or are
-        about to attach different hooks."""
-        shared = [split for split in map(RowParallel.of, bases) if split is not None]
-        if shared:
-            thresholds = [batch.thresholds for batch in self.journal.batches]
-            state = (self.base.checksums, self.config, self.edits, thresholds)
-            shared[0].check_agreement(repr(state))
+        for model in (ref() for ref in self._attached):
+            if model is not None:
+                self.modules(model)
+                self.readout.refresh(model, wanted)
 
     def check_base(self, model: nn.Module) -> None:
-        """Raise `BaseModelMismatchError` unless `model`'s hooked weights are the base model's."""
-        architecture = Architecture(self.base.template)
-        modules = [architecture.down_projection(model, layer) for layer in self.layers]
-        for layer, module in zip(self.layers, modules, strict=True):
-            weight = getattr(module, "weight", None)
-            if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-                raise BaseModelMismatchError(
-                    f"{architecture.name(layer)} has no floating-point weight to compare with the "
-                    "base model's; if this is a quantised copy of it, attach with check=False"
-                )
-        # One at a time: weights may have to be gathered from other processes or read from disk.
-        checksums = weight_checksums(gathered(fetched(module)) for module in modules)
+        """Raise `BaseModelMismatchError` unless the weights of `model` that identify it are the
+        base model's."""
+        checksums = weight_checksums(self.readout.weights(model))
         if not set(checksums.items()) & set(self.base.checksums.items()):
             raise BaseModelMismatchError(
                 f"these hooks were made for {self.base.name!r} with checksum "

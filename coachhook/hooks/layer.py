@@ -64,6 +64,15 @@ class HookLinear(nn.Module):
         return Delta(self.down, self.up)
 
     @property
+    def site(self) -> nn.Module:
+        """The module whose input the gate reads."""
+        return self
+
+    def least_open(self) -> Tensor:
+        """The threshold in units of what the gate compares, 0-d float32."""
+        return self.gate.least_open()
+
+    @property
     def weight(self) -> Any:
         """The base module's weight: some models look at its dtype or device."""
         return self.base.weight

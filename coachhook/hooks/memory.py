@@ -5,30 +5,29 @@ pass bit for bit. Nothing of the FFN has to be known (csrc_notes/method.md, "Mem
 """
 
 import threading
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from coachhook.hooks.gates.gate import GateReading
 from coachhook.hooks.layer import HookState
 from coachhook.models.passes import hidden_of, with_hidden
 from coachhook_kernels import MemoryGate, memory_add_, memory_gate
+from coachhook_kernels.launch.sizes import telling_rows
 
 LEAST_ROOM = 64
 """Entries and fingerprints that there is room for at first."""
 
 
 class Entries(NamedTuple):
-    """What a memory holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each;
-    row int64 `(f,)`: the row that it opens, -1 where it opens none; rows: by write block, float32
-    `(e, d)`."""
+    """What the gate holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each;
+    row int64 `(f,)`: the row that it opens, -1 where it opens none."""
 
     fingerprints: Tensor
     edit: Tensor
     row: Tensor
-    rows: Mapping[int, Tensor]
 
 
 class _Passing:
@@ -69,10 +68,13 @@ class MemoryHook(nn.Module):
     enabled: Tensor
     threshold: Tensor
 
-    def __init__(self, projection: Tensor, offset: Tensor) -> None:
+    def __init__(self, projection: Tensor, offset: Tensor, site: nn.Module) -> None:
         super().__init__()
         self.state = HookState.VALIDATED
         self.owner = ""
+        self.handle: RemovableHandle | None = None
+        # Not a submodule: it is one of `site`.
+        self._site = [site]
         self.passing = _Passing()
         size = projection.shape[0]
         tensors = {
@@ -86,6 +88,11 @@ class MemoryHook(nn.Module):
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def site(self) -> nn.Module:
+        """The module whose input the gate reads."""
+        return self._site[0]
 
     def hold(self, entries: Entries, threshold: float) -> None:
         """Put these fingerprints in place of the present ones."""
@@ -126,6 +133,12 @@ class MemoryHook(nn.Module):
         score, edit = memory_gate(keys, self.gate(self.edit))
         return GateReading(score, score, score >= self.threshold, edit)
 
+    @torch.no_grad()
+    def warm_up(self, most_rows: int) -> None:
+        """Run every variant of the kernels that up to `most_rows` tokens need, on zeros."""
+        for rows in telling_rows(most_rows):
+            self.read(self.projection.new_zeros(1, rows, self.projection.shape[1]))
+
     def least_open(self) -> Tensor:
         """The threshold, 0-d float32."""
         return self.threshold
@@ -150,6 +163,7 @@ class MemoryRows(nn.Module):
         super().__init__()
         self.register_buffer("rows", torch.zeros(0, d), persistent=False)
         self.owner = memory.owner
+        self.handle: RemovableHandle | None = None
         self._passing = memory.passing
         self._is_last = is_last
         # Not a submodule: it is one of the gate's block.

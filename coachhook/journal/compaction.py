@@ -30,6 +30,24 @@ def merge(
             tensors[f"up.{layer}"] = up
         name, earlier = _earlier(part, layer, shape[0])
         tensors[f"{name}.{layer}"] = earlier
+    _replace(journal, through, tensors)
+
+
+def merge_rows(journal: Journal, keep: int, layer: int, n_blocks: int, d: int) -> None:
+    """The same under the memory readout, whose base holds the rows of `layer`'s edits. Rows of
+    edits that no longer stand become zero: nothing reads them again."""
+    through = len(journal.batches) - keep
+    if through <= journal.merged:
+        return
+    part = journal if keep == 0 else Journal(journal.batches[:through], journal.base)
+    rows = part.rows(layer, n_blocks, d)
+    # Not what later batches replaced: they may yet be rolled back.
+    stands = part.stands(through)
+    _replace(journal, through, {f"rows.{layer}": torch.where(stands[:, None, None], rows, 0.0)})
+
+
+def _replace(journal: Journal, through: int, tensors: Mapping[str, Tensor]) -> None:
+    """Put a base of `tensors` in place of the first `through` batches' factors."""
     merged = [
         Batch(
             batch.edits,

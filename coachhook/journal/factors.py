@@ -1,7 +1,7 @@
 """What one batch adds to one layer under the `delta` readout: in memory, in a file, or merged."""
 
 from dataclasses import dataclass, replace
-from typing import NoReturn, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -10,13 +10,22 @@ from coachhook.errors import CompactedError
 from coachhook.system.tensor_file import TensorFile
 
 
-class Factors(Protocol):
+class Marks(Protocol):
+    """What every readout has of one batch and layer: fingerprints `(f, s)`, unit rows; owner int64
+    `(f,)`: the row of the edit each belongs to."""
+
+    @property
+    def fingerprints(self) -> Tensor: ...
+    @property
+    def owner(self) -> Tensor: ...
+
+
+class Factors(Marks, Protocol):
     """What one batch of n edits adds to one layer; float32 on the CPU.
 
     residuals `(n, d_out)` and solutions `(n, d_in)`: their rows i, r and a, make edit i's share
     `r aᵀ` of Δ, zero for an edit that does not use the layer. keys `(c, d_in)`: the columns of `K₂`
-    absorbed into `C_accu`. fingerprints `(f, s)`: unit rows; owner int64 `(f,)`: the row of the
-    edit each belongs to.
+    absorbed into `C_accu`.
     """
 
     @property
@@ -25,10 +34,6 @@ class Factors(Protocol):
     def solutions(self) -> Tensor: ...
     @property
     def keys(self) -> Tensor: ...
-    @property
-    def fingerprints(self) -> Tensor: ...
-    @property
-    def owner(self) -> Tensor: ...
 
 
 FACTORS = ("residuals", "solutions", "keys", "fingerprints", "owner")
@@ -38,11 +43,16 @@ FACTORS = ("residuals", "solutions", "keys", "fingerprints", "owner")
 class LayerFactors:
     """Factors in memory. See `Factors`."""
 
+    NAMES: ClassVar[tuple[str, ...]] = FACTORS
     residuals: Tensor
     solutions: Tensor
     keys: Tensor
     fingerprints: Tensor
     owner: Tensor
+
+    def stored(self, file: TensorFile, layer: int) -> "StoredFactors":
+        """The same, read from the file that holds them."""
+        return StoredFactors(file, layer, self.fingerprints, self.owner)
 
     def spread(self, rows: Tensor, n: int) -> "LayerFactors":
         """These factors as the rows `rows` of a batch of `n` edits; the other rows are zero."""
@@ -74,10 +84,14 @@ class LayerFactors:
 class StoredFactors:
     """Factors in a file, read at each access; only fingerprints and owners are in memory."""
 
+    NAMES: ClassVar[tuple[str, ...]] = FACTORS
     file: TensorFile
     layer: int
     fingerprints: Tensor
     owner: Tensor
+
+    def stored(self, file: TensorFile, layer: int) -> "StoredFactors":
+        return StoredFactors(file, layer, self.fingerprints, self.owner)
 
     @property
     def residuals(self) -> Tensor:
@@ -96,6 +110,7 @@ class StoredFactors:
 class MergedFactors:
     """What is left of factors merged into the journal's base: fingerprints and owners."""
 
+    NAMES: ClassVar[tuple[str, ...]] = ("fingerprints", "owner")
     fingerprints: Tensor
     owner: Tensor
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from coachhook.errors import CompactedError
 from coachhook.facts.request import EditRequest
 from coachhook.hooks.gates import Threshold
 from coachhook.journal.delta import add, no_delta
-from coachhook.journal.factors import Factors, StoredFactors
 from coachhook.journal.prefix_cache import Running
 from coachhook.system.json_shapes import Count
 from coachhook.system.progress import each
@@ -38,34 +37,34 @@ class Verdict(StrEnum):
 @dataclass
 class EditRecord:
     """One request in the journal. id: its number over all batches, from 0; reason: why the verdict
-    is not "applied"."""
+    is not "applied". shares: ids of the other edits of its subject that its row says as well (under
+    the memory readout)."""
 
     id: int
     request: EditRequest
     verdict: Verdict = Verdict.APPLIED
     reason: str = ""
     enabled: bool = True
+    shares: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class Batch:
-    """One batch: its edits, what it adds to each layer, and the thresholds after it.
+    """One batch: its edits, what it adds to each layer (`Factors`, `MemoryFactors`, or what is left
+    of them), and the thresholds after it.
 
     stored: the file that holds it, once there is one. Until then the whole batch is in memory,
     afterwards only its fingerprints, edits and thresholds are.
     """
 
     edits: list[EditRecord]
-    layers: dict[int, Factors]
+    layers: dict[int, Any]
     thresholds: dict[int, Threshold]
     stored: TensorFile | None = None
 
     def move_to(self, file: TensorFile) -> None:
         """Read the factors from `file`, which holds them, from now on."""
-        self.layers = {
-            layer: StoredFactors(file, layer, factors.fingerprints, factors.owner)
-            for layer, factors in self.layers.items()
-        }
+        self.layers = {k: factors.stored(file, k) for k, factors in self.layers.items()}
         self.stored = file
 
 
@@ -75,7 +74,8 @@ class Base:
 
     tensors, for each layer L: Δ as `down.L` and, unless it is dense, `up.L`, float32; and the keys
     `K'` of those batches as `keys.L` float32 `(c, d_in)` or, where that is smaller, as
-    `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. Either a mapping in memory or the file that holds it.
+    `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. Under the memory readout instead the rows of their
+    edits, `rows.L` float32 `(e, w, d)`. Either a mapping in memory or the file that holds it.
     """
 
     through: int
@@ -89,6 +89,9 @@ class Base:
 
     def gram(self, layer: int) -> Tensor | None:
         return self.tensors.get(f"gram.{layer}")
+
+    def rows(self, layer: int) -> Tensor:
+        return self.tensors[f"rows.{layer}"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,9 @@ class Journal:
         default_factory=dict, repr=False
     )
     _marks: dict[int, Running[Batch, tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
+    _rows: dict[int, tuple[Base | None, Running[Batch, Tensor]]] = field(
         default_factory=dict, repr=False
     )
     _facts: Running[Batch, _Facts] = field(
@@ -211,6 +217,30 @@ class Journal:
             self._deltas[layer] = base, left_out, running
         return running.over(self.batches[self.merged :])
 
+    def rows(self, layer: int, n_blocks: int, d: int) -> Tensor:
+        """Under the memory readout, the rows of all edits by id, float32 `(e, n_blocks, d)`."""
+        known, running = self._rows.get(layer, (None, None))
+        if running is None or known is not self.base:
+            base = self.base
+            running = Running(
+                lambda: torch.zeros(0, n_blocks, d) if base is None else base.rows(layer),
+                partial(_more_rows, layer=layer),
+            )
+            self._rows[layer] = base, running
+        return running.over(self.batches[self.merged :])
+
+    def served(self) -> Tensor:
+        """Under the memory readout, by id int64 `(e,)`: the edit whose row a token receives that
+        resembles this one's key, -1 for none. It is the latest row in force that says this edit's
+        fact; a row is in force if all edits are whose facts it says."""
+        edits, in_force = self.edits(), self.in_force().tolist()
+        served = torch.full((len(edits),), -1)
+        for edit in edits:
+            said = (edit.id, *edit.shares)
+            if all(in_force[i] for i in said):
+                served[list(said)] = edit.id
+        return served
+
     def keys(self, layer: int) -> Iterator[Tensor]:
         """The keys `K'` of all batches, in pieces `(c, d_in)`, except those summed up in `gram`. A
         batch being written counts once it has been written to the layer.
@@ -249,6 +279,10 @@ def _more_marks(
     return torch.cat(rows), torch.cat(owners)
 
 
+def _more_rows(found: Tensor, batches: Sequence[Batch], *, layer: int) -> Tensor:
+    return torch.cat([found, *[batch.layers[layer].rows for batch in batches]])
+
+
 def _more_delta(
     delta: Delta, batches: Sequence[Batch], *, layer: int, left_out: frozenset[int]
 ) -> Delta:
@@ -268,6 +302,7 @@ class EditEntry(TypedDict):
     request: dict[str, Any]
     verdict: Verdict
     reason: str
+    shares: NotRequired[list[Count]]
 
 
 def edit_to_json(edit: EditRecord) -> dict[str, Any]:
@@ -277,6 +312,7 @@ def edit_to_json(edit: EditRecord) -> dict[str, Any]:
         "request": edit.request.to_dict(),
         "verdict": edit.verdict.value,
         "reason": edit.reason,
+        **({"shares": list(edit.shares)} if edit.shares else {}),
     }
 
 
@@ -287,4 +323,5 @@ def edit_from_json(data: EditEntry) -> EditRecord:
         request=EditRequest.from_dict(data["request"]),
         verdict=Verdict(data["verdict"]),
         reason=data["reason"],
+        shares=tuple(data.get("shares", ())),
     )

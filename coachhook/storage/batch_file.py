@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 
 from coachhook.errors import ConfigError, CorruptFolderError, RequestError
 from coachhook.hooks.gates import Threshold
-from coachhook.journal.factors import FACTORS, Factors, LayerFactors, MergedFactors, StoredFactors
+from coachhook.journal.factors import LayerFactors, MergedFactors, StoredFactors
 from coachhook.journal.journal import Base, Batch, EditEntry, Journal, edit_from_json, edit_to_json
+from coachhook.journal.memory import MemoryFactors, StoredMemory
 from coachhook.system.json_shapes import Count, MisshapenError, checked, parsed
 from coachhook.system.tensor_file import Headers, TensorFile, check
 
@@ -43,11 +44,13 @@ class _MergedEntry(_BatchEntry):
 @dataclass(frozen=True)
 class Expected:
     """What the batches of a folder must hold. By hooked layer, layers: `(d_in, d_out)`, and sizes:
-    s, the length of a fingerprint; threshold: the threshold type of the folder's gate."""
+    s, the length of a fingerprint; threshold: the threshold type of the folder's gate; rows: under
+    the memory readout, how many each edit has."""
 
     layers: Mapping[int, tuple[int, int]]
     sizes: Mapping[int, int]
     threshold: type[Threshold]
+    rows: int | None = None
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def batch_tensors(batch: Batch) -> dict[str, Tensor]:
     tensors = {
         f"{name}.{layer}": getattr(factors, name)
         for layer, factors in batch.layers.items()
-        for name in FACTORS
+        for name in factors.NAMES
     }
     return tensors | _packed(_batch_to_json(batch))
 
@@ -78,13 +81,17 @@ def read_batch(expected: Expected, file: TensorFile) -> Batch:
         entry: _BatchEntry = checked(_records(file, headers), _BatchEntry)
         n = len(entry["edits"])
         for layer, (d_in, d_out) in expected.layers.items():
+            if expected.rows is not None:
+                check(headers, f"rows.{layer}", torch.float32, n, expected.rows, d_out)
+                continue
             check(headers, f"residuals.{layer}", torch.float32, n, d_out)
             check(headers, f"solutions.{layer}", torch.float32, n, d_in)
             check(headers, f"keys.{layer}", torch.float32, None, d_in)
         marks = _read_marks(expected, file, headers)
         for layer, (_, owner) in marks.items():
             _check_owner(owner, n, layer)
-        factors: dict[int, Factors] = {k: StoredFactors(file, k, *marks[k]) for k in marks}
+        kind = StoredFactors if expected.rows is None else StoredMemory
+        factors: dict[int, Any] = {k: kind(file, k, *marks[k]) for k in marks}
         return _batch_from_json(entry, factors, expected.threshold, stored=file)
 
 
@@ -98,10 +105,10 @@ def batch_from_bytes(
 ) -> Batch:
     """A batch in memory, from the result of `batch_to_bytes`."""
     held = load(data)
-    factors: dict[int, Factors] = {
-        layer: LayerFactors(**{name: held[f"{name}.{layer}"] for name in FACTORS})
-        for layer in layers
-    }
+    factors: dict[int, Any] = {}
+    for layer in layers:
+        kind = MemoryFactors if f"rows.{layer}" in held else LayerFactors
+        factors[layer] = kind(**{name: held[f"{name}.{layer}"] for name in kind.NAMES})
     return _batch_from_json(_unpacked(held[_RECORDS]), factors, threshold)
 
 
@@ -125,7 +132,10 @@ def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
         headers = file.headers()
         entries: list[_MergedEntry] = checked(_records(file, headers), list[_MergedEntry])
         _check_merged(expected, headers)
-        merged: list[dict[int, Factors]] = [{} for _ in entries]
+        merged: list[dict[int, Any]] = [{} for _ in entries]
+        n_edits = sum(len(entry["edits"]) for entry in entries)
+        for layer, (_, d_out) in expected.layers.items() if expected.rows is not None else ():
+            check(headers, f"rows.{layer}", torch.float32, n_edits, expected.rows, d_out)
         for layer, marks in _read_marks(expected, file, headers).items():
             counts = [_of_layer(entry["fingerprints"], layer) for entry in entries]
             if sum(counts) != len(marks[1]):
@@ -146,6 +156,8 @@ def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
 
 def _check_merged(expected: Expected, headers: Headers) -> None:
     """Raise `MisshapenError` unless a base's file has Δ and keys (or their Gram) per layer."""
+    if expected.rows is not None:
+        return
     for layer, (d_in, d_out) in expected.layers.items():
         if f"up.{layer}" in headers:
             rank, _ = check(headers, f"down.{layer}", torch.float32, None, d_in)
@@ -202,7 +214,7 @@ def _batch_to_json(batch: Batch) -> dict[str, Any]:
 
 def _batch_from_json(
     entry: _BatchEntry,
-    layers: dict[int, Factors],
+    layers: dict[int, Any],
     threshold: type[Threshold],
     stored: TensorFile | None = None,
 ) -> Batch:

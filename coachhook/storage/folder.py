@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from coachhook.config import EditConfig
+from coachhook.config import EditConfig, MemoryConfig
 from coachhook.errors import (
     CorruptFolderError,
     FolderError,
@@ -31,7 +31,7 @@ from coachhook.errors import (
     OlderFormatError,
     SaveError,
 )
-from coachhook.hooks.gates import GATES
+from coachhook.hooks.gates import GATES, Threshold
 from coachhook.journal.journal import Base, Batch, Journal
 from coachhook.models.base import BaseModel
 from coachhook.storage.batch_file import (
@@ -182,12 +182,26 @@ def load(folder: Path) -> Contents:
         expected = Expected(
             layers=base.shapes,
             sizes={layer: len(offset) for layer, (_, offset) in sketches.items()},
-            threshold=GATES[settings.gate].threshold_type,
+            threshold=_threshold_type(settings),
+            rows=_rows(settings),
         )
         journal = _journal(folder, config, expected)
         if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
             raise MisshapenError("the edits are not numbered from 0, one by one")
         return Contents(base, settings, sketches, journal, config["digest"])
+
+
+def _threshold_type(settings: EditConfig) -> type[Threshold]:
+    return GATES[settings.gate].threshold_type if settings.readout == "delta" else Threshold
+
+
+def _rows(settings: EditConfig) -> int | None:
+    """How many rows an edit has. Raises `MisshapenError` if the settings do not say."""
+    if settings.readout == "delta":
+        return None
+    if settings.memory.gate_block is None or settings.memory.write_blocks is None:
+        raise MisshapenError("settings.memory names no gate block or no write blocks")
+    return len(settings.memory.write_blocks)
 
 
 def read_config(folder: Path) -> ConfigEntry:
@@ -218,8 +232,9 @@ def read_config(folder: Path) -> ConfigEntry:
         if config.get("digest") != _digest(config):
             raise MisshapenError("it was changed after it was written")
         found: ConfigEntry = checked(config, ConfigEntry)
-        # Folders from before the setting `context_weight` existed are read too.
-        checked({"context_weight": 0.0} | found["settings"], EditConfig, "settings")
+        # Folders from before these settings existed are read too.
+        before = {"context_weight": 0.0, "readout": "delta", "memory": asdict(MemoryConfig())}
+        checked(before | found["settings"], EditConfig, "settings")
         return found
 
 

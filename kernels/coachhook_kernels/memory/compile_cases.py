@@ -7,6 +7,7 @@ from torch import Tensor
 
 from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.compilation.record import Launch, recorded
+from coachhook_kernels.hook_linear.tiles_match import FINGERPRINT_TILE
 from coachhook_kernels.memory import kernel
 from coachhook_kernels.memory.gate import MemoryGate
 
@@ -43,7 +44,7 @@ def _cases(dtype: torch.dtype, rows: int) -> list[CompileCase]:
     with (
         recorded(*KERNELS) as launches,
         mock.patch.object(kernel, "multiprocessors", return_value=PROCESSORS),
-        mock.patch.object(kernel, "slab_length", return_value=kernel.FINGERPRINT_TILE),
+        mock.patch.object(kernel, "slab_length", return_value=FINGERPRINT_TILE),
     ):
         score, entry = kernel.gate(tensor(rows, D), gate)
         kernel.add(tensor(rows, D), score, entry, threshold, tensor(ENTRIES, D))

@@ -1,0 +1,122 @@
+"""The memory readout: rows of the edits' own, added after later blocks (csrc_notes/method.md,
+"Memory")."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from coachhook.errors import BaseModelMismatchError
+from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
+from coachhook.hooks.tensor_parallel import gathered
+from coachhook.journal.compaction import merge_rows
+from coachhook.models.placement import device_of, fetched
+from coachhook.readouts.delta import compute_dtype
+from coachhook.readouts.readout import Readout
+
+NAME = "coachhook_memory"
+"""Of the submodules."""
+
+
+@dataclass
+class MemoryReadout(Readout):
+    """A `MemoryHook` at the FFN of the gate block, `MemoryRows` at each write block."""
+
+    name = "memory"
+
+    @property
+    def tells_edits_apart(self) -> bool:
+        return True
+
+    @property
+    def gate_block(self) -> int:
+        return self.base.layers[0]
+
+    @property
+    def write_blocks(self) -> tuple[int, ...]:
+        assert self.config.memory.write_blocks is not None
+        return self.config.memory.write_blocks
+
+    def attach(self, model: nn.Module, owner: str) -> None:
+        site = self.architecture.ffn(model, self.gate_block)
+        memory = MemoryHook(*self.sketches[self.gate_block], site)
+        memory.owner = owner
+        memory.to(device_of(site), compute_dtype(site))
+        memory.handle = site.register_forward_pre_hook(memory.watch)
+        site.add_module(NAME, memory)
+        blocks = self.architecture.blocks(model)
+        d = self.base.shapes[self.gate_block][1]
+        for number in self.write_blocks:
+            block = blocks[number]
+            rows = MemoryRows(memory, d, is_last=number == self.write_blocks[-1])
+            rows.to(device_of(block), compute_dtype(block))
+            rows.handle = block.register_forward_hook(rows.add)
+            block.add_module(NAME, rows)
+        self.refresh(model, [self.gate_block])
+
+    def detach(self, model: nn.Module, owner: str) -> None:
+        for module in list(model.modules()):
+            part = module._modules.get(NAME)
+            if isinstance(part, MemoryHook | MemoryRows) and part.owner == owner:
+                assert part.handle is not None
+                part.handle.remove()
+                del module._modules[NAME]
+
+    def hooks(self, model: nn.Module) -> dict[int, MemoryHook]:
+        part = self.architecture.ffn(model, self.gate_block)._modules.get(NAME)
+        return {self.gate_block: part} if isinstance(part, MemoryHook) else {}
+
+    def refresh(self, model: nn.Module, layers: Sequence[int]) -> None:
+        if self.gate_block not in layers:
+            return
+        journal, layer = self.journal, self.gate_block
+        fingerprints, edit = journal.fingerprints(layer, len(self.sketches[layer][1]))
+        rows = journal.rows(layer, len(self.write_blocks), self.base.shapes[layer][1])
+        threshold = journal.batches[-1].thresholds[layer].alpha if journal.batches else torch.inf
+        blocks = self.architecture.blocks(model)
+        for i, number in enumerate(self.write_blocks):
+            part = blocks[number]._modules[NAME]
+            assert isinstance(part, MemoryRows)
+            part.hold(rows[:, i])
+        memory = self.hooks(model)[layer]
+        memory.hold(Entries(fingerprints, edit, journal.served()[edit]), threshold)
+
+    def switch(self, model: nn.Module) -> None:
+        _, edit = self.journal.fingerprints(self.gate_block, len(self.sketches[self.gate_block][1]))
+        self.hooks(model)[self.gate_block].switch(self.journal.served()[edit])
+
+    def merge(self, keep: int) -> None:
+        d = self.base.shapes[self.gate_block][1]
+        merge_rows(self.journal, keep, self.gate_block, len(self.write_blocks), d)
+
+    def weights(self, model: nn.Module) -> Iterator[Tensor]:
+        blocks = self.architecture.blocks(model)
+        for number in sorted({self.gate_block, *self.write_blocks}):
+            yield from identifying(blocks[number], f"block {number}")
+
+
+def identifying(block: nn.Module, name: str) -> list[Tensor]:
+    """The weights that tell a block from its like: its vectors and its smallest matrix. Raises
+    `BaseModelMismatchError` for a block without any."""
+    found = []
+    matrices: list[tuple[int, nn.Module, str]] = []
+    for module in block.modules():
+        if isinstance(module, MemoryHook | MemoryRows):
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if not weight.dtype.is_floating_point or weight.itemsize == 1:
+                continue
+            if weight.ndim == 1:
+                found.append(gathered(fetched(module, leaf)))
+            elif weight.ndim == 2:
+                matrices.append((weight.numel(), module, leaf))
+    if matrices:
+        _, module, leaf = min(matrices, key=lambda one: one[0])
+        found.append(gathered(fetched(module, leaf)))
+    if not found:
+        raise BaseModelMismatchError(
+            f"{name} has no floating-point weight to compare with the base model's; if this is a "
+            "quantised copy of it, attach with check=False"
+        )
+    return found
