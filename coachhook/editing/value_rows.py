@@ -184,7 +184,8 @@ def score(
     reference: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What these rows contribute to the targets' negative log-likelihood `(n,)`, in nats, and the
-    gradient `(n, d)` of that plus `kl` times the KL penalty with respect to `shift` `(n, d)`.
+    gradient `(n, w, d)` of that plus `kl` times the KL penalty with respect to `shift`
+    `(n, w, d)`: of the outputs of w blocks at the subject, the first of them the hooked one.
 
     reference float32 `(n, v)`: log-probabilities of the token after each request's penalty row;
     where they are NaN, this pass sets them.
@@ -200,8 +201,9 @@ def score(
         shift = shift.detach().requires_grad_()
         # In float32, so that half precision does not round a small shift away.
         moved = rows.hidden.float() if half else rows.hidden.clone()
-        moved[:, 0] += (rows.gain[:, None] * shift[rows.owner]).to(moved.dtype)
-        injected[:] = [moved]
+        given = (rows.gain[:, None, None] * shift[rows.owner]).to(moved.dtype)
+        moved[:, 0] += given[:, 0]
+        injected[:] = [moved, *given.unbind(1)[1:]]
         final = final_hidden(
             model,
             input_ids=rows.ids,

@@ -153,13 +153,24 @@ def run_to(block: nn.Module, model: PreTrainedModel, inputs: dict[str, Any]) -> 
 
 
 @contextmanager
-def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[list[Tensor]]:
+def starting_after(
+    blocks: nn.ModuleList, last: int, template: Any, later: Sequence[int] = ()
+) -> Iterator[list[Tensor]]:
     """Inside the block, passes skip blocks 0 to `last`, and block `last` outputs the tensor that
-    the caller put into the yielded list.
+    the caller put into the yielded list; the following ones in it, `(b, d)`, are added to the
+    first token of what the blocks `later` put out.
 
     template: an earlier return value of block `last`, whose form (tensor or tuple) is reproduced.
     """
     injected: list[Tensor] = []
+
+    def adding(i: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            hidden = hidden_of(output)
+            first = hidden[:, :1] + injected[i][:, None].to(hidden)
+            return with_hidden(output, torch.cat([first, hidden[:, 1:]], dim=1))
+
+        return add
 
     def skip(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return with_hidden(template, hidden_states)
@@ -167,6 +178,7 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
     def inject(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
         return with_hidden(template, injected[0])
 
+    handles = [blocks[block].register_forward_hook(adding(i)) for i, block in enumerate(later, 1)]
     touched = list(blocks)[: last + 1]
     replaced = [block.__dict__.get("forward") for block in touched]
     try:
@@ -176,6 +188,8 @@ def starting_after(blocks: nn.ModuleList, last: int, template: Any) -> Iterator[
             block.forward = inject if block is touched[-1] else skip
         yield injected
     finally:
+        for handle in handles:
+            handle.remove()
         for block, own in zip(touched, replaced, strict=True):
             if own is None:
                 del block.forward

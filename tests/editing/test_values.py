@@ -1,6 +1,7 @@
 """Target values: the same as plain full passes give, whatever is kept, left out or split up."""
 
 import logging
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from coachhook import EditRequest, ValueConfig
 from coachhook.editing.value_rows import _PASS_COST, ShiftedRows, contexts_of, prepare, score
-from coachhook.editing.values import TargetValues, optimise_values
+from coachhook.editing.values import TargetValues, optimise_shifts, optimise_values
 from coachhook.errors import ModelError, NotEnoughMemoryError
 from coachhook.models.architecture import Architecture
 from coachhook.models.passes import hidden_of, starting_after
@@ -80,10 +81,10 @@ def test_loss_and_gradient_are_those_of_full_passes(kind: str) -> None:
     everyone = torch.ones(len(FACTS), dtype=torch.bool)
     with starting_after(blocks, LAYER, template) as injected:
         for part in rows.buckets(everyone):
-            score(model, part, torch.zeros_like(shift), injected, 0.5, reference)
+            score(model, part, torch.zeros_like(shift[:, None]), injected, 0.5, reference)
         for part in rows.buckets(everyone):
-            more = score(model, part, shift, injected, 0.5, reference)
-            nll, gradient = nll + more[0], gradient + more[1]
+            more = score(model, part, shift[:, None], injected, 0.5, reference)
+            nll, gradient = nll + more[0], gradient + more[1][:, 0]
     shift.requires_grad_()
     for number, fact in enumerate(FACTS):
         loss = plain_loss(model, fact, number, shift, kl=0.5)
@@ -307,3 +308,53 @@ class TestStop:
         stopped = optimise(model, FACTS[:1], ValueConfig(steps=12, rate=0.3, clamp=8.0, stop="."))
         torch.testing.assert_close(stopped.hidden, written.hidden)
         assert not torch.allclose(stopped.hidden, plain.hidden)
+
+
+def test_shifts_after_several_blocks_have_the_gradient_of_full_passes() -> None:
+    model = tiny_model("llama").double()
+    rows, template = prepared(model, FACTS)
+    blocks = Architecture.of(model).blocks(model)
+    later = (LAYER + 1, len(blocks) - 1)
+    torch.manual_seed(0)
+    shift = torch.randn(len(FACTS), 3, model.config.hidden_size, dtype=torch.float64)
+    reference = torch.full((len(FACTS), model.config.vocab_size), torch.nan)
+
+    def loss_of(moved: Tensor) -> Tensor:
+        with starting_after(blocks, LAYER, template, later) as injected:
+            return score(model, rows, moved, injected, 0.0, reference)[0]
+
+    with starting_after(blocks, LAYER, template, later) as injected:
+        _, gradient = score(model, rows, shift, injected, 0.0, reference)
+    # Logits are taken in float32: a shorter step would leave few digits of the difference.
+    step = 1e-2 * torch.randn_like(shift)
+    change = loss_of(shift + step) - loss_of(shift - step)
+    wanted = 2 * (gradient * step).sum((1, 2))
+    torch.testing.assert_close(change, wanted, rtol=2e-2, atol=2e-4)
+    for block in range(1, 3):
+        assert gradient[:, block].abs().max() > 0
+
+
+def test_joined_requests_share_a_shift_that_says_both_targets() -> None:
+    model = tiny_model("llama").double()
+    subject = FACTS[0].subject
+    other = EditRequest("The name of {} was", subject, TARGETS[3])
+    requests = [FACTS[0], FACTS[1], other]
+    config = ValueConfig(steps=60, rate=0.3, clamp=8.0)
+    found = optimise_shifts(
+        tiny_lm(model), Architecture.of(model), (LAYER,), requests, [0, 1, 0], config
+    )
+    assert torch.equal(found.shift[0], found.shift[2])
+    assert not torch.equal(found.shift[0], found.shift[1])
+    before = optimise_shifts(
+        tiny_lm(model),
+        Architecture.of(model),
+        (LAYER,),
+        requests,
+        [0, 1, 0],
+        replace(config, steps=1),
+    )
+    assert (found.loss < before.loss - 0.1).all()
+    apart = optimise_shifts(
+        tiny_lm(model), Architecture.of(model), (LAYER,), requests, [0, 1, 2], config
+    )
+    torch.testing.assert_close(found.shift[1], apart.shift[1], rtol=1e-3, atol=1e-3)

@@ -49,5 +49,6 @@ class OneGradient(Hooked):
                 (len(hidden), len(model.get_output_embeddings().weight)), torch.nan
             )
             with starting_after(blocks, layer, template) as injected:
-                _, gradient = score(model, rows, torch.zeros_like(hidden), injected, 0.0, reference)
-        return hidden, gradient
+                none = torch.zeros_like(hidden)[:, None]
+                _, gradient = score(model, rows, none, injected, 0.0, reference)
+        return hidden, gradient[:, 0]
