@@ -70,8 +70,10 @@ class MemoryConfig:
     the blocks after which an open token receives its edit's rows. None: by the model's depth.
     contexts, starts: texts with {} in place of the subject, in mid-sentence and where something
     begins; the mean key of each group is one fingerprint of an edit.
-    ordinary: largest share of ordinary tokens that may open; neighbours: the same of prompts in
-    which the subject is replaced by one that ends alike. least: lowest threshold, a cosine.
+    The threshold is the lowest cosine that no larger shares reach than these: ordinary, of ordinary
+    tokens; neighbours, of the other edits' subjects; alike, of made-up names that end as a subject
+    does and begin as another; but at least `least`.
+    unlikely: a request is refused if its target's mean negative log-likelihood (nats) stays above.
     """
 
     gate_block: int | None = None
@@ -86,11 +88,13 @@ class MemoryConfig:
     starts: tuple[str, ...] = ("{}", "\n{}", '"{}', "({}", "Q: {}", "- {}")
     ordinary: float = 3e-4
     neighbours: float = 0.01
-    least: float = 0.88
+    alike: float = 0.6
+    least: float = 0.86
+    unlikely: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "ordinary", "neighbours")
-        for name in ("ordinary", "neighbours"):
+        _check_positive(self, "ordinary", "neighbours", "alike", "unlikely")
+        for name in ("ordinary", "neighbours", "alike"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is a share below 1, not {getattr(self, name)}")
         if not -1 <= self.least <= 1:

@@ -4,46 +4,51 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coachhook.config import EditConfig
-from coachhook.editing.inverse import Earlier, RecursiveInverse
-from coachhook.editing.layer_writer import LayerWriter, layer_sketch
-from coachhook.editing.sinks import refuse_sinks
-from coachhook.editing.values import optimise_values
+from coachhook.editing.delta_writing import DeltaWriting
+from coachhook.editing.layer_writer import layer_sketch
+from coachhook.editing.memory_writing import MemoryWriting
 from coachhook.editing.verdicts import judge
-from coachhook.editing.write_batch import write_batch
+from coachhook.editing.writing import Wanted, Writing
 from coachhook.errors import ConfigError, ModelError
 from coachhook.facts.request import EditRequest, check_batch
-from coachhook.hooks.gates import GATES, Threshold
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
-from coachhook.journal.factors import LayerFactors
-from coachhook.journal.journal import Batch, EditRecord, Verdict
-from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.journal.journal import Batch, EditRecord, Journal, Verdict
+from coachhook.models.architecture import (
+    Architecture,
+    check_layers,
+    default_layers,
+    memory_blocks,
+)
 from coachhook.models.base import BaseModel, weight_checksums
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model, prepare_tokenizer
 from coachhook.models.passes import eval_mode, plainly
-from coachhook.models.placement import device_of, fetched
+from coachhook.models.placement import device_of
 from coachhook.models.tokens import check_length, encode_request
+from coachhook.readouts import READOUTS
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.storage.batch_file import batch_from_bytes, batch_to_bytes
+from coachhook.storage.folder import threshold_type
 from coachhook.system.hardware import arithmetic_device
 from coachhook.system.processes import ALONE, Processes
-from coachhook.system.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+WRITING: dict[str, Callable[..., Writing]] = {"delta": DeltaWriting, "memory": MemoryWriting}
+# Whose inputs are the keys.
+SITES = {"delta": "down_projection", "memory": "ffn"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Editor:
         self._lm = LanguageModel(model, tokenizer)
         self.hooks = hooks
         self._processes = processes
-        self._writers = _writers(model, hooks, statistics) if processes.is_first else {}
+        self._writing = WRITING[hooks.config.readout](self._lm, hooks, statistics, processes)
         hooks.attach(model)
 
     @classmethod
@@ -97,23 +102,27 @@ class Editor:
         config = config or EditConfig()
         lm = _loaded(model, tokenizer)
         architecture = Architecture.of(lm.model, config.template)
-        n_blocks = len(architecture.blocks(lm.model))
-        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
+        config, layers = _placed(config, len(architecture.blocks(lm.model)))
+        site = SITES[config.readout]
         if statistics is None:
-            statistics = key_statistics(lm, architecture, layers, config.statistics, processes)
-        modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
+            statistics = key_statistics(
+                lm, architecture, layers, config.statistics, processes, site=site
+            )
         base = BaseModel(
             name=name_of(model),
-            checksums=weight_checksums(fetched(modules[layer]) for layer in layers),
+            checksums={},
             template=architecture.template,
             shapes={
                 layer: (statistics[layer].moment.shape[0], lm.model.config.hidden_size)
                 for layer in layers
             },
         )
+        readout = READOUTS[config.readout](base, config, {}, Journal())
+        base = replace(base, checksums=weight_checksums(readout.weights(lm.model)))
         sketches = {}
         for layer in layers:
-            device = arithmetic_device(config.inverse_device, device_of(modules[layer]))
+            at = architecture.blocks(lm.model)[layer]
+            device = arithmetic_device(config.inverse_device, device_of(at))
             sketches[layer] = layer_sketch(statistics[layer], config, device)
         return cls(*lm, HookSet(base, config, sketches), statistics, processes)
 
@@ -139,7 +148,12 @@ class Editor:
         architecture = Architecture(hooks.base.template)
         if statistics is None:
             statistics = key_statistics(
-                lm, architecture, hooks.layers, hooks.config.statistics, processes
+                lm,
+                architecture,
+                hooks.layers,
+                hooks.config.statistics,
+                processes,
+                site=SITES[hooks.config.readout],
             )
         return cls(*lm, hooks, statistics, processes)
 
@@ -166,15 +180,17 @@ class Editor:
     def edit(self, requests: Sequence[EditRequest], values: Tensor | None = None) -> BatchReport:
         """Edit one batch of facts. If anything fails on the way, the whole batch is undone.
 
-        values: float32 `(n, d)`, target values of `optimise_values` at the last hooked layer, one
-        row for each distinct request; by default they are optimised now.
+        values: one for each distinct request; by default they are optimised now. Under the delta
+        readout float32 `(n, d)`, wanted outputs of the last hooked block (`optimise_values`); under
+        the memory readout `(n, w, d)`, what is added after each of the w write blocks
+        (`optimise_shifts`).
 
         Raises `RequestError` or a subclass for unusable requests and `ConfigError` for values of
         another shape, before any work is done.
         """
         requests = check_batch(requests)
         self.check(requests)
-        shape = (len(requests), self.model.config.get_text_config().hidden_size)
+        shape = self._writing.shape(len(requests))
         if values is not None and values.shape != shape:
             raise ConfigError(
                 f"values of shape {tuple(values.shape)} do not fit the batch, which needs {shape}: "
@@ -185,27 +201,26 @@ class Editor:
         batch = Batch([EditRecord(first + i, r) for i, r in enumerate(requests)], {}, {})
         with eval_mode(self.model):
             if self._processes.is_first:
-                refuse_sinks(self._lm, self.hooks, self._writers, batch.edits)
+                self._writing.refuse(batch.edits)
             self._share_verdicts(batch.edits)
             usable = [i for i, e in enumerate(batch.edits) if e.verdict is not Verdict.REFUSED]
             wanted = None
             if usable:
                 chosen = [requests[i] for i in usable]
-                wanted = self._values(chosen) if values is None else values[usable]
+                wanted = self._writing.values(chosen) if values is None else Wanted(values[usable])
             try:
                 if self._processes.is_first:
                     journal.batches.append(batch)
                     self._write(batch, wanted)
                 if self._processes.size > 1:
                     batch = self._of_first(batch)
-                for layer, writer in self._writers.items():
-                    writer.solver.absorb(batch.layers[layer].keys)
+                self._writing.absorb(batch)
             except BaseException:
                 if journal.batches and journal.batches[-1] is batch:
                     journal.batches.pop()
                     self.hooks.refresh()
                 # Some layers may have absorbed the batch's keys.
-                self._forget_inverses()
+                self._writing.forget()
                 raise
         return BatchReport(len(journal.batches), batch.edits)
 
@@ -228,7 +243,7 @@ class Editor:
         except BaseException:
             journal.batches += forgotten
             raise
-        self._forget_inverses()
+        self._writing.forget()
 
     def close(self) -> None:
         """Take the hooks off the model, which is then bit for bit what it was before."""
@@ -253,26 +268,8 @@ class Editor:
         key all first tokens share. A prompt with words before the subject may work."""
         records = [EditRecord(i, request) for i, request in enumerate(requests)]
         with eval_mode(self.model):
-            refuse_sinks(self._lm, self.hooks, self._writers, records)
+            self._writing.refuse(records)
         return [record.request for record in records if record.verdict is Verdict.REFUSED]
-
-    def _forget_inverses(self) -> None:
-        for writer in self._writers.values():
-            writer.solver.forget()
-
-    def _values(self, requests: Sequence[EditRequest]) -> Tensor:
-        hooks = self.hooks
-        shown = self._processes.is_first
-        with track("target values", len(requests), shown=shown) as advance:
-            return optimise_values(
-                self._lm,
-                Architecture(hooks.base.template),
-                hooks.layers[-1],
-                requests,
-                hooks.config.values,
-                advance,
-                self._processes,
-            ).hidden
 
     def _share_verdicts(self, edits: Sequence[EditRecord]) -> None:
         """Copy to every process the verdicts of the first, which refuses edits before any work."""
@@ -286,27 +283,19 @@ class Editor:
         first = self._processes.is_first
         data = self._processes.broadcast_bytes(batch_to_bytes(batch) if first else b"")
         if not first:
-            threshold = GATES[self.hooks.config.gate].threshold_type
+            threshold = threshold_type(self.hooks.config)
             batch = batch_from_bytes(self.hooks.layers, data, threshold)
             self.hooks.journal.batches.append(batch)
             self.hooks.refresh()
         return batch
 
-    def _write(self, batch: Batch, values: Tensor | None) -> None:
+    def _write(self, batch: Batch, wanted: Wanted | None) -> None:
         """Write `batch`, the last of the journal, and judge it."""
-        if values is None:
-            self._write_nothing(batch)
+        if wanted is None:
+            self._writing.write_nothing(batch)
             return
-        write_batch(self._lm, self.hooks, self._writers, batch, values)
+        self._writing.write(batch, wanted)
         judge(self._lm, self.hooks, batch)
-
-    def _write_nothing(self, batch: Batch) -> None:
-        """A batch of refused requests: in the journal, without any effect."""
-        earlier = self.hooks.journal.batches[:-1]
-        for layer, shape in self.hooks.base.shapes.items():
-            size = self.hooks.config.fingerprint_size
-            batch.layers[layer] = LayerFactors.nothing(len(batch.edits), shape, size)
-            batch.thresholds[layer] = earlier[-1].thresholds[layer] if earlier else Threshold()
 
 
 def name_of(model: Any) -> str:
@@ -334,27 +323,15 @@ def _loaded(model: Any, tokenizer: Any) -> LanguageModel:
     return LanguageModel(model, prepare_tokenizer(tokenizer))
 
 
-def _writers(model: nn.Module, hooks: HookSet, statistics: KeyStatistics) -> dict[int, LayerWriter]:
-    """Writers in the state after the last batch of the journal."""
-    architecture = Architecture(hooks.base.template)
-    config = hooks.config
-    writers = {}
-    with track("update inverses", len(hooks.layers)) as advance:
-        for layer in hooks.layers:
-            solver = RecursiveInverse(
-                statistics[layer].moment,
-                config.preservation,
-                partial(_earlier, hooks, layer),
-                device=arithmetic_device(
-                    config.inverse_device, device_of(architecture.down_projection(model, layer))
-                ),
-                dtype=getattr(torch, config.inverse_dtype),
-            )
-            sketch = hooks.sketches[layer]
-            writers[layer] = LayerWriter.of(statistics[layer], config, sketch, solver)
-            advance(1)
-    return writers
-
-
-def _earlier(hooks: HookSet, layer: int) -> Earlier:
-    return Earlier(hooks.journal.keys(layer), hooks.journal.gram(layer))
+def _placed(config: EditConfig, n_blocks: int) -> tuple[EditConfig, tuple[int, ...]]:
+    """The configuration with its blocks chosen, and the layers whose keys the gates read. Raises
+    `ConfigError` for blocks that the model does not have."""
+    if config.readout == "delta":
+        return config, check_layers(config.layers or default_layers(n_blocks), n_blocks)
+    gate, written = memory_blocks(n_blocks)
+    memory = config.memory
+    gate = gate if memory.gate_block is None else memory.gate_block
+    blocks = written if memory.write_blocks is None else memory.write_blocks
+    layers = check_layers([gate], n_blocks)
+    check_layers(blocks, n_blocks)
+    return replace(config, memory=replace(memory, gate_block=gate, write_blocks=blocks)), layers

@@ -88,7 +88,7 @@ def empty_hooks(gate: str) -> tuple[HookSet, dict[int, LayerWriter]]:
         sketched = nn.functional.normalize(background.float() @ projection.T, dim=-1)
         unused: Any = None
         writers[layer] = LayerWriter(
-            unused, projection, offset, background, sketched, sketched[:1024]
+            projection, offset, sketched, sketched[:1024], solver=unused, background=background
         )
     shapes = dict.fromkeys(LAYERS, (D_IN, D_OUT))
     checksums = {"bfloat16": "0" * 64}

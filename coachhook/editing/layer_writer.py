@@ -43,18 +43,15 @@ def layer_sketch(
 
 
 @dataclass
-class LayerWriter:
-    """What writing to one layer needs.
+class KeySketches:
+    """How keys of a layer are told from ordinary ones.
 
-    solver: the layer's inverse; projection `(s, d_in)`, offset `(s,)`: its sketch; background:
-    keys of ordinary tokens, bfloat16 `(m, d_in)`; sketched: their unit-norm sketches, float32
-    `(m, s)`; first: unit-norm sketches of first words, float32 `(f, s)`.
+    projection `(s, d_in)`, offset `(s,)`: its sketch; sketched: unit-norm sketches of ordinary
+    tokens, float32 `(m, s)`; first: of first words, float32 `(f, s)`.
     """
 
-    solver: RecursiveInverse
     projection: Tensor
     offset: Tensor
-    background: Tensor
     sketched: Tensor
     first: Tensor
 
@@ -62,28 +59,9 @@ class LayerWriter:
         self.background_scores = BackgroundScores(self.sketched)
 
     @classmethod
-    def of(
-        cls,
-        statistics: LayerStatistics,
-        config: EditConfig,
-        sketch: tuple[Tensor, Tensor],
-        solver: RecursiveInverse,
-    ) -> "LayerWriter":
-        """Build one from a layer's statistics, its hook set's sketch, and its inverse.
-
-        sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU.
-        """
-        projection, offset = sketch
-        # From a small vocabulary the same word is drawn many times.
-        first = statistics.first.float().unique(dim=0)
-        return cls(
-            solver=solver,
-            projection=projection,
-            offset=offset,
-            background=statistics.background,
-            sketched=_fingerprint(statistics.background.float(), projection, offset),
-            first=_fingerprint(first, projection, offset),
-        )
+    def of_keys(cls, statistics: LayerStatistics, sketch: tuple[Tensor, Tensor]) -> "KeySketches":
+        """sketch: projection `(s, d_in)` and offset `(s,)`, float32 on the CPU."""
+        return cls(*sketch, *_sketches(statistics, sketch))
 
     def fingerprint(self, keys: Tensor) -> Tensor:
         """Unit-norm sketches `(n, s)` of keys `(n, d_in)`."""
@@ -108,3 +86,38 @@ class LayerWriter:
             for some in fingerprints.split(_CHUNK)
         ]
         return (torch.cat(ceilings) < _DISTINCT) & ~self.sinks(fingerprints)
+
+    def share_alike(self, fingerprints: Tensor) -> Tensor:
+        """The share of ordinary tokens with at least cosine 0.8 to each fingerprint, `(n,)`."""
+        shares = [
+            (self.sketched @ some.T >= _DISTINCT).float().mean(0)
+            for some in fingerprints.split(_CHUNK)
+        ]
+        return torch.cat(shares) if shares else torch.zeros(0)
+
+
+@dataclass
+class LayerWriter(KeySketches):
+    """What writing to one layer needs besides. solver: the layer's inverse; background: keys of
+    ordinary tokens, bfloat16 `(m, d_in)`."""
+
+    solver: RecursiveInverse
+    background: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        statistics: LayerStatistics,
+        sketch: tuple[Tensor, Tensor],
+        solver: RecursiveInverse,
+    ) -> "LayerWriter":
+        """Build one from a layer's statistics, its hook set's sketch, and its inverse."""
+        found = _sketches(statistics, sketch)
+        return cls(*sketch, *found, solver=solver, background=statistics.background)
+
+
+def _sketches(statistics: LayerStatistics, sketch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Unit-norm sketches of ordinary tokens and of first words."""
+    # From a small vocabulary the same word is drawn many times.
+    first = statistics.first.float().unique(dim=0)
+    return _fingerprint(statistics.background.float(), *sketch), _fingerprint(first, *sketch)

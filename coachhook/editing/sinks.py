@@ -1,9 +1,9 @@
 """Refusing requests whose subject is an attention sink, before any other work."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from coachhook.editing.contexts import Contexts
-from coachhook.editing.layer_writer import LayerWriter
+from coachhook.editing.layer_writer import KeySketches
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import EditRecord, Verdict
 from coachhook.models.language_model import LanguageModel
@@ -17,7 +17,7 @@ SINK_REASON = (
 def refuse_sinks(
     lm: LanguageModel,
     hooks: HookSet,
-    writers: dict[int, LayerWriter],
+    writers: Mapping[int, KeySketches],
     edits: Sequence[EditRecord],
 ) -> None:
     """Refuse edits whose subject is the first token and has the key that first tokens share."""

@@ -131,7 +131,7 @@ def _in_groups(
     """The shifts `waiting` (numbers, in ascending size), a group at a time.
 
     together: optimises those of one group. n_texts: of each request. tokens: most in one group;
-    reduced when out of memory. window: width of the model's sliding attention window, if it has one.
+    reduced when out of memory. window: width of the model's sliding attention window, if any.
     """
     while waiting:
         chosen = waiting[: _how_many([sizes[i] for i in waiting], tokens)]

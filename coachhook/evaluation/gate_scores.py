@@ -89,7 +89,7 @@ def gate_scores(
     opened = {name: reading.is_open for name, reading in readings.items()}
     total = float(_joined([*at_prompts, *at_reworded, *at_local]).is_open.sum())
     right = float(opened["edited"].sum() + opened["paraphrased"].sum())
-    alphas = [float(module.gate.alpha) for module in hooks.modules(lm.model).values()]
+    alphas = [hook.alpha for hook in hooks.modules(lm.model).values()]
     return GateScores(
         recall=float(opened["edited"].float().mean()),
         paraphrase_recall=float(opened["paraphrased"].float().mean()) if reworded else None,

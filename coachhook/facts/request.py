@@ -10,6 +10,7 @@ from typing import Any
 from coachhook.errors import ContradictionError, RequestError
 
 _SLOT = "{}"
+_OPTIONAL = {"paraphrases", "locality", "truth", "aliases"}
 _SHOWN_CHARACTERS = 80
 
 
@@ -36,6 +37,7 @@ class EditRequest:
     subject: what the fact is about.
     target: how the prompt is to continue after the edit.
     paraphrases: other prompts for the same fact; `{}` is filled here too.
+    aliases: other names of the subject that are to call the fact up too (under the memory readout).
     locality: prompts whose answers must not change; (prompt, answer) pairs are accepted.
     truth: the answer that the target replaces, if known; evaluation compares their likelihoods. It
     is ignored when requests are compared for equality.
@@ -49,6 +51,7 @@ class EditRequest:
     subject: str
     target: str
     paraphrases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = field(default=(), kw_only=True)
     locality: tuple[LocalityPrompt, ...] = ()
     truth: str | None = field(default=None, compare=False)
     _start: int = field(init=False, repr=False, compare=False)
@@ -72,6 +75,7 @@ class EditRequest:
         object.__setattr__(self, "subject", subject)
         object.__setattr__(self, "target", _text("target", self.target, about))
         object.__setattr__(self, "paraphrases", paraphrases)
+        object.__setattr__(self, "aliases", _aliases(self.aliases, subject, about))
         object.__setattr__(self, "locality", locality)
         if self.truth is not None:
             object.__setattr__(self, "truth", _text("truth", self.truth, about))
@@ -104,16 +108,18 @@ class EditRequest:
             "paraphrases": list(self.paraphrases),
             "locality": [{"prompt": item.prompt, "answer": item.answer} for item in self.locality],
         }
+        if self.aliases:
+            found["aliases"] = list(self.aliases)
         return found if self.truth is None else found | {"truth": self.truth}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EditRequest:
-        """Read what `to_dict` wrote; `paraphrases`, `locality`, `truth` may be left out.
+        """Read what `to_dict` wrote; all but prompt, subject and target may be left out.
 
         Raises `RequestError` for missing or unknown fields and for what the constructor refuses.
         """
         required = {"prompt", "subject", "target"}
-        _check_fields("request", data, required, optional={"paraphrases", "locality", "truth"})
+        _check_fields("request", data, required, optional=_OPTIONAL)
         about = f" (prompt {_shown(data['prompt'])}, subject {_shown(data['subject'])})"
         locality = []
         for item in _items("locality", data.get("locality", ()), about):
@@ -126,6 +132,7 @@ class EditRequest:
             paraphrases=data.get("paraphrases", ()),
             locality=tuple(locality),
             truth=data.get("truth"),
+            aliases=data.get("aliases", ()),
         )
 
 
@@ -183,6 +190,16 @@ def _items(name: str, value: object, about: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise RequestError(f"{name} must be a list, not {type(value).__name__}{about}")
     return value
+
+
+def _aliases(value: object, subject: str, about: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for item in _items("aliases", value, about):
+        alias = _text("alias", item, about)
+        if alias == subject or alias in found:
+            raise RequestError(f"alias {_shown(alias)} is given twice; leave one out{about}")
+        found.append(alias)
+    return tuple(found)
 
 
 def _filled(name: str, text: str, subject: str, about: str) -> tuple[str, int]:

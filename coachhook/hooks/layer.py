@@ -68,6 +68,16 @@ class HookLinear(nn.Module):
         """The module whose input the gate reads."""
         return self
 
+    @property
+    def compared(self) -> str:
+        """What a trace compares with the threshold: "score" or "z"."""
+        return self.gate.compared
+
+    @property
+    def alpha(self) -> float:
+        """The lowest z-score that opens the gate."""
+        return float(self.gate.alpha)
+
     def least_open(self) -> Tensor:
         """The threshold in units of what the gate compares, 0-d float32."""
         return self.gate.least_open()

@@ -60,6 +60,7 @@ class MemoryHook(nn.Module):
     compiled and captured graphs see them in their next run.
     """
 
+    compared = "score"
     projection: Tensor
     offset: Tensor
     fingerprints: Tensor
@@ -138,6 +139,11 @@ class MemoryHook(nn.Module):
         """Run every variant of the kernels that up to `most_rows` tokens need, on zeros."""
         for rows in telling_rows(most_rows):
             self.read(self.projection.new_zeros(1, rows, self.projection.shape[1]))
+
+    @property
+    def alpha(self) -> float:
+        """The lowest cosine that opens the gate, which stands for the z-score of other gates."""
+        return float(self.threshold)
 
     def least_open(self) -> Tensor:
         """The threshold, 0-d float32."""

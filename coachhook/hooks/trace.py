@@ -73,16 +73,15 @@ def trace_text(lm: LanguageModel, hooks: dict[int, HookLinear], text: str) -> Tr
         text[start:end] or lm.tokenizer.convert_ids_to_tokens(token)
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
-    gates = [hook.gate for hook in hooks.values()]
     return Trace(
         tokens=tokens,
         layers=list(hooks),
         score=score,
         z=z,
-        threshold=torch.stack([gate.least_open().cpu() for gate in gates]),
+        threshold=torch.stack([hook.least_open().cpu() for hook in hooks.values()]),
         is_open=is_open,
         edit=edit,
-        compared=gates[0].compared,
+        compared=next(iter(hooks.values())).compared,
     )
 
 

@@ -135,6 +135,7 @@ class Journal:
     _rows: dict[int, tuple[Base | None, Running[Batch, Tensor]]] = field(
         default_factory=dict, repr=False
     )
+    _neighbours: dict[int, Running[Batch, Tensor]] = field(default_factory=dict, repr=False)
     _facts: Running[Batch, _Facts] = field(
         default_factory=lambda: Running(_Facts.none, _Facts.after), repr=False
     )
@@ -229,6 +230,13 @@ class Journal:
             self._rows[layer] = base, running
         return running.over(self.batches[self.merged :])
 
+    def neighbours(self, layer: int) -> Tensor:
+        """Under the memory readout, the neighbours of the batches that are not merged, `(m, s)`."""
+        running = self._neighbours.setdefault(
+            layer, Running(lambda: torch.zeros(0), partial(_more_neighbours, layer=layer))
+        )
+        return running.over(self.batches[self.merged :])
+
     def served(self) -> Tensor:
         """Under the memory readout, by id int64 `(e,)`: the edit whose row a token receives that
         resembles this one's key, -1 for none. It is the latest row in force that says this edit's
@@ -281,6 +289,11 @@ def _more_marks(
 
 def _more_rows(found: Tensor, batches: Sequence[Batch], *, layer: int) -> Tensor:
     return torch.cat([found, *[batch.layers[layer].rows for batch in batches]])
+
+
+def _more_neighbours(found: Tensor, batches: Sequence[Batch], *, layer: int) -> Tensor:
+    more = [batch.layers[layer].neighbours for batch in batches]
+    return torch.cat([*([found] if len(found) else []), *more]) if more else found
 
 
 def _more_delta(

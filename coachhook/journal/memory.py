@@ -12,12 +12,14 @@ from coachhook.system.tensor_file import TensorFile
 class MemoryFactors:
     """Of n edits and w write blocks, float32 on the CPU. rows `(n, w, d)`: what an open token
     receives after each block, zero for an edit without one; fingerprints `(f, s)`: unit rows; owner
-    int64 `(f,)`: the row of the edit each belongs to."""
+    int64 `(f,)`: the row of the edit each belongs to; neighbours `(m, s)`: the same of names that
+    resemble the edits' subjects, by which thresholds are chosen."""
 
-    NAMES: ClassVar[tuple[str, ...]] = ("rows", "fingerprints", "owner")
+    NAMES: ClassVar[tuple[str, ...]] = ("rows", "fingerprints", "owner", "neighbours")
     rows: Tensor
     fingerprints: Tensor
     owner: Tensor
+    neighbours: Tensor
 
     def spread(self, rows: Tensor, n: int) -> "MemoryFactors":
         """These factors as the rows `rows` of a batch of `n` edits; the other rows are zero."""
@@ -42,6 +44,10 @@ class StoredMemory:
     @property
     def rows(self) -> Tensor:
         return self.file[f"rows.{self.layer}"]
+
+    @property
+    def neighbours(self) -> Tensor:
+        return self.file[f"neighbours.{self.layer}"]
 
     def stored(self, file: TensorFile, layer: int) -> "StoredMemory":
         return StoredMemory(file, layer, self.fingerprints, self.owner)

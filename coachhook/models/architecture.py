@@ -105,6 +105,12 @@ class Architecture:
             f"{', '.join(FFNS)}; there are {', '.join(block._modules)}); use the delta readout"
         )
 
+    def width(self, model: Any, layer: int, site: str) -> int:
+        """Width of the inputs of block `layer`'s down-projection, or of its FFN (`site="ffn"`)."""
+        if site == "ffn":
+            return int(model.config.get_text_config().hidden_size)
+        return self.d_in(model, layer)
+
     def d_in(self, model: nn.Module, layer: int) -> int:
         """Width of the keys of block `layer`."""
         module = self.down_projection(model, layer)

@@ -46,7 +46,9 @@ def read_padded(
     def some(rows: slice) -> tuple[list[list[Tensor]], Tensor | None]:
         before(rows)
         part = {name: tensor[rows] for name, tensor in inputs.items()}
-        keys, output = read_pass(model, part, modules, block)
+        # A hook that is no module of the pass itself names the one whose input it reads.
+        sites = [getattr(module, "site", module) for module in modules]
+        keys, output = read_pass(model, part, sites, block)
 
         def chosen(tensor: Tensor) -> Tensor:
             return tensor[at[rows].to(tensor.device)].cpu()

@@ -26,6 +26,14 @@ class Hook(Protocol):
     @property
     def site(self) -> nn.Module: ...
 
+    @property
+    def compared(self) -> str:
+        """What a trace compares with the threshold: "score" or "z"."""
+
+    @property
+    def alpha(self) -> float:
+        """The lowest z-score that opens the gate."""
+
     def read(self, keys: Tensor) -> GateReading:
         """The gate's reading of `keys`, without gradient."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coachhook.errors import AttachError, StatisticsError
 from coachhook.hooks.layer import HookLinear
+from coachhook.hooks.memory import MemoryHook
 from coachhook.models.architecture import Architecture
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import eval_mode, plainly
@@ -64,8 +65,10 @@ def key_statistics(
     layers: Sequence[int],
     source: StatisticsSource | None = None,
     processes: Processes = ALONE,
+    site: str = "down_projection",
 ) -> KeyStatistics:
-    """Statistics of the keys of `layers`, from the cache or measured now (and then cached).
+    """Statistics of the keys of `layers`, from the cache or measured now (and then cached): of the
+    inputs of their down-projections, or of those of their FFN (`site="ffn"`).
 
     The cache file is named by a checksum of the tokenizer, the layers, the source and all weights
     except those of the blocks above the last hooked one. Independent processes that measure the
@@ -75,15 +78,17 @@ def key_statistics(
     Raises `StatisticsError` on unusable text, non-finite keys, sharded weights or processes with
     different models, tokenizers or texts; `AttachError` if the model has hooks attached.
     """
-    if any(isinstance(module, HookLinear) for module in lm.model.modules()):
+    if any(isinstance(module, HookLinear | MemoryHook) for module in lm.model.modules()):
         raise AttachError(
             "this model has hooks attached, and key statistics are those of the unedited model; "
             "detach the hooks first"
         )
     source = source or StatisticsSource()
-    modules = {layer: architecture.down_projection(lm.model, layer) for layer in layers}
+    sites = architecture.ffn if site == "ffn" else architecture.down_projection
+    modules = {layer: sites(lm.model, layer) for layer in layers}
     with eval_mode(lm.model), ExitStack() as holding:
-        n_tokens = source.tokens_for(max(architecture.d_in(lm.model, layer) for layer in layers))
+        widths = [architecture.width(lm.model, layer, site) for layer in layers]
+        n_tokens = source.tokens_for(max(widths))
         recipe = recipe_of(
             lm,
             architecture,
@@ -91,6 +96,7 @@ def key_statistics(
             path=source.path,
             n_tokens=n_tokens,
             seed=source.seed,
+            site=site,
         )
         if len(set(processes.gather_bytes(recipe.encode()))) > 1:
             raise StatisticsError(

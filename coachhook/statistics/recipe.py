@@ -25,6 +25,7 @@ def recipe_of(
     path: str | None,
     n_tokens: int,
     seed: int,
+    site: str = "down_projection",
 ) -> str:
     """A checksum, as 32 hexadecimal digits, of the tokenizer, the layers, the text, how it is cut,
     and all weights except those of the blocks above the last of `layers`.
@@ -42,6 +43,8 @@ def recipe_of(
         "text": None if path is None else [Path(path).suffix, _file_checksum(Path(path))],
         "cut": [n_tokens, seed, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES],
     }
+    if site != "down_projection":
+        recipe["site"] = site
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -83,6 +83,7 @@ def read_batch(expected: Expected, file: TensorFile) -> Batch:
         for layer, (d_in, d_out) in expected.layers.items():
             if expected.rows is not None:
                 check(headers, f"rows.{layer}", torch.float32, n, expected.rows, d_out)
+                check(headers, f"neighbours.{layer}", torch.float32, None, expected.sizes[layer])
                 continue
             check(headers, f"residuals.{layer}", torch.float32, n, d_out)
             check(headers, f"solutions.{layer}", torch.float32, n, d_in)

@@ -182,7 +182,7 @@ def load(folder: Path) -> Contents:
         expected = Expected(
             layers=base.shapes,
             sizes={layer: len(offset) for layer, (_, offset) in sketches.items()},
-            threshold=_threshold_type(settings),
+            threshold=threshold_type(settings),
             rows=_rows(settings),
         )
         journal = _journal(folder, config, expected)
@@ -191,7 +191,8 @@ def load(folder: Path) -> Contents:
         return Contents(base, settings, sketches, journal, config["digest"])
 
 
-def _threshold_type(settings: EditConfig) -> type[Threshold]:
+def threshold_type(settings: EditConfig) -> type[Threshold]:
+    """The type of a layer's threshold under these settings."""
     return GATES[settings.gate].threshold_type if settings.readout == "delta" else Threshold
 
 
