@@ -50,6 +50,10 @@ def check_add(
     _check_threshold(threshold)
     _check_matrix("rows", rows, "e", output.shape[-1])
     _check_devices(output, score=score, entry=entry, threshold=threshold, rows=rows)
+
+
+def check_overlap(output: Tensor) -> None:
+    """Refuse an output that holds an element twice, which would be added to twice."""
     if torch._debug_has_internal_overlap(output) == 1:
         raise KernelInputError(
             f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
