@@ -31,6 +31,7 @@ ROOMS = (
     "coachhook.statistics",
     "coachhook.config",
     "coachhook.journal",
+    "coachhook.readouts",
     "coachhook.storage",
     "coachhook.plan",
     "coachhook.hookset",
@@ -55,6 +56,7 @@ KERNEL_ROOMS = (
     "coachhook_kernels.hook_linear",
     "coachhook_kernels.hook_linear_sequence",
     "coachhook_kernels.key_covariance",
+    "coachhook_kernels.memory",
     "coachhook_kernels.compilation",
 )
 

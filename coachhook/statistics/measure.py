@@ -89,15 +89,7 @@ def key_statistics(
     with eval_mode(lm.model), ExitStack() as holding:
         widths = [architecture.width(lm.model, layer, site) for layer in layers]
         n_tokens = source.tokens_for(max(widths))
-        recipe = recipe_of(
-            lm,
-            architecture,
-            layers,
-            path=source.path,
-            n_tokens=n_tokens,
-            seed=source.seed,
-            site=site,
-        )
+        recipe = recipe_of(lm, architecture, layers, source, n_tokens, site)
         if len(set(processes.gather_bytes(recipe.encode()))) > 1:
             raise StatisticsError(
                 "the processes of this job have different models, tokenizers or texts; give all "

@@ -15,16 +15,15 @@ from coachhook.models.architecture import Architecture
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.placement import fetched
 from coachhook.statistics import text as corpus
+from coachhook.statistics.source import StatisticsSource
 
 
 def recipe_of(
     lm: LanguageModel,
     architecture: Architecture,
     layers: Sequence[int],
-    *,
-    path: str | None,
+    source: StatisticsSource,
     n_tokens: int,
-    seed: int,
     site: str = "down_projection",
 ) -> str:
     """A checksum, as 32 hexadecimal digits, of the tokenizer, the layers, the text, how it is cut,
@@ -33,6 +32,7 @@ def recipe_of(
     Raises `StatisticsError` if weights are sharded, or the file at `path` cannot be read.
     """
     blocks = architecture.blocks(lm.model)
+    path = None if source.path is None else Path(source.path)
     above = {id(p) for block in blocks[max(layers) + 1 :] for p in block.parameters()}
     recipe = {
         "model": lm.model.config.model_type,
@@ -40,8 +40,8 @@ def recipe_of(
         "weights": _weights_checksum(lm.model, above),
         "vocabulary": [len(lm.tokenizer), *lm.tokenizer("")["input_ids"]],
         "layers": list(layers),
-        "text": None if path is None else [Path(path).suffix, _file_checksum(Path(path))],
-        "cut": [n_tokens, seed, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES],
+        "text": None if path is None else [path.suffix, _file_checksum(path)],
+        "cut": [n_tokens, source.seed, corpus.SEQUENCE_LENGTH, corpus.SHARD_SEQUENCES],
     }
     if site != "down_projection":
         recipe["site"] = site

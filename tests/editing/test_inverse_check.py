@@ -241,7 +241,7 @@ class TestInTheEditor:
     def test_a_damaged_inverse_is_made_anew_from_the_journal(self, wanted: list[Tensor]) -> None:
         edited = editor()
         edited.edit(FACTS)
-        for writer in edited._writers.values():
+        for writer in edited._writing._writers.values():
             writer.solver.block_rows[0].mul_(1.01)
         edited.edit(LATER)
         torch.testing.assert_close(factors(edited), wanted, rtol=1e-6, atol=0)
@@ -255,7 +255,7 @@ class TestInTheEditor:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(edited._writers[2].solver, "absorb", interrupted)
+            patch.setattr(edited._writing._writers[2].solver, "absorb", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 edited.edit(FACTS)
         edited.edit(FACTS)
@@ -282,7 +282,7 @@ class TestInTheEditor:
 
     def test_float32_gives_nearly_the_same(self, wanted: list[Tensor]) -> None:
         edited = editor(inverse_dtype="float32")
-        assert edited._writers[1].solver.block_rows[0].dtype == torch.float32
+        assert edited._writing._writers[1].solver.block_rows[0].dtype == torch.float32
         edited.edit(FACTS)
         edited.edit(LATER)
         torch.testing.assert_close(factors(edited), wanted, rtol=1e-2, atol=1e-4)
@@ -293,4 +293,4 @@ class TestInTheEditor:
         with caplog.at_level(logging.WARNING):
             edited = editor(inverse_device="cuda:99")
         assert "no cuda:99 here" in caplog.text
-        assert edited._writers[1].solver.block_rows[0].device.type == "cpu"
+        assert edited._writing._writers[1].solver.block_rows[0].device.type == "cpu"

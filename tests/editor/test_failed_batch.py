@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from coachhook import EditConfig, Editor, EditRequest, StatisticsSource, ValueConfig
+from coachhook.editing.delta_writing import DeltaWriting
+from coachhook.editing.writing import Wanted
 from coachhook.errors import ModelError
 from coachhook.hooks.gates import Threshold
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
@@ -50,13 +51,18 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def not_finite(editor: Editor, requests: list[EditRequest]) -> Tensor:
-    return torch.full((len(requests), editor.model.config.hidden_size), torch.nan)
+def not_finite(writing: DeltaWriting, requests: list[EditRequest]) -> Wanted:
+    return Wanted(torch.full(writing.shape(len(requests)), torch.nan))
 
 
 FAULTS = [
     pytest.param("coachhook.editor.judge", stop, KeyboardInterrupt, id="interrupted"),
-    pytest.param("coachhook.editor.Editor._values", not_finite, ModelError, id="not-finite"),
+    pytest.param(
+        "coachhook.editing.delta_writing.DeltaWriting.values",
+        not_finite,
+        ModelError,
+        id="not-finite",
+    ),
     pytest.param(
         "coachhook.editing.write_batch.threshold", stop, KeyboardInterrupt, id="between-layers"
     ),

@@ -109,7 +109,7 @@ def test_an_interruption_while_keys_are_absorbed_leaves_no_batch(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(editor._writers[LAYERS[-1]].solver, "absorb", stop)
+        patch.setattr(editor._writing._writers[LAYERS[-1]].solver, "absorb", stop)
         with pytest.raises(KeyboardInterrupt):
             editor.edit(FACTS)
     assert not editor.hooks.edits

@@ -154,40 +154,14 @@ def gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
     projection are contiguous."""
     (n_rows, d), device = keys.shape, keys.device
     n_fingerprints, n_score = gate.fingerprints.shape
-    dtype = gate.fingerprints.dtype
-    default = sketch_config(n_rows <= 16, keys.dtype)
-    bits = 8 * keys.element_size()
-    config = lookup(f"memory_sketch_{bits}bit", device, default, d=d, rows=n_rows)
-    n_tiles = cdiv(n_rows, config["BM"]) * cdiv(n_score, config["BN"])
-    most = cdiv(d, 2 * config["BK"])
-    n_slices = min(most, max(1, 2 * multiprocessors(device) // n_tiles))
-    slice_length = cdiv(cdiv(d, n_slices), config["BK"]) * config["BK"]
-    block = match_rows(n_rows, dtype)
+    block = match_rows(n_rows, gate.fingerprints.dtype)
     n_blocks = cdiv(n_rows, block)
+    arrived = torch.empty(n_blocks, dtype=torch.int32, device=device)
+    parts = _sketch(keys, gate.projection, arrived)
     slab = slab_length(n_fingerprints, n_blocks, device)
     n_slabs = max(1, cdiv(n_fingerprints, slab))
-    parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
-    arrived = torch.empty(n_blocks, dtype=torch.int32, device=device)
     score = torch.empty(n_rows, dtype=torch.float32, device=device)
     entry = torch.empty(n_rows, dtype=torch.int64, device=device)
-    prepared.launch(
-        sketch_kernel,
-        (max(n_tiles * n_slices, n_blocks),),
-        p_keys=keys,
-        p_projection=gate.projection,
-        p_parts=parts,
-        p_arrived=arrived,
-        n_rows=n_rows,
-        n_score=n_score,
-        d=d,
-        stride_kt=keys.stride(0),
-        stride_pn=gate.projection.stride(0),
-        stride_pk=gate.projection.stride(1),
-        n_slices=n_slices,
-        slice_length=slice_length,
-        n_blocks=n_blocks,
-        **launchable(config),
-    )
     prepared.launch(
         match_kernel,
         (n_blocks * n_slabs,),
@@ -204,7 +178,7 @@ def gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
         n_rows=n_rows,
         n_score=n_score,
         n_fingerprints=n_fingerprints,
-        n_slices=n_slices,
+        n_slices=parts.shape[0],
         n_slabs=n_slabs,
         slab=slab,
         BM=block,
@@ -214,6 +188,35 @@ def gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
         PARTS=PARTS[block],
     )
     return score, entry
+
+
+def _sketch(keys: Tensor, projection: Tensor, arrived: Tensor) -> Tensor:
+    """The parts of `F k`, float32 `(slices, t, s)`; sets the counters `arrived` to zero."""
+    (n_rows, d), n_score, device = keys.shape, projection.shape[0], keys.device
+    kernel = f"memory_sketch_{8 * keys.element_size()}bit"
+    config = lookup(kernel, device, sketch_config(n_rows <= 16, keys.dtype), d=d, rows=n_rows)
+    n_tiles = cdiv(n_rows, config["BM"]) * cdiv(n_score, config["BN"])
+    n_slices = min(cdiv(d, 2 * config["BK"]), max(1, 2 * multiprocessors(device) // n_tiles))
+    parts = torch.empty(n_slices, n_rows, n_score, dtype=torch.float32, device=device)
+    prepared.launch(
+        sketch_kernel,
+        (max(n_tiles * n_slices, len(arrived)),),
+        p_keys=keys,
+        p_projection=projection,
+        p_parts=parts,
+        p_arrived=arrived,
+        n_rows=n_rows,
+        n_score=n_score,
+        d=d,
+        stride_kt=keys.stride(0),
+        stride_pn=projection.stride(0),
+        stride_pk=projection.stride(1),
+        n_slices=n_slices,
+        slice_length=cdiv(cdiv(d, n_slices), config["BK"]) * config["BK"],
+        n_blocks=len(arrived),
+        **launchable(config),
+    )
+    return parts
 
 
 def add(output: Tensor, score: Tensor, entry: Tensor, threshold: Tensor, rows: Tensor) -> None:
