@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from coachhook import EditConfig, Editor, EditRequest, StatisticsSource, ValueConfig
 from coachhook.editing.delta_writing import DeltaWriting

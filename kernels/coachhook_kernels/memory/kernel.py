@@ -152,7 +152,7 @@ PARTS = {16: 4, 64: 1}
 def gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
     """`memory_gate` of keys `(t, d)`, t > 0, contiguous along `d`; all tensors of the gate but the
     projection are contiguous."""
-    (n_rows, d), device = keys.shape, keys.device
+    n_rows, device = keys.shape[0], keys.device
     n_fingerprints, n_score = gate.fingerprints.shape
     block = match_rows(n_rows, gate.fingerprints.dtype)
     n_blocks = cdiv(n_rows, block)
