@@ -205,6 +205,19 @@ class TestOp:
         assert mirror_(got) is got
         check(got, start, keys, None)
 
+    def test_a_mirror_that_does_not_compile(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.errors import PTXASError
+
+        def fails(_: Tensor) -> None:
+            raise PTXASError("no such instruction")
+
+        monkeypatch.setattr(op.runtime, "triton_runs", lambda *_: True)
+        monkeypatch.setattr(op.runtime, "_broken", set())
+        monkeypatch.setattr(kernel, "mirror_upper", fails)
+        start = accumulator(41)
+        for _ in range(2):
+            assert torch.equal(mirror_(below_poisoned(start)), start)
+
     def test_mirror_of_several_blocks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(reference, "_BLOCK", 16)
         start = accumulator(41)

@@ -65,10 +65,23 @@ def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor |
     return all(tensor is None or tensor.numel() > 0 for tensor in (keys, *same))
 
 
-def _scope(operation: str, keys: Tensor, d_out: int, delta: Delta, gate: TokenGate) -> str:
-    """What a failed compilation disables: other rows, gates and forms of Δ may still compile."""
-    forms = ("keyed" if gate.keyed else "calibrated", "dense" if delta.up is None else "factored")
-    return runtime.scope(operation, keys, d_out, *forms)
+def _scope(
+    operation: str, keys: Tensor, weight: Tensor | None, d_out: int, delta: Delta, gate: TokenGate
+) -> str:
+    """What a failed compilation disables: other rows, gates, forms of Δ and layouts may still
+    compile."""
+    (down, up), projection = delta, gate.projection
+    return runtime.scope(
+        operation,
+        keys,
+        d_out,
+        "keyed" if gate.keyed else "calibrated",
+        "dense" if up is None else "factored",
+        "" if weight is None or weight.is_contiguous() else "strided weight",
+        "" if down.is_contiguous() else "strided down",
+        "" if up is None or up.is_contiguous() else "strided up",
+        "" if projection is None or projection.is_contiguous() else "strided projection",
+    )
 
 
 def eager_correction_(
@@ -99,7 +112,7 @@ def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tu
         return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
-        _scope("hook_correction_", keys, output.shape[1], delta, gate),
+        _scope("hook_correction_", keys, None, output.shape[1], delta, gate),
         launch,
         lambda: eager_correction_(output, keys, delta, gate),
     )
@@ -117,7 +130,7 @@ def _linear(
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import decode
 
-    name = _scope("hook_linear", keys, weight.shape[0], delta, gate)
+    name = _scope("hook_linear", keys, weight, weight.shape[0], delta, gate)
     unit_bias = None if bias is None else bias.contiguous()
 
     def while_decoding() -> tuple[Tensor, Tensor, Tensor]:

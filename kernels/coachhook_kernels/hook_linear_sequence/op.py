@@ -128,8 +128,15 @@ def _run(
     filled = keys.numel() > 0 and weight.numel() > 0 and down.shape[0] > 0
     with torch.autocast(keys.device.type, enabled=False), torch.cuda.device_of(keys):
         if one_dtype and filled and triton_runs(keys, weight, down):
-            form = "dense" if up is None else "factored"
-            name = scope(NAME, keys, weight.shape[0], form)
+            name = scope(
+                NAME,
+                keys,
+                weight.shape[0],
+                "dense" if up is None else "factored",
+                "" if weight.is_contiguous() else "strided weight",
+                "" if down.is_contiguous() else "strided down",
+                "" if up is None or up.is_contiguous() else "strided up",
+            )
             return with_fallback(name, launch, eager)
         return eager()
 

@@ -151,8 +151,12 @@ def _library_(moment: Tensor, keys: Tensor, mask: Tensor | None) -> None:
 def _mirror(moment: Tensor) -> None:
     if moment.numel() == 0:
         return
-    if moment.dtype != torch.float32 or not runtime.triton_runs(moment):
+
+    def eager() -> None:
         reference.mirror_(moment)
+
+    if moment.dtype != torch.float32 or not runtime.triton_runs(moment):
+        eager()
         return
 
     def launch() -> None:
@@ -161,4 +165,4 @@ def _mirror(moment: Tensor) -> None:
         with torch.cuda.device_of(moment):
             mirror_upper(moment)
 
-    runtime.with_fallback("mirror_", launch, lambda: reference.mirror_(moment) and None)
+    runtime.with_fallback(f"mirror_ on {moment.device}", launch, eager)
