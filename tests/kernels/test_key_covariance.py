@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ops.tensor_core import truncation
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.key_covariance import (
     configs,
@@ -16,7 +17,6 @@ from coachhook_kernels.key_covariance import (
     reference,
     require_symmetric,
 )
-from tests.support.tensor_core import truncation
 
 kernel = pytest.importorskip("coachhook_kernels.key_covariance.kernel", exc_type=ImportError)
 
