@@ -271,6 +271,9 @@ def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
             raise RuntimeError("an error of the device")
         return "done"
 
+    def fails_at_once() -> str:
+        raise RuntimeError("an error of the device")
+
     assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
     with pytest.raises(RuntimeError):
         runtime.with_fallback("some_op", lambda: series(True), str)
@@ -281,6 +284,16 @@ def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
     # Nothing is known of a stream's set but that the next series does not get it.
     assert workspace._of_stream == {}
     assert [int(counts[0]) for counts in sets] == [1, 0, 1]
+
+    # A series that breaks off before it takes a set, in a later capture: the first graph is whole,
+    # and whether it runs is its own affair.
+    capturing[0] = True
+    sets.append(torch.zeros(workspace.SET, dtype=torch.int32))
+    given = iter(sets[3:])
+    assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", fails_at_once, str)
+    assert int(sets[3][0]) == 1
 
 
 def test_a_series_broken_off_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:

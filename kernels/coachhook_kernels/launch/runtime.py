@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coachhook_kernels.launch import tuning
-from coachhook_kernels.launch.counters import discard
+from coachhook_kernels.launch.counters import begin_series, discard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,6 +82,7 @@ def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) ->
     if name in _broken:
         return eager()
     series = tuning.Series(name)
+    begin_series()
     while True:
         try:
             with series:
