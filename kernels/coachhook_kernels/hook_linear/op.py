@@ -48,10 +48,16 @@ def hook_correction_(
     """Add `Δ k` in place to the output `(..., d_out)` that any engine computed for `keys`.
 
     Tokens whose gate stays closed keep their output bit for bit and cost only the score. Returns
-    the score and the nearest fingerprint, as `hook_linear` does. Raises KernelInputError where the
-    tensors do not fit together, share memory or would need a gradient.
+    the score and the nearest fingerprint, as `hook_linear` does; under autocast keys (unless
+    float64) and delta are first cast to its dtype as there, so that both open the same gates.
+    Raises KernelInputError where the tensors do not fit together, share memory or would need a
+    gradient.
     """
     check_correction(output, keys, delta, gate)
+    device = keys.device.type
+    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        keys, delta = keys.to(dtype), delta.to(dtype)
     result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
     return result
 
