@@ -207,7 +207,8 @@ class TestLines:
         assert lines.read(path) == [{"key": "ü"}]
 
     def test_what_was_begun_and_not_done(self) -> None:
-        found = [{"begun": "a"}, {"key": "a"}, {"begun": "b"}, {"begun": "c"}, {"key": "c"}]
+        found = [{"begun": "a"}, {"key": "a", "verdict": ""}, {"begun": "b"}]
+        found += [{"begun": "c"}, {"key": "c", "outcome": "passed"}]
         assert lines.unfinished(found) == ["b"]
 
     def test_the_worst_miss_comes_first(self, tmp_path: Path) -> None:
