@@ -14,6 +14,7 @@ from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.validation import check_correction, check_linear, check_overlap
 from coachhook_kernels.launch import runtime
+from coachhook_kernels.launch.autocast import autocast_dtype
 from coachhook_kernels.launch.boundary import Operation
 
 
@@ -33,9 +34,8 @@ def hook_linear(
     devices do not fit together.
     """
     check_linear(keys, weight, bias, delta, gate)
-    device = keys.device.type
-    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(keys)
+    if dtype is not None:
         keys, weight, delta = keys.to(dtype), weight.to(dtype), delta.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     result: tuple[Tensor, Tensor, Tensor] = _hook_linear(keys, weight, bias, *delta, *gate)
@@ -54,9 +54,8 @@ def hook_correction_(
     gradient.
     """
     check_correction(output, keys, delta, gate)
-    device = keys.device.type
-    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(keys)
+    if dtype is not None:
         keys, delta = keys.to(dtype), delta.to(dtype)
     result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
     return result
