@@ -5,7 +5,9 @@ from torch import Tensor
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors may hold the same bytes: the extents of both within one storage meet."""
-    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
+    memory = one.untyped_storage().data_ptr()
+    # Tensors without memory are all at zero.
+    if memory == 0 or memory != other.untyped_storage().data_ptr():
         return False
     (first, last), (start, stop) = _extent(one), _extent(other)
     return bool(one.numel() and other.numel() and first < stop and start < last)
