@@ -311,6 +311,37 @@ def test_autocast_casts_all_but_the_gate(form: str) -> None:
     assert keys.grad.dtype == SINGLE
 
 
+@forms
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("path", ["plain", "kernels"])
+@pytest.mark.parametrize("n_rows", [5, 20])
+def test_autocast_casts_for_a_correction_what_it_does_for_a_layer(
+    n_rows: int, path: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "kernels":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: path == "kernels")
+    monkeypatch.setattr(runtime, "_broken", set())
+    problem = make(replace(FORMS[form], rows=n_rows))
+    base = base_output(problem)
+    cast = problem._replace(keys=problem.keys.to(BRAIN), delta=problem.delta.to(BRAIN))
+    expected = reference.hook_linear(*cast._replace(weight=cast.weight.to(BRAIN), bias=None))[1:]
+    with torch.autocast(DEVICE, dtype=BRAIN):
+        _, linear_score, linear_index = run_linear(problem)
+        output, score, index = run_correction(problem, base.clone())
+    torch.testing.assert_close((score, index), expected)
+    # Of a norm the plain path rounds the vector, and the kernels do not.
+    rounding = 1e-5 if problem.gate.keyed else torch.finfo(BRAIN).eps
+    torch.testing.assert_close(score, linear_score, rtol=rounding, atol=0)
+    assert torch.equal(index, linear_index)
+    is_open = problem.gate.is_open(score)
+    assert torch.equal(output[~is_open], base[~is_open])
+    correction = cast.delta.expand(cast.delta.project(cast.keys))
+    # In float32 the correction would differ from what a layer under autocast adds.
+    torch.testing.assert_close((output - base)[is_open], correction[is_open].float())
+    assert not runtime.failures()
+
+
 @pytest.mark.parametrize("form", ["keyed dense", "keyed factored"])
 def test_more_open_than_alpha_asks_is_never(form: str) -> None:
     """Neither an infinite nor an undefined threshold opens a gate; minus infinity opens all."""

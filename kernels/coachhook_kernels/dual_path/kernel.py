@@ -49,13 +49,23 @@ class Products(NamedTuple):
     squares: Tensor
 
 
+FAR = 2**21
+"""From this stride on, the 32-bit offsets within a tile of 512 by 512 would not do."""
+
+
+def _within_reach(matrix: Tensor) -> Tensor:
+    """The matrix itself, of whatever strides, unless its elements are too far apart."""
+    return matrix if max(matrix.stride()) < FAR else matrix.contiguous()
+
+
 def _unit_stride(keys: Tensor) -> Tensor:
-    return keys if keys.stride(-1) == 1 else keys.contiguous()
+    return _within_reach(keys) if keys.stride(-1) == 1 else keys.contiguous()
 
 
 def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Products:
     """Both paths of a dense Δ `(d_out, d_in)` in one pass over `W` and `Δ`."""
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, delta = _within_reach(weight), _within_reach(delta)
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     config = launchable(configs.product_config(keys, weight, delta, factored=False))
     n_columns = cdiv(d_out, config["BN"])
@@ -90,6 +100,7 @@ def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Ten
 def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
     """The base path and `A k` (float32), down `A` `(r, d_in)`: r more columns of one product."""
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, down = _within_reach(weight), _within_reach(down)
     (n_tokens, d_in), d_out, rank = keys.shape, weight.shape[0], down.shape[0]
     config = launchable(configs.product_config(keys, weight, down, factored=True))
     n_columns = cdiv(d_out, config["BN"])
@@ -218,6 +229,7 @@ def one_launch(
     mask bool `(t,)`, contiguous, or None: all are real. length: tokens of a sequence.
     """
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, delta = _within_reach(weight), _within_reach(delta)
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     n_columns = cdiv(d_out, config["BN"])
     output = keys.new_empty(n_tokens, d_out)

@@ -10,16 +10,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coachhook_kernels.compilation.case import CompileCase
-from coachhook_kernels.key_covariance.configs import BLACKWELL, POINTER, SINGLE, SQUARE, WIDE
+from coachhook_kernels.key_covariance.configs import (
+    BLACKWELL,
+    POINTER,
+    SINGLE,
+    SPAN,
+    SQUARE,
+    WIDE,
+)
 from coachhook_kernels.launch.sizes import cdiv
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable
 
 MIRROR_BLOCK = 64
 MIRROR_GROUP = 8
-
-SPAN = 2048
-"""Rows that a tensor core sums before its accumulator is drained; a multiple of every `block_n`."""
 
 
 @triton.jit
