@@ -147,7 +147,7 @@ def finish_sequences(
     z = squares.new_empty(batch, length)
     BL, BT = configs.finish_block(length), configs.swap_block(length)
     n_blocks = triton.cdiv(length, BT)
-    slab = configs.slab_columns(d_out, batch * n_blocks, output.device)
+    slab = configs.slab_columns(output, batch * n_blocks)
     finish_sequences_kernel[(batch, n_blocks, triton.cdiv(d_out, slab))](
         p_squares=squares,
         p_mask=mask,
@@ -169,7 +169,7 @@ def finish_sequences(
         TILES=configs.FINISH_BLOCK // BL,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         BR=configs.FINISH_RANKS,
         num_warps=configs.FINISH_WARPS,
     )
@@ -313,7 +313,7 @@ def dual_path_calibrated(
     index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
     n_blocks = triton.cdiv(n_tokens, BT)
-    slab = configs.slab_columns(d_out, n_blocks, output.device)
+    slab = configs.slab_columns(output, n_blocks)
     finish_tokens_kernel[(n_blocks, triton.cdiv(d_out, slab))](
         p_squares=squares,
         p_mean=mean,
@@ -329,7 +329,7 @@ def dual_path_calibrated(
         slab=slab,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         num_warps=configs.FINISH_WARPS,
     )
     return output, score, index

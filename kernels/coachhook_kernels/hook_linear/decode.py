@@ -96,7 +96,7 @@ class Tickets(NamedTuple):
 ALONE = 1024
 """So many fingerprints one program matches faster than several would share them out."""
 
-MATCH_BLOCK = {1: 64, 16: 64, 32: 64, 64: 32}
+MATCH_BLOCK = {1: 64, 16: 64, 32: 32, 64: 32}
 """Fingerprints read at a time for each tile of tokens; with more the registers run out."""
 
 
@@ -107,7 +107,7 @@ def tickets(gate: TokenGate, tile: int, processors: int) -> Tickets:
     sketch = max(16, triton.next_power_of_2(n_score))
     widest = MATCH_BLOCK[tile]
     if gate.fingerprints.dtype == torch.float32:
-        widest = min(widest, 32)
+        widest = 32 if tile == 1 else 16
     block = max(16, min(widest, 8192 // sketch))
     if n_fingerprints <= ALONE:
         return Tickets(sketch, block, 1)
