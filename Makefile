@@ -46,7 +46,7 @@ results: $(READY)
 	$(BIN)/python -m bench.comparison.results $(COUNTERFACT) $(QAEDIT) --run $(RUN)
 
 # Every kernel compiled by the oldest Triton that pyproject.toml allows, which lies beside the
-# installed one: some five minutes on two cores. REPORT="--match decode" and the like make it less.
+# installed one: two and a half minutes on two cores. REPORT="--match decode" and the like make it less.
 OLDEST_TRITON := 3.6.0
 
 compile-oldest: .venv/triton-$(OLDEST_TRITON)

@@ -9,11 +9,14 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(
 LABEL = re.compile(r"^(\.L_\w+):")
 JUMP = re.compile(r"`\((\.L_\w+)\)")
 LOAD = re.compile(r"(LDG|LDGSTS|LD|UTMALDG|UBLKCP)(\.|$)")
-BOOLEAN = re.compile(r"\.[US]8\b")
-TENSOR_COPIES = ("UTMALDG", "UBLKCP")
+WIDTH = re.compile(r"\.[US]?(8|16|64|128)\b")
+WHOLE_TILES = ("UTMALDG", "UBLKCP")
 FEWEST_FMAS = 32
 """Multiplications that make a loop one of products where no tensor core computes them: other loops
 add up a few numbers a thread."""
+BESIDE = 10
+"""Narrow loads count where they bring more than one in so many of a loop's bytes: a single row's
+keys, which `Conv1D` weights are multiplied with, bring less."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,27 @@ def _multiplies(loop: list[str]) -> bool:
     return sum(opcode.startswith("FFMA") for opcode in loop) >= FEWEST_FMAS
 
 
-def loads(code: Code) -> Counter[str]:
-    """Loads in loops of products, by opcode. Single bytes, which are booleans, do not count, nor do
-    the loads of a product without a loop."""
-    return Counter(
-        opcode
-        for loop in filter(_multiplies, _innermost(code))
-        for opcode in loop
-        if LOAD.match(opcode) and not BOOLEAN.search(opcode)
-    )
+def _width(opcode: str) -> int:
+    """Bytes that a load brings a thread; 16 where one instruction copies a whole tile."""
+    if opcode.split(".")[0] in WHOLE_TILES:
+        return 16
+    bits = WIDTH.search(opcode)
+    return int(bits[1]) // 8 if bits else 4
 
 
 def is_narrow(opcode: str) -> bool:
-    """Whether a load is of fewer than 16 bytes a thread."""
-    return opcode.split(".")[0] not in TENSOR_COPIES and ".128" not in opcode
+    """Whether a load brings fewer than 16 bytes a thread, and not one, which is a boolean."""
+    return 1 < _width(opcode) < 16
+
+
+def loads(code: Code) -> Counter[str]:
+    """Loads in loops of products, by opcode; without narrow ones that bring next to nothing, and
+    without the loads of a product that has no loop."""
+    found: Counter[str] = Counter()
+    for loop in filter(_multiplies, _innermost(code)):
+        streamed = [opcode for opcode in loop if LOAD.match(opcode)]
+        narrow = [opcode for opcode in streamed if is_narrow(opcode)]
+        found.update(streamed)
+        if BESIDE * sum(map(_width, narrow)) <= sum(map(_width, streamed)):
+            found.subtract(narrow)
+    return +found
