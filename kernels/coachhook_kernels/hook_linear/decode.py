@@ -97,7 +97,8 @@ ALONE = 1024
 """So many fingerprints one program matches faster than several would share them out."""
 
 MATCH_BLOCK = {1: 64, 16: 64, 32: 32, 64: 32}
-"""Fingerprints read at a time for each tile of tokens; with more the registers run out."""
+"""Fingerprints of up to 64 numbers read at a time for each tile of tokens, half as many of up to
+128: with more the registers run out."""
 
 
 def tickets(gate: TokenGate, tile: int, processors: int) -> Tickets:
@@ -108,7 +109,7 @@ def tickets(gate: TokenGate, tile: int, processors: int) -> Tickets:
     widest = MATCH_BLOCK[tile]
     if gate.fingerprints.dtype == torch.float32:
         widest = 32 if tile == 1 else 16
-    block = max(16, min(widest, 8192 // sketch))
+    block = max(16, min(widest, 64 * widest // sketch))
     if n_fingerprints <= ALONE:
         return Tickets(sketch, block, 1)
     n_blocks = triton.cdiv(n_fingerprints, block)
@@ -159,7 +160,6 @@ def _decide(
     slices = countable(config["SLICES"], n_base_tiles)
     n_base = n_base_tiles * slices
     match = tickets(gate, tile, multiprocessors(device))
-    match_apart = weight is None and match.number > 1
     n_partial = n_project if project_slices > 1 else 0
     if n_base and slices > 1:
         n_partial = n_project + n_base
@@ -188,12 +188,11 @@ def _decide(
         d_out=d_out,
         BASE=weight is not None,
         KEYED=gate.keyed,
-        MATCH=gate.keyed and not match_apart,
         PROJECT_SLICES=project_slices,
         **config | {"SLICES": slices},
         **shared,
     )
-    if match_apart:
+    if weight is None and match.number > 1:
         match_kernel[(match.number,)](**shared, num_warps=config["num_warps"])
     return ints
 

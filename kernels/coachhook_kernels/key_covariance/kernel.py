@@ -154,7 +154,7 @@ def _add_tile(moment, b_left, b_right, i_i, i_j, d, MIRROR: tl.constexpr):
 
 @triton.jit
 def _bring_to_l2(moment, i_i, i_j, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Ask for a tile of the moment, sector by sector. Nothing waits for it, no register holds it."""
+    """Ask for a tile of the moment, sector by sector; nothing waits, no register holds it."""
     SECTOR: tl.constexpr = 8
     o_i = tl.minimum(i_i + tl.arange(0, BLOCK_I), d - 1)
     o_j = tl.minimum(i_j + tl.arange(0, BLOCK_J // SECTOR) * SECTOR, d - 1)
