@@ -275,7 +275,7 @@ class TestOtherDtypes:
 def test_the_plain_path_is_chosen_where_the_kernels_cannot_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a dtype that the kernels do not take, or of several."""
+    """Of a dtype that the kernels do not take, or of several; or with fingerprints too wide."""
     monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: True)
     problem = make(Case(rank=5))
     assert op._kernels_take(problem.keys, problem.delta, problem.gate)
@@ -286,6 +286,9 @@ def test_the_plain_path_is_chosen_where_the_kernels_cannot_run(
     assert not op._kernels_take(problem.keys[:0], problem.delta, problem.gate)
     nothing = Delta(problem.delta.down[:0], problem.weight[:, :0])
     assert not op._kernels_take(problem.keys, nothing, problem.gate)
+    for size, taken in ((op.WIDEST_SKETCH, True), (op.WIDEST_SKETCH + 1, False)):
+        wide = make(Case(size=size, d_in=200))
+        assert op._kernels_take(wide.keys, wide.delta, wide.gate) == taken
 
 
 @forms

@@ -165,7 +165,7 @@ def finish_sequences(
     z = squares.new_empty(batch, length)
     BL, BT = configs.finish_block(length), configs.swap_block(length)
     n_blocks = cdiv(length, BT)
-    slab = configs.slab_columns(d_out, batch * n_blocks, output.device)
+    slab = configs.slab_columns(output, batch * n_blocks)
     prepared.launch(
         finish_sequences_kernel,
         (batch, n_blocks, cdiv(d_out, slab)),
@@ -189,7 +189,7 @@ def finish_sequences(
         TILES=configs.FINISH_BLOCK // BL,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         BR=configs.FINISH_RANKS,
         num_warps=configs.FINISH_WARPS,
     )
@@ -336,7 +336,7 @@ def dual_path_calibrated(
     index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
     n_blocks = cdiv(n_tokens, BT)
-    slab = configs.slab_columns(d_out, n_blocks, output.device)
+    slab = configs.slab_columns(output, n_blocks)
     prepared.launch(
         finish_tokens_kernel,
         (n_blocks, cdiv(d_out, slab)),
@@ -354,7 +354,7 @@ def dual_path_calibrated(
         slab=slab,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         num_warps=configs.FINISH_WARPS,
     )
     return output, score, index

@@ -25,7 +25,8 @@ def hook_linear(
 
     keys `(..., d_in)`; weight `(d_out, d_in)` of any strides (`Conv1D`: its transposed view); bias
     `(d_out,)` or None: all of one float dtype. Triton kernels run where delta and the gate's
-    projection have that dtype too, plain torch otherwise. Differentiable in keys, weight and bias;
+    projection have that dtype too and fingerprints at most 128 numbers, plain torch otherwise.
+    Differentiable in keys, weight and bias;
     delta and gate are constants.
 
     Returns the output `(..., d_out)`, the score float32 `(...)` and the nearest fingerprint int64
@@ -61,9 +62,15 @@ def hook_correction_(
     return result
 
 
+WIDEST_SKETCH = 128
+"""Numbers of a fingerprint; kernels that hold wider ones in registers spill them."""
+
+
 def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor | None) -> bool:
     same = (delta.down, delta.up, gate.projection, *others)
     if any(tensor is not None and tensor.dtype != keys.dtype for tensor in same):
+        return False
+    if gate.offset is not None and len(gate.offset) > WIDEST_SKETCH:
         return False
     if not runtime.triton_runs(keys, gate.offset, gate.fingerprints):
         return False
