@@ -235,11 +235,8 @@ def one_launch(
     output = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
     score = squares.new_empty(n_tokens)
-    z = nearest = None
-    if scalars.mean is None:
-        z = torch.empty_like(score)
-    else:
-        nearest = torch.empty_like(score, dtype=torch.int64)
+    z = torch.empty_like(score) if scalars.mean is None else None
+    nearest = None if scalars.mean is None else torch.empty_like(score, dtype=torch.int64)
     shared = counters(keys.device)
     # The interpreter runs one program after another, and none waits: the gates of its second run
     # read the squares of the first.
