@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Side by side, on a core each, file by file; tests/conftest.py says which files come first.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check test fast-tests all-tests lint bench results clean
+.PHONY: demo check test fast-tests all-tests lint bench results compile-oldest clean
 
 demo: $(READY)
 	$(BIN)/coachhook demo
@@ -44,6 +44,16 @@ bench: $(READY)
 # RESULTS.md, measured again: make results COUNTERFACT=FILE QAEDIT=FILE RUN=FOLDER. It takes hours.
 results: $(READY)
 	$(BIN)/python -m bench.comparison.results $(COUNTERFACT) $(QAEDIT) --run $(RUN)
+
+# Every kernel compiled by the oldest Triton that pyproject.toml allows, which lies beside the
+# installed one: two and a half minutes on two cores. REPORT="--match decode" and the like make it less.
+OLDEST_TRITON := 3.6.0
+
+compile-oldest: .venv/triton-$(OLDEST_TRITON)
+	PYTHONPATH=$< $(BIN)/python -m coachhook_kernels.compilation.report $(REPORT)
+
+.venv/triton-$(OLDEST_TRITON): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $@ triton==$(OLDEST_TRITON)
 
 # torch goes first: left to another package's range, pip may choose a build with gigabytes of CUDA.
 # uv installs the rest in a tenth of the time; where it knows no way to the packages, pip does.

@@ -131,12 +131,13 @@ class EditConfig:
     has 1, in solves and in what later batches preserve. A layer is full after `d_in` keys of weight
     1. fit: weight of a batch's own keys in its solve; larger values leave less of the residual.
     With context_weight and fit at 1 the solve is the paper's closed form. false_alarms: largest
-    share of background tokens that may open a gate. fingerprint_size: s. resemblance: lowest cosine
-    that opens the keyed gate. calibrated_alpha: lowest α of the calibrated gate; sequence_alpha:
-    where the paper's α rule starts. inverse_dtype: dtype in which the `d_in² / 2` numbers of each
-    layer's inverse are stored: "float64", or "float32" for half the memory and an error of Δ that
-    is kept near 1 % at most. inverse_device: where the inverse is kept and updated, "cpu" or a GPU
-    such as "cuda:1"; None is the GPU that holds the layer, or the CPU if no GPU does.
+    share of background tokens that may open a gate. fingerprint_size: s; a GPU's kernels take up to
+    128, wider ones are left to plain torch. resemblance: lowest cosine that opens the keyed gate.
+    calibrated_alpha: lowest α of the calibrated gate; sequence_alpha: where the paper's α rule
+    starts. inverse_dtype: dtype in which the `d_in² / 2` numbers of each layer's inverse are
+    stored: "float64", or "float32" for half the memory and an error of Δ that is kept near 1 % at
+    most. inverse_device: where the inverse is kept and updated, "cpu" or a GPU such as "cuda:1";
+    None is the GPU that holds the layer, or the CPU if no GPU does.
     """
 
     layers: tuple[int, ...] | None = None

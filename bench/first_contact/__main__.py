@@ -23,6 +23,7 @@ import torch
 import typer
 
 from bench.first_contact import phases, summary
+from bench.harness.orphans import end_with
 from bench.harness.script import run_script
 from bench.ops import lines
 
@@ -64,7 +65,7 @@ def environment() -> dict[str, str]:
 
 def command(name: str, out: Path, until: float) -> list[str]:
     """Of one phase, which is to begin nothing after the time `until` of `time.monotonic`."""
-    of_phase = ["--phase", name, "--until", str(until)]
+    of_phase = ["--phase", name, "--until", str(until), "--parent", str(os.getpid())]
     return [sys.executable, "-m", "bench.first_contact", "--out", str(out.resolve()), *of_phase]
 
 
@@ -97,6 +98,8 @@ def run_all(out: Path, minutes: float) -> None:
     """All phases in their order, as far as the time goes."""
     end = time.monotonic() + 60 * minutes
     for phase in PLAN:
+        lines.forgive(out / f"{phase.name}.jsonl")
+    for phase in PLAN:
         for _ in range(ATTEMPTS):
             before = len(lines.read(out / f"{phase.name}.jsonl"))
             left = end - RESERVE - time.monotonic()
@@ -127,9 +130,13 @@ def main(
     minutes: Annotated[float, typer.Option(help="for everything")] = 10.0,
     phase: Annotated[str | None, typer.Option(hidden=True)] = None,
     until: Annotated[float, typer.Option(hidden=True)] = 0.0,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Meet a GPU: is everything right, how fast is it, and which configurations suit it?"""
     if phase is not None:
+        if parent is not None:
+            # Killed, it could not end this phase, which would share the GPU with the next run.
+            end_with(parent)
         phases.run(phase, out, until)
         return
     out.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,7 @@ def _check(path: Path, until: float) -> None:
         return
     for key in lines.unfinished(lines.read(path)):
         lines.append(path, {"key": key, "outcome": "failed", "why": HUNG})
-    done = {line["key"] for line in lines.read(path) if "key" in line}
+    done = lines.done(lines.read(path))
     for case in chosen():
         key = lines.key_of(case)
         if key in done or time.monotonic() > until:
@@ -157,7 +157,7 @@ def _table(path: Path, until: float) -> None:
     for key in lines.unfinished(seen):
         if key in by_key:
             lines.append(path, table.fault_row(by_key[key], HUNG))
-    done = {line["key"] for line in lines.read(path) if "key" in line}
+    done = lines.done(lines.read(path))
     facts: dict[str, float] = {}
     for line in lines.read(path.with_name("facts.jsonl")):
         facts |= line

@@ -16,18 +16,18 @@ def collect(out: Path) -> dict[str, Any]:
     facts: Line = {}
     for line in lines.read(out / "facts.jsonl"):
         facts |= line
-    checks = lines.read(out / "check.jsonl")
-    rows = [line for line in lines.read(out / "table.jsonl") if line.get("verdict")]
+    # Of what was done again, the last word counts.
+    checks = latest(lines.read(out / "check.jsonl"))
+    rows = [line for line in latest(lines.read(out / "table.jsonl")) if line.get("verdict")]
     models = lines.read(out / "inference.jsonl")
     wrong = [f"{line['key']}: {line['why']}" for line in checks if line.get("outcome") == "failed"]
     wrong += [f"{row['key']}: {row['verdict']}" for row in rows if is_wrong(row)]
     wrong += [f"whole model, {line['gate']}: {line['fault']}" for line in models if "fault" in line]
-    compiled = lines.read(out / "compile.jsonl")
     return {
         "times_mean_nothing": not facts.get("gpu", False),
         "facts": facts,
         "phases": lines.read(out / "phases.jsonl"),
-        "not_compiled": [line for line in compiled if "fault" in line],
+        "not_compiled": not_compiled(lines.read(out / "compile.jsonl")),
         "checks_passed": sum(line.get("outcome") == "passed" for line in checks),
         "wrong": wrong,
         "reached": [row for row in rows if not is_wrong(row) and "MISSED" not in row["verdict"]],
@@ -37,6 +37,22 @@ def collect(out: Path) -> dict[str, Any]:
         "models": models,
         "tuned": lines.read(out / "tune.jsonl"),
     }
+
+
+def latest(found: list[Line]) -> list[Line]:
+    """The last line of each contender of each case, or of each check, that says what came of it."""
+    return list(
+        {
+            (line["key"], line.get("contender")): line for line in found if lines.says_outcome(line)
+        }.values()
+    )
+
+
+def not_compiled(found: list[Line]) -> list[Line]:
+    """The faults of the last compilation, which ends with how many were `compiled`."""
+    before = [i + 1 for i, line in enumerate(found[:-1]) if "compiled" in line]
+    begin = max(before, default=0)
+    return [line for line in found[begin:] if "fault" in line]
 
 
 def is_wrong(row: Line) -> bool:

@@ -4,7 +4,7 @@ the process that times them finds them in Triton's cache on disk."""
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Self
@@ -112,6 +112,21 @@ class Compilers:
         process.join()
         worker.close()
 
+    def _give(self, variant: Variant) -> Connection:
+        """A process that has been given the variant: an idle one, unless all of these have died."""
+        while self._idle:
+            worker = self._idle.pop()
+            try:
+                worker.send(variant)
+                return worker
+            except OSError:
+                self._end(worker)
+        worker = self._start()
+        # One that dies at once is heard of as one that dies of its variant.
+        with suppress(OSError):
+            worker.send(variant)
+        return worker
+
     def compile(self, variants: Sequence[Variant], until: float) -> dict[int, str]:
         """Compile, up to the time `until` of `time.monotonic`. By index, the variants that cannot
         be used, and why."""
@@ -121,9 +136,8 @@ class Compilers:
         faults: dict[int, str] = {}
         while waiting or busy:
             while waiting and (self._idle or len(self._of) < self.processes):
-                worker = self._idle.pop() if self._idle else self._start()
                 index, variant = waiting.pop()
-                worker.send(variant)
+                worker = self._give(variant)
                 busy[worker], began[worker] = index, time.monotonic()
             patience = min(until, min(began[worker] for worker in busy) + HANGS)
             ready = connection.wait(list(busy), timeout=max(0.0, patience - time.monotonic()))
@@ -142,7 +156,8 @@ class Compilers:
                 try:
                     said = worker.recv()
                     self._idle.append(worker)
-                except EOFError:
+                except (EOFError, OSError):
+                    # An error where it had not even read what it was given.
                     said = DIED
                     self._end(worker)
                 if said is not None:

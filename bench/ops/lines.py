@@ -2,6 +2,7 @@
 which cases come next."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,14 @@ def key_of(case: Case) -> str:
 def append(path: Path, line: Line) -> None:
     """One line, on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                # The end of a line that was cut, which would take this one with it.
+                text = "\n" + text
+        file.write(text.encode())
 
 
 def read(path: Path) -> list[Line]:
@@ -39,15 +46,35 @@ def read(path: Path) -> list[Line]:
     return found
 
 
+def says_outcome(line: Line) -> bool:
+    """Whether it is the line that a case is done with, of whichever phase."""
+    return "key" in line and ("verdict" in line or "outcome" in line)
+
+
+def done(lines: Iterable[Line]) -> set[str]:
+    """The cases of which the outcome is known."""
+    return {line["key"] for line in lines if says_outcome(line)}
+
+
 def unfinished(lines: Iterable[Line]) -> list[str]:
-    """The cases that were begun and of which nothing was heard."""
+    """The cases that were begun and of which no outcome was heard, except for those forgiven."""
     begun: dict[str, None] = {}
     for line in lines:
         if "begun" in line:
             begun[line["begun"]] = None
-        else:
-            begun.pop(line.get("key", ""), None)
+        elif "forgiven" in line:
+            begun.clear()
+        elif says_outcome(line):
+            begun.pop(line["key"], None)
     return list(begun)
+
+
+def forgive(path: Path) -> None:
+    """Give another chance to the cases that an earlier run left unfinished: most likely it was the
+    run that was cut."""
+    left = unfinished(read(path))
+    if left:
+        append(path, {"forgiven": left})
 
 
 def excess(line: Line) -> float:

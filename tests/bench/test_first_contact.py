@@ -73,6 +73,13 @@ def is_running(process: int) -> bool:
     return state != "Z"
 
 
+def wait_for_the_end(process: int) -> None:
+    deadline = time.monotonic() + 20
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(process)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_phase_ends_with_its_children_when_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -81,11 +88,76 @@ def test_a_phase_ends_with_its_children_when_its_time_is_over(
         first_contact, "command", lambda *_: ["sh", "-c", "sleep 600 & echo $!; sleep 600"]
     )
     assert first_contact.run_phase("table", tmp_path, limit=1.0) is None
-    child = int((tmp_path / "table.log").read_text())
-    deadline = time.monotonic() + 20
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not is_running(child)
+    wait_for_the_end(int((tmp_path / "table.log").read_text()))
+
+
+PHASE = """
+import os, subprocess, sys, time
+from bench.harness.orphans import end_with
+end_with(int(sys.argv[1]))
+child = subprocess.Popen(["sleep", "600"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+PARENT = """
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], start_new_session=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_phase_ends_with_its_children_when_the_run_is_killed() -> None:
+    command = [sys.executable, "-c", PARENT, PHASE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        phase, child = map(int, run.stdout.readline().split())
+        time.sleep(0.7)
+        assert is_running(phase)
+        assert is_running(child)
+        run.kill()
+        wait_for_the_end(child)
+        wait_for_the_end(phase)
+
+
+def test_a_phase_is_told_which_run_it_is_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(first_contact, "end_with", called.append)
+    monkeypatch.setattr(first_contact.phases, "run", lambda *given: called.append(given))
+    told = first_contact.command("table", tmp_path, 3.0)
+    assert told[told.index("--parent") + 1] == str(os.getpid())
+    first_contact.main(tmp_path, phase="table", until=3.0, parent=7)
+    assert called == [7, ("table", tmp_path, 3.0)]
+
+
+def test_a_run_in_the_folder_of_one_that_was_cut(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the earlier one was at is tried again, and the last word on everything counts."""
+    monkeypatch.setattr(first_contact, "run_phase", lambda *_: 0)
+    table, check, compiled = (tmp_path / f"{name}.jsonl" for name in ("table", "check", "compile"))
+    lines.append(compiled, {"key": "one", "fault": "not compiled in time"})
+    lines.append(compiled, {"compiled": 0})
+    for outcome in ({"outcome": "failed", "why": "no memory"}, {"outcome": "passed"}):
+        lines.append(check, {"key": "a test"} | outcome)
+    lines.append(table, {"begun": "one"})
+    lines.append(table, {"key": "one", "contender": "F.linear"})
+    assert lines.unfinished(lines.read(table)) == ["one"]
+    assert lines.done(lines.read(table)) == set()
+    with table.open("a") as file:
+        file.write('{"key": "one", "verd')
+    first_contact.run_all(tmp_path, minutes=10)
+    assert lines.unfinished(lines.read(table)) == []
+    assert lines.read(table)[-1] == {"forgiven": ["one"]}
+    lines.append(compiled, {"compiled": 1})
+    found = summary.collect(tmp_path)
+    assert (found["wrong"], found["checks_passed"], found["not_compiled"]) == ([], 1, [])
+    lines.append(table, {"begun": "one"})
+    assert lines.unfinished(lines.read(table)) == ["one"]
+    lines.append(compiled, {"key": "two", "fault": "so"})
+    assert [line["key"] for line in summary.collect(tmp_path)["not_compiled"]] == ["two"]
 
 
 def test_a_phase_that_breaks_off_is_begun_again_and_the_others_go_on(

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench.harness import timing
-from bench.ops import cases, layers, lines, published, table
+from bench.ops import cases, layers, lines, published, table, tensor_core
 from tests.support.bench import called
 
 CPU = torch.device("cpu")
@@ -147,6 +149,44 @@ def test_an_error_of_the_device_ends_the_table_and_is_kept(
     assert len(put) == 2
 
 
+class TestTensorCores:
+    """They cut off where plain torch rounds: as much as that is right, and no more."""
+
+    N_ROWS = 4096
+
+    def check(self, monkeypatch: pytest.MonkeyPatch, lost: float, cutting: bool) -> None:
+        """The check of a case whose moment lacks a share `lost` of what it should be."""
+
+        def key_covariance_(moment: Tensor, keys: Tensor) -> Tensor:
+            exact = keys.double().mT @ keys.double()
+            return moment.copy_(exact * (1 - lost))
+
+        monkeypatch.setattr(cases, "key_covariance_", key_covariance_)
+        monkeypatch.setattr(tensor_core, "cuts_off", lambda keys: cutting)
+        torch.manual_seed(0)
+        cases.contenders(cases.Case("one", "key_covariance_", 8, 8, self.N_ROWS), CPU, check=True)
+
+    def test_a_moment_as_a_gpu_sums_it_is_right(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Of sums drained every SPAN rows, by the emulation (csrc_notes/key-covariance.md).
+        self.check(monkeypatch, 5.4e-6, cutting=True)
+
+    def test_a_missing_row_is_noticed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(layers.WrongResultError):
+            self.check(monkeypatch, 1 / self.N_ROWS, cutting=True)
+
+    def test_where_sums_round_nothing_is_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(layers.WrongResultError):
+            self.check(monkeypatch, 5.4e-6, cutting=False)
+
+    def test_which_keys_they_take(self) -> None:
+        keys = torch.ones(4, 8, dtype=torch.bfloat16)
+        assert tensor_core.cut_off(keys) == 0.0
+        on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+        assert not tensor_core.cuts_off(on_gpu)
+        on_gpu.dtype = torch.bfloat16
+        assert tensor_core.cuts_off(on_gpu)
+
+
 class TestLines:
     CASES = (
         cases.Case("a", "hook_linear", 8, 4, 1),
@@ -167,7 +207,8 @@ class TestLines:
         assert lines.read(path) == [{"key": "ü"}]
 
     def test_what_was_begun_and_not_done(self) -> None:
-        found = [{"begun": "a"}, {"key": "a"}, {"begun": "b"}, {"begun": "c"}, {"key": "c"}]
+        found = [{"begun": "a"}, {"key": "a", "verdict": ""}, {"begun": "b"}]
+        found += [{"begun": "c"}, {"key": "c", "outcome": "passed"}]
         assert lines.unfinished(found) == ["b"]
 
     def test_the_worst_miss_comes_first(self, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The search of configurations, compiled side by side, kept after every problem."""
 
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +169,46 @@ class Crash(compiling.Variant):
 
     def __reduce__(self) -> Any:
         return os._exit, (1,)
+
+
+class Answered(compiling.Compilers):
+    """Each process is the far end of a pipe, which has so many answers in it beforehand."""
+
+    def __init__(self, *answers: int) -> None:
+        super().__init__(1)
+        self.far_ends: list[Any] = []
+        self._answers = list(answers)
+
+    def _start(self) -> Any:
+        ours, theirs = multiprocessing.Pipe()
+        for _ in range(self._answers.pop(0)):
+            theirs.send(None)
+        self.far_ends.append(theirs)
+        self._of[ours] = SimpleNamespace(kill=lambda: None, join=lambda: None)
+        return ours
+
+    def _give(self, variant: compiling.Variant) -> Any:
+        worker = super()._give(variant)
+        if not worker.poll():
+            # Unread, what was sent makes an error of the end of the pipe.
+            self.far_ends[-1].close()
+        return worker
+
+
+def test_an_idle_process_that_died_is_replaced() -> None:
+    variant = compiling.Variant(CASE)
+    with Answered(1, 2) as compilers:
+        assert compilers.compile([variant], time.monotonic() + 30) == {}
+        compilers.far_ends[0].close()
+        assert compilers.compile([variant, variant], time.monotonic() + 30) == {}
+        assert len(compilers.far_ends) == 2
+
+
+def test_a_process_that_dies_before_it_reads_costs_its_variant_alone() -> None:
+    variant = compiling.Variant(CASE)
+    with Answered(0, 1) as compilers:
+        faults = compilers.compile([variant, variant], time.monotonic() + 30)
+        assert faults == {0: compiling.DIED}
 
 
 @pytest.mark.slow

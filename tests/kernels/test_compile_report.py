@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -28,6 +29,8 @@ def test_every_fault_fails_the_report_with_its_reason(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     faults = {
         ("spills", "sm_90"): "spills: ",
+        ("more than all vector registers", "gfx942"): "spills: ",
+        ("unaligned columns", "sm_90"): "loads of fewer than 16 bytes in a loop of products: ",
         ("too few rows for a warp group", "sm_90"): "no warp-group matrix instruction (HGMMA)",
         ("shared memory", "sm_90"): "shared memory: ",
         ("shared memory", "gfx942"): "shared memory: ",
@@ -49,11 +52,15 @@ def test_every_fault_fails_the_report_with_its_reason(capsys, monkeypatch):
     assert spilled["stack"] > 0
     assert spilled["serialized"]
     assert any(told.startswith("local memory: ") for told in spilled["failures"])
+    on_amd = rows["more than all vector registers", "gfx942"]
+    assert on_amd["spills"]["vgpr"] > 0
+    assert any(told.startswith("local memory: ") for told in on_amd["failures"])
+    assert "LDG.E.U16" in rows["unaligned columns", "sm_90"]["loads"]
     for target in ("sm_90", "gfx942"):
         large = rows["shared memory", target]
         assert large["shared"] > large["shared_limit"] == TARGETS[target].shared_limit
     assert rows["type error", "sm_90"]["registers"] is None
-    # Matrix instructions and spills are demanded of, and held against, NVIDIA code alone.
+    # Matrix instructions are demanded of NVIDIA code alone.
     assert rows["no tensor cores", "gfx942"]["failures"] == []
 
 
@@ -122,7 +129,18 @@ def test_shipped_kernels_are_sound_on_every_target():
     expected = {
         *("module", "case", "target", "triton", "registers", "scalar_registers", "stack", "local"),
         *("spills", "shared", "shared_limit", "tensor_memory", "tensor_cores", "async_copies"),
-        *("serialized", "failures"),
+        *("loads", "serialized", "failures"),
     }
     assert all(row.keys() == expected for row in rows)
     assert all(row["registers"] > 0 for row in rows)
+
+    # The sound report says that no load in a loop of products is narrow; here, that such loads were
+    # seen wherever keys and weights are streamed.
+    streaming = re.compile(
+        "dual_path/(dense|factored|one launch)|decode (decode|open_rows)_kernel"
+        "|hook_linear/(score|squares|correct|lower)|key_covariance/triangle"
+    )
+    # On sm_100 the loops that wait for the matrix units hold another, and are not seen.
+    streams = [row for row in rows if streaming.search(row["case"])]
+    streams = [row for row in streams if row["target"] in ("sm_80", "sm_90")]
+    assert [row["case"] for row in streams if not row["loads"]] == []

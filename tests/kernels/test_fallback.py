@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from coachhook_kernels import Delta
 from coachhook_kernels.hook_linear import op
+from coachhook_kernels.hook_linear_sequence import op as sequence_op
+from coachhook_kernels.key_covariance import op as covariance_op
 from coachhook_kernels.launch import counters as workspace
 from coachhook_kernels.launch import runtime, tuning
 from tests.support.kernels import (
@@ -35,6 +38,10 @@ class Refused(SimpleNamespace):
 
     dtype = SINGLE
     device = torch.device("cuda", 0)
+
+
+def by_column(matrix: Tensor) -> Tensor:
+    return matrix.mT.contiguous().mT
 
 
 @pytest.fixture
@@ -151,11 +158,13 @@ class TestFallBack:
     @forms
     def test_a_failure_disables_only_what_failed(self, form: str) -> None:
         problem = make(replace(FORMS[form], rows=5))
-        keys, delta, gate = problem.keys, problem.delta, problem.gate
+        keys, weight, delta, gate = problem.keys, problem.weight, problem.delta, problem.gate
 
         def name(rows: int, **others: Any) -> str:
-            given = {"keys": keys[:1].repeat(rows, 1), "delta": delta, "gate": gate} | others
-            return op._scope("hook_linear", d_out=8, **given)
+            given = {"weight": weight, "delta": delta, "gate": gate} | others
+            return op._scope(
+                "hook_linear", given.pop("keys", keys[:1].repeat(rows, 1)), d_out=8, **given
+            )
 
         assert name(5) == name(8)
         other_form = Delta(keys, None if delta.up is not None else keys)
@@ -167,8 +176,43 @@ class TestFallBack:
             name(5, gate=gate._replace(projection=None if gate.keyed else keys)),
             name(5, keys=keys.half()),
             name(5, keys=keys[:, 1:]),
+            name(5, keys=keys.to("meta")),
+            name(5, weight=by_column(weight)),
+            name(5, delta=Delta(by_column(delta.down), delta.up)),
         ]
+        if delta.up is not None:
+            names.append(name(5, delta=Delta(delta.down, by_column(delta.up))))
+        if gate.projection is not None:
+            names.append(name(5, gate=gate._replace(projection=by_column(gate.projection))))
         assert len(set(names)) == len(names)
+
+    def test_a_failure_of_the_others_disables_no_other_device_and_no_other_layout(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names: list[str] = []
+
+        def remember(name: str, launch: Any, eager: Any) -> Any:
+            names.append(name)
+            return eager()
+
+        monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: True)
+        monkeypatch.setattr(sequence_op, "triton_runs", lambda *tensors: True)
+        monkeypatch.setattr(runtime, "with_fallback", remember)
+        monkeypatch.setattr(sequence_op, "with_fallback", remember)
+        keys, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+        alpha = torch.tensor(1.0)
+        for down, up in ((weight, None), (weight[:2], weight[:, :2].contiguous())):
+            layers = [(weight, down, up), (by_column(weight), down, up)]
+            layers.append((weight, by_column(down), up))
+            if up is not None:
+                layers.append((weight, down, by_column(up)))
+            for layer in layers:
+                sequence_op._run(keys, layer[0], None, layer[1], layer[2], None, alpha)
+        for device in ("cpu", "meta"):
+            moment, rows = torch.zeros(8, 8, device=device), torch.zeros(3, 8, device=device)
+            covariance_op._key_covariance_._init_fn(moment, rows, None, False)
+            covariance_op._mirror(moment)
+        assert len(names) == len(set(names)) == 11
 
     @forms
     @pytest.mark.parametrize("n_rows", [4, 70])
@@ -227,6 +271,9 @@ def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
             raise RuntimeError("an error of the device")
         return "done"
 
+    def fails_at_once() -> str:
+        raise RuntimeError("an error of the device")
+
     assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
     with pytest.raises(RuntimeError):
         runtime.with_fallback("some_op", lambda: series(True), str)
@@ -237,6 +284,16 @@ def test_a_graph_zeroes_the_counters_of_a_series_broken_off(
     # Nothing is known of a stream's set but that the next series does not get it.
     assert workspace._of_stream == {}
     assert [int(counts[0]) for counts in sets] == [1, 0, 1]
+
+    # A series that breaks off before it takes a set, in a later capture: the first graph is whole,
+    # and whether it runs is its own affair.
+    capturing[0] = True
+    sets.append(torch.zeros(workspace.SET, dtype=torch.int32))
+    given = iter(sets[3:])
+    assert runtime.with_fallback("some_op", lambda: series(False), str) == "done"
+    with pytest.raises(RuntimeError):
+        runtime.with_fallback("some_op", fails_at_once, str)
+    assert int(sets[3][0]) == 1
 
 
 def test_a_series_broken_off_leaves_no_counters_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 KEYED = make(Case(rank=5, size=9, fingerprints=4))
 META = "meta"
+EIGHT_BITS = torch.float8_e4m3fn
 
 
 def with_gate(**parts: Any) -> Problem:
@@ -48,6 +49,16 @@ D_IN, D_OUT = KEYED.weight.shape[1], KEYED.weight.shape[0]
 BAD_FOR_BOTH = {
     "keys without a dimension": (KEYED._replace(keys=zeros()), r"\(\.\.\., d_in\)"),
     "integer keys": (KEYED._replace(keys=KEYED.keys.long()), "torch.int64.*floats expected"),
+    "keys for storage alone": (
+        KEYED._replace(keys=KEYED.keys.to(EIGHT_BITS)), "torch.float8_e4m3fn.*floats expected"
+    ),
+    "complex keys": (KEYED._replace(keys=KEYED.keys + 0j), "torch.complex64.*floats expected"),
+    "delta for storage alone": (with_delta(KEYED.delta.down.to(EIGHT_BITS)), "delta.*float8"),
+    "fingerprints for storage alone": (
+        with_gate(fingerprints=zeros(4, 9).to(EIGHT_BITS)), "fingerprints.*float8"
+    ),
+    "integer offset": (with_gate(offset=zeros(9, dtype=torch.int64)), "offset is torch.int64"),
+    "mean of another dtype": (with_gate(mean=zeros(dtype=BRAIN)), "mean is torch.bfloat16"),
     "down for other keys": (with_delta(zeros(5, 36)), r"delta.down.*\(5, 36\).*\(rank, 37\)"),
     "down of three dimensions": (with_delta(zeros(1, 5, 37)), r"delta.down.*\(rank, 37\)"),
     "down transposed": (with_delta(zeros(37, 5)), r"delta.down.*\(37, 5\).*\(rank, 37\)"),
@@ -143,8 +154,9 @@ class TestBadInput:
             (zeros(5, 22), "delta makes 23 outputs.*has 22"),
             (zeros(5, D_OUT, device=META), "output is on meta"),
             (zeros(5, D_OUT, dtype=torch.int64), "output.*torch.int64"),
+            (zeros(5, D_OUT).to(EIGHT_BITS), "output.*torch.float8_e4m3fn"),
         ],
-        ids=["rows", "dimensions", "width", "device", "dtype"],
+        ids=["rows", "dimensions", "width", "device", "dtype", "storage"],
     )
     def test_output(self, output: Tensor, told: str) -> None:
         with pytest.raises(KernelInputError, match=told):

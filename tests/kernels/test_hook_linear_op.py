@@ -275,7 +275,7 @@ class TestOtherDtypes:
 def test_the_plain_path_is_chosen_where_the_kernels_cannot_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a dtype that the kernels do not take, or of several."""
+    """Of a dtype that the kernels do not take, or of several; or with fingerprints too wide."""
     monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: True)
     problem = make(Case(rank=5))
     assert op._kernels_take(problem.keys, problem.delta, problem.gate)
@@ -286,6 +286,9 @@ def test_the_plain_path_is_chosen_where_the_kernels_cannot_run(
     assert not op._kernels_take(problem.keys[:0], problem.delta, problem.gate)
     nothing = Delta(problem.delta.down[:0], problem.weight[:, :0])
     assert not op._kernels_take(problem.keys, nothing, problem.gate)
+    for size, taken in ((op.WIDEST_SKETCH, True), (op.WIDEST_SKETCH + 1, False)):
+        wide = make(Case(size=size, d_in=200))
+        assert op._kernels_take(wide.keys, wide.delta, wide.gate) == taken
 
 
 @forms
@@ -309,6 +312,37 @@ def test_autocast_casts_all_but_the_gate(form: str) -> None:
     output.sum().backward()
     assert keys.grad is not None
     assert keys.grad.dtype == SINGLE
+
+
+@forms
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("path", ["plain", "kernels"])
+@pytest.mark.parametrize("n_rows", [5, 20])
+def test_autocast_casts_for_a_correction_what_it_does_for_a_layer(
+    n_rows: int, path: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if path == "kernels":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(runtime, "triton_runs", lambda *tensors: path == "kernels")
+    monkeypatch.setattr(runtime, "_broken", set())
+    problem = make(replace(FORMS[form], rows=n_rows))
+    base = base_output(problem)
+    cast = problem._replace(keys=problem.keys.to(BRAIN), delta=problem.delta.to(BRAIN))
+    expected = reference.hook_linear(*cast._replace(weight=cast.weight.to(BRAIN), bias=None))[1:]
+    with torch.autocast(DEVICE, dtype=BRAIN):
+        _, linear_score, linear_index = run_linear(problem)
+        output, score, index = run_correction(problem, base.clone())
+    torch.testing.assert_close((score, index), expected)
+    # Of a norm the plain path rounds the vector, and the kernels do not.
+    rounding = 1e-5 if problem.gate.keyed else torch.finfo(BRAIN).eps
+    torch.testing.assert_close(score, linear_score, rtol=rounding, atol=0)
+    assert torch.equal(index, linear_index)
+    is_open = problem.gate.is_open(score)
+    assert torch.equal(output[~is_open], base[~is_open])
+    correction = cast.delta.expand(cast.delta.project(cast.keys))
+    # In float32 the correction would differ from what a layer under autocast adds.
+    torch.testing.assert_close((output - base)[is_open], correction[is_open].float())
+    assert not runtime.failures()
 
 
 @pytest.mark.parametrize("form", ["keyed dense", "keyed factored"])

@@ -12,6 +12,7 @@ from coachhook_kernels.hook_linear_sequence import op, reference
 from tests.support.kernels import DEVICE
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+EIGHT_BITS = torch.float8_e4m3fn
 forms = pytest.mark.parametrize("rank", [None, 0, 1, 4], ids=lambda rank: f"rank{rank}")
 Arguments = tuple[Tensor, Tensor, Tensor | None, Delta, Tensor | None, Tensor]
 
@@ -187,7 +188,19 @@ class TestRefusals:
             (2, torch.zeros(8), "bias"),
             (2, torch.zeros(7, dtype=torch.float64), "bias is torch.float64"),
             (3, Delta(torch.zeros(7, 12)), "delta.down"),
-            (3, Delta(torch.zeros(6, 13)), "a dense delta"),
+            (0, torch.zeros(2, 9, 13, dtype=EIGHT_BITS), "keys are torch.float8_e4m3fn of shape"),
+            (1, torch.zeros(7), r"weight has shape \(7,\); \(d_out, 13\)"),
+            (1, torch.zeros(7, 13, device="meta"), "weight is on meta"),
+            (2, torch.zeros(7, device="meta"), "bias is on meta"),
+            (2, torch.zeros(7, 1), r"bias has shape \(7, 1\)"),
+            (3, Delta(torch.zeros(6, 13)), "delta makes 6 outputs, the layer has 7"),
+            (3, Delta(torch.zeros(4, 13), torch.zeros(8, 4)), "delta makes 8 outputs"),
+            (3, Delta(torch.zeros(())), "delta.down"),
+            (3, Delta(torch.zeros(7, 13, device="meta")), "down is on meta"),
+            (3, Delta(torch.zeros(7, 13, dtype=torch.int64)), "delta.down is torch.int64"),
+            (3, Delta(torch.zeros(7, 13, dtype=EIGHT_BITS)), "delta.down is torch.float8_e4m3fn"),
+            (3, Delta(torch.zeros(4, 13), torch.zeros(7, 4).long()), "delta.up is torch.int64"),
+            (5, torch.tensor(0.0, device="meta"), "alpha is on meta"),
             (3, Delta(torch.zeros(4, 13), torch.zeros(4, 7)), "delta.up"),
             (4, torch.ones(2, 9), "mask is torch.float32"),
             (4, torch.ones(9, 2, dtype=torch.bool), "mask"),

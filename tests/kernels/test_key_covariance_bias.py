@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ops.tensor_core import truncation
 from coachhook_kernels.key_covariance import key_covariance_
 from tests.kernels.test_key_covariance import DEVICE, accumulator, check, random
-from tests.support.tensor_core import sum_of_squares, truncation
+from tests.support.tensor_core import sum_of_squares
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -55,8 +55,9 @@ def table_of_fingerprints() -> list[Case]:
         table += [
             Case(fingerprints=count, disabled="all", opened=opened) for opened in ("none", "all")
         ]
-    # As many columns as a fingerprint has by default, one more, and one alone.
-    return [*table, Case(size=64, d_in=90), Case(size=65, d_in=90), Case(size=1, fingerprints=1)]
+    # As many columns as a fingerprint has by default, one more, and one alone; and the most.
+    table += [Case(size=64, d_in=90), Case(size=65, d_in=90), Case(size=1, fingerprints=1)]
+    return [*table, Case(size=128, d_in=140), Case(17, size=128, d_in=140, dtype=BRAIN)]
 
 
 def table_of_gates() -> list[Case]:

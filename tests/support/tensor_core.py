@@ -1,33 +1,13 @@
-"""How NVIDIA's tensor cores sum: they cut off where other arithmetic rounds."""
+"""How NVIDIA's tensor cores sum, emulated: they cut off where other arithmetic rounds."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-STEP = 16
-"""Rows in one product of 16-bit numbers."""
+from bench.ops.tensor_core import GUARD_BITS, STEP
 
-GUARD_BITS = 2
-"""Bits kept below a float32's last while a step is summed. With 2 the emulation errs by what was
-measured on a Hopper GPU (csrc_notes/gpu.md)."""
-
-EPS = torch.finfo(torch.float32).eps
 Drain = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def truncation(n_rows: int, span: int) -> float:
-    """What cutting off takes from a sum over rows, as a share of the sum of magnitudes.
-
-    A cut takes half of what it can on average, and there are so many that no sum is far from the
-    average: half a unit in the last place for the result of a step, and for each product half of
-    the last bit kept. The accumulator grows from next to nothing to the sum of a span, and is half
-    of that on average; what a drain leaves of earlier spans is less than a 128th of their sum.
-    """
-    steps = n_rows / STEP
-    units = 0.5 * (1 + STEP * 2.0**-GUARD_BITS)
-    largest = min(1.0, span / max(n_rows, 1)) + 1 / 128
-    return steps * units * EPS * largest / 2
 
 
 def _cut(values: Tensor, unit: Tensor) -> Tensor:

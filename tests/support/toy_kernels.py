@@ -50,7 +50,7 @@ class CrashesCompiler:
         os.abort()
 
 
-def product(name, BM, BN, BK, num_warps=4, num_stages=3, **demands):
+def product(name, BM, BN, BK, num_warps=4, num_stages=3, columns="i32:16", **demands):
     return CompileCase(
         name=name,
         kernel=product_kernel,
@@ -59,7 +59,7 @@ def product(name, BM, BN, BK, num_warps=4, num_stages=3, **demands):
             "p_right": "*bf16:16",
             "p_output": "*fp32:16",
             "n_rows": "i32:16",
-            "n_columns": "i32:16",
+            "n_columns": columns,
             "length": "i32:16",
         },
         constants={"BM": BM, "BN": BN, "BK": BK},
@@ -78,6 +78,8 @@ def compile_cases():
     return [
         product("sound", 64, 64, 64, wgmma=True),
         product("spills", 128, 256, 64, wgmma=True),
+        product("more than all vector registers", 256, 512, 32, num_warps=2),
+        product("unaligned columns", 64, 64, 64, columns="i32"),
         product("too few rows for a warp group", 16, 64, 64, wgmma=True),
         product("shared memory", 64, 64, 256, num_stages=5, amd_num_stages=3),
         double("no tensor cores", tensor_cores=True),

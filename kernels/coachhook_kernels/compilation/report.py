@@ -80,7 +80,7 @@ class Row:
             "/".join(map(str, found.spills.values())),
             f"{found.shared / 1024:.1f}",
             " ".join(f"{name} {count}" for name, count in found.tensor_cores.items()) or "-",
-            "-" if found.async_copies is None else str(found.async_copies),
+            str(found.async_copies),
             verdict,
         )
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coachhook_kernels.compilation import sass
 from coachhook_kernels.compilation.case import CompileCase
 
-# A line of SASS: `/*00a0*/  @!P0 HMMA.16816.F32.BF16 R4, ...`.
-SASS_OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.M)
 SASS_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 AMD_OPCODE = re.compile(r"^\s+([a-z]+_\w+)(.*)$", re.M)
 TENSOR_MEMORY_COLUMNS = 512
@@ -49,8 +48,8 @@ class Resources:
     registers: of a thread (on AMD, vector registers). stack, local: bytes of a thread. spills: on
     NVIDIA the bytes stored and loaded (`store`, `load`), on AMD the registers (`vgpr`, `sgpr`).
     shared: bytes of a block. tensor_memory: columns, on sm_100. tensor_cores: matrix instructions
-    by opcode. async_copies: instructions that copy to shared memory past the registers. Neither is
-    counted on NVIDIA (empty, None) where the case asks for no matrix instructions.
+    by opcode. async_copies: instructions that copy to shared memory past the registers.
+    loads: those in loops of products, by opcode (`sass.loads`); on AMD none are counted.
     serialized: the assembler gave up on keeping warp-group products in flight.
     """
 
@@ -62,7 +61,8 @@ class Resources:
     shared: int
     tensor_memory: int | None
     tensor_cores: dict[str, int]
-    async_copies: int | None
+    async_copies: int
+    loads: dict[str, int]
     serialized: bool
 
 
@@ -100,23 +100,22 @@ def compile_resources(case: CompileCase, target: Target) -> Resources:
         if amd:
             return _amd(compiled)
         cubin = Path(folder) / "kernel.cubin"
-        return _nvidia(compiled, assembler_log.getvalue(), cubin, case.tensor_cores)
+        return _nvidia(compiled, assembler_log.getvalue(), cubin)
 
 
 def objections(case: CompileCase, name: str, found: Resources) -> list[str]:
     """Reasons not to ship `case` for the target `name`; empty if there are none.
 
-    Spills, stack and missing matrix instructions count against NVIDIA code only.
+    Missing matrix instructions and narrow loads count against NVIDIA code only.
     """
     target = TARGETS[name]
-    reasons = []
+    reasons = _memory_spilled(found)
     if target.backend == "cuda":
-        if any(found.spills.values()):
+        narrow = [f"{n} {opcode}" for opcode, n in found.loads.items() if sass.is_narrow(opcode)]
+        if narrow:
             reasons.append(
-                f"spills: {found.spills['store']} bytes stored, {found.spills['load']} loaded"
+                f"loads of fewer than 16 bytes in a loop of products: {', '.join(narrow)}"
             )
-        if found.stack or found.local:
-            reasons.append(f"local memory: stack {found.stack}, local {found.local} bytes a thread")
         if case.tensor_cores and not found.tensor_cores:
             reasons.append("no tensor-core instruction")
         if case.wgmma and name == "sm_90":
@@ -128,6 +127,23 @@ def objections(case: CompileCase, name: str, found: Resources) -> list[str]:
         reasons.append(f"shared memory: {found.shared} bytes of {target.shared_limit}")
     if (found.tensor_memory or 0) > TENSOR_MEMORY_COLUMNS:
         reasons.append(f"tensor memory: {found.tensor_memory} of {TENSOR_MEMORY_COLUMNS} columns")
+    return reasons
+
+
+def _memory_spilled(found: Resources) -> list[str]:
+    """Scalar registers, which only AMD has, spill into lanes of vector registers, not to memory."""
+    reasons = []
+    spills = {kind: count for kind, count in found.spills.items() if kind != "sgpr" and count}
+    if "vgpr" in spills:
+        reasons.append(f"spills: {spills['vgpr']} vector registers")
+    elif spills:
+        reasons.append(
+            f"spills: {found.spills['store']} bytes stored, {found.spills['load']} loaded"
+        )
+    if found.stack or found.local:
+        reasons.append(
+            f"local memory: stack {found.stack}, local {found.local or 0} bytes a thread"
+        )
     return reasons
 
 
@@ -165,17 +181,15 @@ def _source(case: CompileCase) -> Any:
     return ASTSource(case.kernel, signature, constants, attributes)
 
 
-def _nvidia(compiled: Any, assembler_log: str, cubin: Path, counted: bool) -> Resources:
+def _nvidia(compiled: Any, assembler_log: str, cubin: Path) -> Resources:
     from triton import knobs
 
     cubin.write_bytes(compiled.asm["cubin"])
     usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
-    opcodes: Counter[str] = Counter()
-    if counted:
-        # Without data-flow analysis (-ndf), which no count needs. Disassembly still takes a quarter
-        # of the report's time.
-        sass = _output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin))
-        opcodes.update(SASS_OPCODE.findall(sass))
+    # Without data-flow analysis (-ndf), which no count needs. Disassembly still takes a quarter of
+    # the report's time.
+    code = sass.parse(_output(knobs.nvidia.nvdisasm.path, "-ndf", "-c", str(cubin)))
+    opcodes = Counter(opcode.split(".")[0] for opcode in code.opcodes)
     return Resources(
         registers=max(_numbers(r"\bREG:(\d+)", usage)),
         scalar_registers=None,
@@ -188,7 +202,8 @@ def _nvidia(compiled: Any, assembler_log: str, cubin: Path, counted: bool) -> Re
         shared=compiled.metadata.shared,
         tensor_memory=compiled.metadata.tmem_size,
         tensor_cores={name: count for name, count in opcodes.items() if name.endswith("MMA")},
-        async_copies=sum(opcodes[name] for name in SASS_COPIES) if counted else None,
+        async_copies=sum(opcodes[name] for name in SASS_COPIES),
+        loads=dict(sass.loads(code)),
         serialized="wgmma.mma_async instructions are serialized" in assembler_log,
     )
 
@@ -214,6 +229,7 @@ def _amd(compiled: Any) -> Resources:
         tensor_memory=None,
         tensor_cores=dict(opcodes),
         async_copies=copies,
+        loads={},
         serialized=False,
     )
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from coachhook_kernels.compilation.case import CompileCase
 from coachhook_kernels.dual_path import configs
 from coachhook_kernels.dual_path.finish import finish_sequences_kernel, finish_tokens_kernel
@@ -97,18 +99,18 @@ def _swap_arguments(dtype: str) -> dict[str, str]:
     return arguments | {"n_tokens": "i32", "d_out": ALIGNED, "n_tiles": "i32", "slab": ALIGNED}
 
 
-def _swap_constants(BT: int) -> dict[str, Any]:
+def _swap_constants(dtype: str, BT: int) -> dict[str, Any]:
     return {
         "BT": BT,
         "BLOCK_TILES": configs.FINISH_BLOCK // BT,
-        "BN": configs.FINISH_COLUMNS,
+        "BN": configs.finish_columns(torch.float32 if dtype == "fp32" else torch.bfloat16),
     }
 
 
 def _finish_sequences(dtype: str, BL: int, masked: bool, scratch: str | None) -> CompileCase:
     """scratch: the type of `A k` where Δ is factored."""
     arguments = _swap_arguments(dtype) | {"p_z": NUMBERS, "length": "i32", "rank": ALIGNED}
-    constants = _swap_constants(configs.swap_block(BL))
+    constants = _swap_constants(dtype, configs.swap_block(BL))
     constants |= {"BL": BL, "TILES": configs.FINISH_BLOCK // BL, "BR": configs.FINISH_RANKS}
     if masked:
         arguments["p_mask"] = "*i1:16"
@@ -139,7 +141,7 @@ def _finish_tokens(dtype: str, BT: int) -> CompileCase:
         arguments=_swap_arguments(dtype)
         | dict.fromkeys(["p_mean", "p_std"], NUMBERS)
         | {"p_index": "*i64:16"},
-        constants=_swap_constants(BT),
+        constants=_swap_constants(dtype, BT),
         num_warps=configs.FINISH_WARPS,
     )
 

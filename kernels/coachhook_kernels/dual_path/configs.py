@@ -21,7 +21,7 @@ def _config(BT: int, BN: int, BK: int, num_warps: int, num_stages: int) -> Confi
 
 
 FEW_ROWS = {
-    "half": (_config(FEW, 32, 256, 4, 4), _config(FEW, 16, 128, 4, 8)),
+    "half": (_config(FEW, 64, 128, 4, 5), _config(FEW, 16, 128, 4, 8)),
     "single": (_config(FEW, 32, 64, 4, 4), _config(FEW, 16, 64, 4, 5)),
 }
 MANY_ROWS = {
@@ -30,7 +30,7 @@ MANY_ROWS = {
         _config(128, 64, 64, 8, 5),
         _config(64, 64, 64, 4, 6),
         _config(64, 32, 64, 4, 8),
-        _config(32, 32, 256, 4, 3),
+        _config(32, 32, 256, 8, 3),
     ),
     "single": (
         _config(64, 64, 16, 8, 3),
@@ -58,7 +58,6 @@ COLUMN_MAJOR_TILE = 128 * 64
 # Statistics of a sequence are read in blocks of BL tokens by TILES column tiles, 4096 numbers.
 FINISH_LENGTHS = (16, 128, 1024)
 FINISH_BLOCK = 4096
-FINISH_COLUMNS = 64
 FINISH_RANKS = 32
 FINISH_WARPS = 4
 ROW_BLOCK = 1024
@@ -153,8 +152,15 @@ def swap_block(length: int) -> int:
     return 16 if length <= 16 else 32
 
 
-def slab_columns(d_out: int, n_blocks: int, device: torch.device) -> int:
-    """Columns that one program swaps: with enough columns, two programs for each multiprocessor."""
-    tiles = _tiles(d_out, FINISH_COLUMNS)
-    slabs = min(tiles, max(1, 2 * multiprocessors(device) // n_blocks))
-    return _tiles(tiles, slabs) * FINISH_COLUMNS
+def finish_columns(dtype: torch.dtype) -> int:
+    """Columns swapped at once: 128 bytes of a row, a whole line of the cache."""
+    return 128 // dtype.itemsize
+
+
+def slab_columns(output: torch.Tensor, n_blocks: int) -> int:
+    """Columns of the output `(t, d_out)` that one program swaps: with enough columns, two programs
+    for each multiprocessor."""
+    columns = finish_columns(output.dtype)
+    tiles = _tiles(output.shape[1], columns)
+    slabs = min(tiles, max(1, 2 * multiprocessors(output.device) // n_blocks))
+    return _tiles(tiles, slabs) * columns

@@ -51,7 +51,9 @@ def swap(
                     other=0.0,
                 )
                 b_up = tl.load(
-                    p_up + o_n.to(tl.int64)[:, None] * stride_un + o_r[None, :] * stride_ur,
+                    p_up
+                    + o_n.to(tl.int64)[:, None] * stride_un
+                    + o_r.to(tl.int64)[None, :] * stride_ur,
                     mask=m_n[:, None] & m_r[None, :],
                     other=0.0,
                 )

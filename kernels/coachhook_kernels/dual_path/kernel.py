@@ -49,13 +49,23 @@ class Products(NamedTuple):
     squares: Tensor
 
 
+FAR = 2**21
+"""From this stride on, the 32-bit offsets within a tile of 512 by 512 would not do."""
+
+
+def _within_reach(matrix: Tensor) -> Tensor:
+    """The matrix itself, of whatever strides, unless its elements are too far apart."""
+    return matrix if max(matrix.stride()) < FAR else matrix.contiguous()
+
+
 def _unit_stride(keys: Tensor) -> Tensor:
-    return keys if keys.stride(-1) == 1 else keys.contiguous()
+    return _within_reach(keys) if keys.stride(-1) == 1 else keys.contiguous()
 
 
 def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor) -> Products:
     """Both paths of a dense Δ `(d_out, d_in)` in one pass over `W` and `Δ`."""
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, delta = _within_reach(weight), _within_reach(delta)
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     config = launchable(configs.product_config(keys, weight, delta, factored=False))
     n_columns = cdiv(d_out, config["BN"])
@@ -90,6 +100,7 @@ def dense_products(keys: Tensor, weight: Tensor, bias: Tensor | None, delta: Ten
 def factored_products(keys: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor) -> Products:
     """The base path and `A k` (float32), down `A` `(r, d_in)`: r more columns of one product."""
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, down = _within_reach(weight), _within_reach(down)
     (n_tokens, d_in), d_out, rank = keys.shape, weight.shape[0], down.shape[0]
     config = launchable(configs.product_config(keys, weight, down, factored=True))
     n_columns = cdiv(d_out, config["BN"])
@@ -154,7 +165,7 @@ def finish_sequences(
     z = squares.new_empty(batch, length)
     BL, BT = configs.finish_block(length), configs.swap_block(length)
     n_blocks = cdiv(length, BT)
-    slab = configs.slab_columns(d_out, batch * n_blocks, output.device)
+    slab = configs.slab_columns(output, batch * n_blocks)
     prepared.launch(
         finish_sequences_kernel,
         (batch, n_blocks, cdiv(d_out, slab)),
@@ -178,7 +189,7 @@ def finish_sequences(
         TILES=configs.FINISH_BLOCK // BL,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         BR=configs.FINISH_RANKS,
         num_warps=configs.FINISH_WARPS,
     )
@@ -218,16 +229,14 @@ def one_launch(
     mask bool `(t,)`, contiguous, or None: all are real. length: tokens of a sequence.
     """
     keys, bias = _unit_stride(keys), None if bias is None else bias.contiguous()
+    weight, delta = _within_reach(weight), _within_reach(delta)
     (n_tokens, d_in), d_out = keys.shape, weight.shape[0]
     n_columns = cdiv(d_out, config["BN"])
     output = keys.new_empty(n_tokens, d_out)
     squares = keys.new_empty(n_columns, n_tokens, dtype=torch.float32)
     score = squares.new_empty(n_tokens)
-    z = nearest = None
-    if scalars.mean is None:
-        z = torch.empty_like(score)
-    else:
-        nearest = torch.empty_like(score, dtype=torch.int64)
+    z = torch.empty_like(score) if scalars.mean is None else None
+    nearest = None if scalars.mean is None else torch.empty_like(score, dtype=torch.int64)
     shared = counters(keys.device)
     # The interpreter runs one program after another, and none waits: the gates of its second run
     # read the squares of the first.
@@ -324,7 +333,7 @@ def dual_path_calibrated(
     index = torch.empty_like(score, dtype=torch.int64)
     BT = configs.swap_block(n_tokens)
     n_blocks = cdiv(n_tokens, BT)
-    slab = configs.slab_columns(d_out, n_blocks, output.device)
+    slab = configs.slab_columns(output, n_blocks)
     prepared.launch(
         finish_tokens_kernel,
         (n_blocks, cdiv(d_out, slab)),
@@ -342,7 +351,7 @@ def dual_path_calibrated(
         slab=slab,
         BT=BT,
         BLOCK_TILES=configs.FINISH_BLOCK // BT,
-        BN=configs.FINISH_COLUMNS,
+        BN=configs.finish_columns(output.dtype),
         num_warps=configs.FINISH_WARPS,
     )
     return output, score, index

@@ -9,6 +9,7 @@ import triton.language as tl
 from coachhook_kernels.compilation.case import NEWER, OLDER, CompileCase
 from coachhook_kernels.hook_linear import tiles, tiles_gate, tiles_match
 from coachhook_kernels.hook_linear.decode_cases import decode_cases
+from coachhook_kernels.hook_linear.op import WIDEST_SKETCH
 from coachhook_kernels.launch.tuning import Config
 
 
@@ -24,9 +25,10 @@ def _tiles_cases() -> list[CompileCase]:
         cases.append(_product_case("score", name, tiles.score_config(dtype), tiles.STORE))
         cases.append(_product_case("squares", name, tiles.squares_config(dtype), tiles.SQUARES))
         cases += _open_cases("correct", name, tiles.correct_config(dtype), tiles.ADD)
-        cases.append(_match_case(name, dtype))
+        cases.append(_match_case(name, dtype, 64))
         cases.append(_norm_case(name, summed=False))
-    cases.append(_sketch_case("bf16"))
+        cases.append(_match_case(name, dtype, WIDEST_SKETCH))
+    cases += [_sketch_case("bf16", size) for size in (64, WIDEST_SKETCH)]
     config = tiles.correct_config(torch.bfloat16)
     further = [
         *_open_cases("correct", "fp16", config, tiles.ADD),
@@ -94,29 +96,29 @@ _DECISIONS = {
 _ADDED = {"p_parts": "*fp32:16", "n_rows": "i32", "n_score": "i32:16", "n_parts": "i32"}
 
 
-def _sketch_case(dtype: str) -> CompileCase:
+def _sketch_case(dtype: str, size: int) -> CompileCase:
     return CompileCase(
-        f"hook_linear/sketch {dtype}",
+        f"hook_linear/sketch {dtype} of {size}",
         tiles_match.sketch_kernel,
         {**_ADDED, "p_offset": f"*{dtype}:16", "p_units": "*fp32:16", "p_arrived": "*i32:16"},
-        {"BM": tiles_gate.ADDED_ROWS, "S": 64, "PARTS": tiles_gate.ADDED_PARTS},
+        {"BM": tiles_gate.ADDED_ROWS, "S": size, "PARTS": tiles_gate.ADDED_PARTS},
     )
 
 
-def _match_case(dtype: str, torch_dtype: torch.dtype) -> CompileCase:
+def _match_case(dtype: str, torch_dtype: torch.dtype, size: int) -> CompileCase:
     block = tiles_match.match_rows(torch_dtype)
     arguments = {**_DECISIONS, "p_fingerprints": f"*{dtype}:16", "p_enabled": "*i1:16"}
     arguments |= {"p_units": "*fp32:16", "p_best": "*fp32:16", "n_score": "i32:16"}
     arguments |= dict.fromkeys(("p_best_index", "p_arrived"), "*i32:16")
     arguments |= dict.fromkeys(("n_rows", "n_fingerprints", "n_slabs", "slab"), "i32")
     return CompileCase(
-        f"hook_linear/match {dtype} {block}",
+        f"hook_linear/match {dtype} {block} of {size}",
         tiles_match.match_kernel,
         arguments,
         {
             "BM": block,
-            "S": 64,
-            "BE": tiles_match.FINGERPRINT_TILE,
+            "S": size,
+            "BE": tiles_match.fingerprints_at_once(torch_dtype, size),
             "BL": tiles_match.SLAB_TILE,
         },
         tensor_cores=dtype != "fp32",

@@ -99,8 +99,9 @@ class Tickets(NamedTuple):
 ALONE = 1024
 """So many fingerprints one program matches faster than several would share them out."""
 
-MATCH_BLOCK = {1: 64, 16: 64, 32: 64, 64: 32}
-"""Fingerprints read at a time for each tile of tokens; with more the registers run out."""
+MATCH_BLOCK = {1: 64, 16: 64, 32: 32, 64: 32}
+"""Fingerprints of up to 64 numbers read at a time for each tile of tokens, half as many of up to
+128: with more the registers run out."""
 
 
 def tickets(gate: TokenGate, tile: int, processors: int) -> Tickets:
@@ -115,8 +116,10 @@ def _tickets(
     n_fingerprints: int, n_score: int, single: bool, tile: int, processors: int
 ) -> Tickets:
     sketch = max(16, next_power_of_2(n_score))
-    widest = min(MATCH_BLOCK[tile], 32) if single else MATCH_BLOCK[tile]
-    block = max(16, min(widest, 8192 // sketch))
+    widest = MATCH_BLOCK[tile]
+    if single:
+        widest = 32 if tile == 1 else 16
+    block = max(16, min(widest, 64 * widest // sketch))
     if n_fingerprints <= ALONE:
         return Tickets(sketch, block, 1)
     n_blocks = cdiv(n_fingerprints, block)
@@ -189,7 +192,6 @@ def _decide(
     config = _config(keys, weight, d_out, keyed)
     programs = _programs(config, tile, d_in, n_score, 0 if weight is None else d_out, keyed)
     match = tickets(gate, tile, multiprocessors(device))
-    match_apart = weight is None and match.number > 1
     n_partials = programs.n_partial * config["BN"] * tile
     # `F k`, or fewer squares of each tile of `A k`; and the best of each ticket.
     n_floats = n_partials + (n_score + match.number) * n_tokens
@@ -218,13 +220,12 @@ def _decide(
         d_out=d_out,
         BASE=weight is not None,
         KEYED=keyed,
-        MATCH=keyed and not match_apart,
         PROJECT_SLICES=programs.project_slices,
         EARLY=launches_overlap(device),
         **config | {"SLICES": programs.slices},
         **shared,
     )
-    if match_apart:
+    if weight is None and match.number > 1:
         prepared.launch(match_kernel, (match.number,), **shared, num_warps=config["num_warps"])
     return ints
 

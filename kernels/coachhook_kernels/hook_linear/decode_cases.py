@@ -11,6 +11,7 @@ from coachhook_kernels.compilation.record import recorded
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear import decode, tiles
+from coachhook_kernels.hook_linear.op import WIDEST_SKETCH
 
 KERNELS = ((decode, "decode_kernel"), (decode, "match_kernel"), (tiles, "open_rows_kernel"))
 BRAIN, HALF, SINGLE = torch.bfloat16, torch.float16, torch.float32
@@ -33,9 +34,16 @@ def decode_cases() -> list[CompileCase]:
         )
         for case in _cases(dtype, rows, d_in, d_out, early=early)
     ]
+    cases += [
+        replace(case, targets=targets)
+        for early, targets in ((False, OLDER), (True, NEWER))
+        for rows, dtype in ((16, BRAIN), (32, BRAIN), (64, BRAIN), (16, SINGLE))
+        for case in _cases(dtype, rows, 14336, 4096, sketch=WIDEST_SKETCH, early=early)
+    ]
     further = [
         *_cases(BRAIN, 1, 14336, 4096, keyed=False, rank=128),
         *_cases(BRAIN, 16, 14336, 4096, keyed=False, rank=128),
+        *_cases(BRAIN, 1, 14336, 4096, sketch=WIDEST_SKETCH),
         *_cases(BRAIN, 1, 14336, 4096, base=False, fingerprints=10_000),
         *_cases(BRAIN, 64, 14336, 4096, base=False, fingerprints=10_000),
         *_cases(BRAIN, 16, 14336, 4096, base=False, rank=128),
@@ -68,6 +76,7 @@ def _cases(
     by_column: bool = False,
     fingerprints: int = 1000,
     early: bool = False,
+    sketch: int = 64,
 ) -> list[CompileCase]:
     """The kernels that one call launches."""
 
@@ -80,7 +89,8 @@ def _cases(
     gate = TokenGate(*[tensor(dtype=SINGLE) for _ in range(3)])
     if keyed:
         enabled = tensor(fingerprints, dtype=torch.bool)
-        gate = TokenGate(*gate[:3], tensor(64, d_in), tensor(64), tensor(fingerprints, 64), enabled)
+        parts = tensor(sketch, d_in), tensor(sketch), tensor(fingerprints, sketch), enabled
+        gate = TokenGate(*gate[:3], *parts)
     delta = Delta(matrix(d_out)) if rank is None else Delta(matrix(rank), tensor(d_out, rank))
     weight, bias = (matrix(d_out), tensor(d_out)) if base else (None, None)
     with (
@@ -93,6 +103,7 @@ def _cases(
     kind = f"{str(dtype)[6:]} {d_in}→{d_out} {rows} {'keyed' if keyed else 'calibrated'}"
     kind += " dense" if rank is None else " factored"
     kind += " by column" * by_column + " correction" * (not base)
+    kind += f" of {sketch}" * (sketch != 64)
     cases = []
     for launch in launches:
         products = launch.constants.get("BT", 16) > 1 and dtype != SINGLE

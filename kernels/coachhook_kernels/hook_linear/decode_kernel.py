@@ -98,13 +98,12 @@ COUNTS = ["n_tokens", "n_score", "n_fingerprints", "n_tickets", "n_partials"]
 def decode_kernel(
     keys, weight, p_bias, projection, gate, output, scratch, d_out,
     n_tokens, n_score, n_fingerprints, n_tickets, n_partials,
-    BASE: tl.constexpr, KEYED: tl.constexpr, MATCH: tl.constexpr,
-    SLICES: tl.constexpr, PROJECT_SLICES: tl.constexpr,
+    BASE: tl.constexpr, KEYED: tl.constexpr, SLICES: tl.constexpr, PROJECT_SLICES: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, BE: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """MATCH: whether the fingerprints are matched here, or by `match_kernel`. EARLY: whether the
-    next launch may begin, and wait, once all programs of this one have."""
+    """Without base programs, several tickets are left to `match_kernel`. EARLY: whether the next
+    launch may begin, and wait, once all programs of this one have."""
     if EARLY:
         gdc_launch_dependents()
     i_program = tl.program_id(0)
@@ -124,12 +123,14 @@ def decode_kernel(
             weight, p_bias, keys, output, scratch, tokens, d_out, i_program - n_project,
             SLICES, BN, BT, BK,
         )  # fmt: skip
-        if MATCH:
+        if KEYED:
             is_ready = arrive(scratch.p_counters + PROJECTED, 0) == n_tiles
     if is_ready:
-        if MATCH:
-            match_while_there_are_tickets(gate, output, scratch, tokens, counts, S, BE, BT)
-        elif not KEYED:
+        if KEYED:
+            # Not compiled in: edits made while serving change it.
+            if BASE or n_tickets == 1:
+                match_while_there_are_tickets(gate, output, scratch, tokens, counts, S, BE, BT)
+        else:
             b_norm = norm_of_tiles(scratch, tokens, counts, n_tiles, BT)
             decide(gate, output, scratch, tokens, b_norm, tl.full((BT,), -1, tl.int32))
 

@@ -14,6 +14,7 @@ from coachhook_kernels.delta import Delta, hook_correction
 from coachhook_kernels.gate import TokenGate
 from coachhook_kernels.hook_linear.validation import check_correction, check_linear, check_overlap
 from coachhook_kernels.launch import runtime
+from coachhook_kernels.launch.autocast import autocast_dtype
 from coachhook_kernels.launch.boundary import Operation
 
 
@@ -24,7 +25,8 @@ def hook_linear(
 
     keys `(..., d_in)`; weight `(d_out, d_in)` of any strides (`Conv1D`: its transposed view); bias
     `(d_out,)` or None: all of one float dtype. Triton kernels run where delta and the gate's
-    projection have that dtype too, plain torch otherwise. Differentiable in keys, weight and bias;
+    projection have that dtype too and fingerprints at most 128 numbers, plain torch otherwise.
+    Differentiable in keys, weight and bias;
     delta and gate are constants.
 
     Returns the output `(..., d_out)`, the score float32 `(...)` and the nearest fingerprint int64
@@ -33,9 +35,8 @@ def hook_linear(
     devices do not fit together.
     """
     check_linear(keys, weight, bias, delta, gate)
-    device = keys.device.type
-    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(keys)
+    if dtype is not None:
         keys, weight, delta = keys.to(dtype), weight.to(dtype), delta.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     result: tuple[Tensor, Tensor, Tensor] = _hook_linear(keys, weight, bias, *delta, *gate)
@@ -48,27 +49,51 @@ def hook_correction_(
     """Add `Δ k` in place to the output `(..., d_out)` that any engine computed for `keys`.
 
     Tokens whose gate stays closed keep their output bit for bit and cost only the score. Returns
-    the score and the nearest fingerprint, as `hook_linear` does. Raises KernelInputError where the
-    tensors do not fit together, share memory or would need a gradient.
+    the score and the nearest fingerprint, as `hook_linear` does; under autocast keys (unless
+    float64) and delta are first cast to its dtype as there, so that both open the same gates.
+    Raises KernelInputError where the tensors do not fit together, share memory or would need a
+    gradient.
     """
     check_correction(output, keys, delta, gate)
+    dtype = autocast_dtype(keys)
+    if dtype is not None:
+        keys, delta = keys.to(dtype), delta.to(dtype)
     result: tuple[Tensor, Tensor] = _hook_correction(output, keys, *delta, *gate)
     return result
+
+
+WIDEST_SKETCH = 128
+"""Numbers of a fingerprint; kernels that hold wider ones in registers spill them."""
 
 
 def _kernels_take(keys: Tensor, delta: Delta, gate: TokenGate, *others: Tensor | None) -> bool:
     same = (delta.down, delta.up, gate.projection, *others)
     if any(tensor is not None and tensor.dtype != keys.dtype for tensor in same):
         return False
+    if gate.offset is not None and len(gate.offset) > WIDEST_SKETCH:
+        return False
     if not runtime.triton_runs(keys, gate.offset, gate.fingerprints):
         return False
     return all(tensor is None or tensor.numel() > 0 for tensor in (keys, *same))
 
 
-def _scope(operation: str, keys: Tensor, d_out: int, delta: Delta, gate: TokenGate) -> str:
-    """What a failed compilation disables: other rows, gates and forms of Δ may still compile."""
-    forms = ("keyed" if gate.keyed else "calibrated", "dense" if delta.up is None else "factored")
-    return runtime.scope(operation, keys, d_out, *forms)
+def _scope(
+    operation: str, keys: Tensor, weight: Tensor | None, d_out: int, delta: Delta, gate: TokenGate
+) -> str:
+    """What a failed compilation disables: other rows, gates, forms of Δ and layouts may still
+    compile."""
+    (down, up), projection = delta, gate.projection
+    return runtime.scope(
+        operation,
+        keys,
+        d_out,
+        "keyed" if gate.keyed else "calibrated",
+        "dense" if up is None else "factored",
+        "" if weight is None or weight.is_contiguous() else "strided weight",
+        "" if down.is_contiguous() else "strided down",
+        "" if up is None or up.is_contiguous() else "strided up",
+        "" if projection is None or projection.is_contiguous() else "strided projection",
+    )
 
 
 def eager_correction_(
@@ -99,7 +124,7 @@ def _correct_(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> tu
         return tiles.launch(keys, delta, gate.contiguous(), output)
 
     return runtime.with_fallback(
-        _scope("hook_correction_", keys, output.shape[1], delta, gate),
+        _scope("hook_correction_", keys, None, output.shape[1], delta, gate),
         launch,
         lambda: eager_correction_(output, keys, delta, gate),
     )
@@ -117,7 +142,7 @@ def _linear(
     from coachhook_kernels.dual_path.kernel import dual_path_calibrated
     from coachhook_kernels.hook_linear import decode
 
-    name = _scope("hook_linear", keys, weight.shape[0], delta, gate)
+    name = _scope("hook_linear", keys, weight, weight.shape[0], delta, gate)
     unit_bias = None if bias is None else bias.contiguous()
 
     def while_decoding() -> tuple[Tensor, Tensor, Tensor]:

@@ -169,6 +169,12 @@ def match_rows(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 64
 
 
+def fingerprints_at_once(dtype: torch.dtype, n_score: int) -> int:
+    """Half a tile of wide float32 fingerprints: more spill."""
+    is_large = dtype == torch.float32 and n_score > 64
+    return FINGERPRINT_TILE // 2 if is_large else FINGERPRINT_TILE
+
+
 def slab_length(n_fingerprints: int, n_blocks: int, device: torch.device) -> int:
     """Fingerprints of one program: whole tiles, and so many that there are two programs on each
     multiprocessor, where there are fingerprints enough."""
@@ -228,6 +234,6 @@ def match(parts: Parts, gate: TokenGate, decisions: Decisions) -> None:
         slab=slab,
         BM=block,
         S=size,
-        BE=FINGERPRINT_TILE,
+        BE=fingerprints_at_once(gate.fingerprints.dtype, n_score),
         BL=SLAB_TILE,
     )

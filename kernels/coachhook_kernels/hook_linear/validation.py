@@ -6,6 +6,7 @@ from torch import Tensor
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.gate import TokenGate
+from coachhook_kernels.launch.overlap import share_memory
 
 
 def check_linear(
@@ -24,14 +25,14 @@ def check_linear(
             raise KernelInputError(
                 f"{name} is {tensor.dtype}, the keys are {keys.dtype}; convert one of them"
             )
-    _check_delta(delta, keys.shape[-1], weight.shape[0])
+    check_delta(delta, keys.shape[-1], weight.shape[0])
     _check_gate(gate, keys.shape[-1])
     _check_devices(keys, delta, gate, weight=weight, bias=bias)
 
 
 def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate) -> None:
     _check_keys(keys)
-    if output.ndim == 0 or not _is_real(output):
+    if output.ndim == 0 or not is_real(output):
         raise KernelInputError(
             f"output is {output.dtype} of shape {tuple(output.shape)}; (..., d_out) of floats "
             "was expected"
@@ -41,7 +42,7 @@ def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
             f"output {tuple(output.shape)} and keys {tuple(keys.shape)} differ before the last "
             "dimension"
         )
-    _check_delta(delta, keys.shape[-1], output.shape[-1])
+    check_delta(delta, keys.shape[-1], output.shape[-1])
     _check_gate(gate, keys.shape[-1])
     _check_devices(keys, delta, gate, output=output)
     if torch.is_grad_enabled() and (output.requires_grad or keys.requires_grad):
@@ -58,42 +59,31 @@ def check_overlap(output: Tensor, keys: Tensor) -> None:
             f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
             "more than once; pass a copy of it"
         )
-    if output.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr():
-        return
-    (first, last), (start, stop) = _extent(output), _extent(keys)
-    if output.numel() and keys.numel() and first < stop and start < last:
+    if share_memory(output, keys):
         raise KernelInputError("output and keys share memory; pass a copy of one of them")
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor in its storage, and the first byte past its end."""
-    first = int(tensor.storage_offset())
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = first + sum((size - 1) * stride for size, stride in steps) + 1
-    return first * tensor.element_size(), last * tensor.element_size()
-
-
-def _is_real(tensor: Tensor) -> bool:
+def is_real(tensor: Tensor) -> bool:
     """Whether torch computes with this dtype; 8-bit floats are for storage only."""
     return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 def _check_keys(keys: Tensor) -> None:
-    if keys.ndim == 0 or not _is_real(keys):
+    if keys.ndim == 0 or not is_real(keys):
         raise KernelInputError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d_in) of floats expected"
         )
 
 
 def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
-    if matrix.ndim != 2 or matrix.shape[1] != columns or not _is_real(matrix):
+    if matrix.ndim != 2 or matrix.shape[1] != columns or not is_real(matrix):
         raise KernelInputError(
             f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; ({rows}, {columns}) of "
             "floats was expected"
         )
 
 
-def _check_delta(delta: Delta, d_in: int, d_out: int) -> None:
+def check_delta(delta: Delta, d_in: int, d_out: int) -> None:
     down, up = delta
     _check_matrix("delta.down", down, "rank", d_in)
     if up is not None:
@@ -121,7 +111,7 @@ def _check_gate(gate: TokenGate, d_in: int) -> None:
     _check_matrix("projection", gate.projection, "s", d_in)
     size = gate.projection.shape[0]
     _check_matrix("fingerprints", fingerprints, "e", size)
-    if offset.shape != (size,) or not _is_real(offset):
+    if offset.shape != (size,) or not is_real(offset):
         raise KernelInputError(
             f"offset is {offset.dtype} of shape {tuple(offset.shape)}; ({size},) of floats expected"
         )

@@ -8,7 +8,9 @@ from torch.nn.functional import linear
 
 from coachhook_kernels.delta import Delta
 from coachhook_kernels.errors import KernelInputError
+from coachhook_kernels.hook_linear.validation import check_delta, is_real
 from coachhook_kernels.hook_linear_sequence import reference
+from coachhook_kernels.launch.autocast import autocast_dtype
 from coachhook_kernels.launch.boundary import Operation
 from coachhook_kernels.launch.runtime import scope, triton_runs, with_fallback
 from coachhook_kernels.scores import difference_norm, sequence_zscore
@@ -39,10 +41,9 @@ def hook_linear_sequence(
     Raises KernelInputError where shapes, dtypes or devices do not fit together.
     """
     _validate(keys, weight, bias, delta, mask, alpha)
-    device = keys.device.type
     down, up = delta
-    if torch.is_autocast_enabled(device) and keys.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(keys)
+    if dtype is not None:
         keys, weight, down = keys.to(dtype), weight.to(dtype), down.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         up = None if up is None else up.to(dtype)
@@ -59,7 +60,7 @@ def _validate(
     alpha: Tensor,
 ) -> None:
     down, up = delta
-    if keys.ndim != 3 or not keys.is_floating_point():
+    if keys.ndim != 3 or not is_real(keys):
         raise KernelInputError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (b, l, d_in) of floats expected"
         )
@@ -72,18 +73,7 @@ def _validate(
     d_out = weight.shape[0]
     if bias is not None and bias.shape != (d_out,):
         raise KernelInputError(f"bias has shape {tuple(bias.shape)}, not ({d_out},)")
-    if down.ndim != 2 or down.shape[1] != d_in:
-        raise KernelInputError(
-            f"delta.down has shape {tuple(down.shape)}; (rank, {d_in}) was expected"
-        )
-    if up is None and down.shape[0] != d_out:
-        raise KernelInputError(
-            f"a dense delta has shape {tuple(down.shape)}; ({d_out}, {d_in}) was expected"
-        )
-    if up is not None and up.shape != (d_out, down.shape[0]):
-        raise KernelInputError(
-            f"delta.up has shape {tuple(up.shape)}; ({d_out}, {down.shape[0]}) was expected"
-        )
+    check_delta(delta, d_in, d_out)
     if mask is not None and (mask.dtype != torch.bool or mask.shape != keys.shape[:-1]):
         raise KernelInputError(
             f"mask is {mask.dtype} of shape {tuple(mask.shape)}; bool "
@@ -128,8 +118,15 @@ def _run(
     filled = keys.numel() > 0 and weight.numel() > 0 and down.shape[0] > 0
     with torch.autocast(keys.device.type, enabled=False), torch.cuda.device_of(keys):
         if one_dtype and filled and triton_runs(keys, weight, down):
-            form = "dense" if up is None else "factored"
-            name = scope(NAME, keys, weight.shape[0], form)
+            name = scope(
+                NAME,
+                keys,
+                weight.shape[0],
+                "dense" if up is None else "factored",
+                "" if weight.is_contiguous() else "strided weight",
+                "" if down.is_contiguous() else "strided down",
+                "" if up is None or up.is_contiguous() else "strided up",
+            )
             return with_fallback(name, launch, eager)
         return eager()
 

@@ -37,6 +37,9 @@ SINGLE: Config = SQUARE | {"tma": 0, "block_n": 16, "num_warps": 8}
 """For float32 keys, multiplied in float32 without tensor cores. Used only if a measurement chose
 it."""
 
+SPAN = 2048
+"""Rows that a tensor core sums before its accumulator is drained; a multiple of every `block_n`."""
+
 SMALLEST_D = 4096
 FEWEST_ROWS = 1024
 WIDE_ROWS = 8192

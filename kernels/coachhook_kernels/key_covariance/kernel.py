@@ -10,16 +10,24 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from coachhook_kernels.compilation.case import CompileCase
-from coachhook_kernels.key_covariance.configs import BLACKWELL, POINTER, SINGLE, SQUARE, WIDE
+from coachhook_kernels.key_covariance.configs import (
+    BLACKWELL,
+    POINTER,
+    SINGLE,
+    SPAN,
+    SQUARE,
+    WIDE,
+)
+from coachhook_kernels.launch.runtime import interpreting
 from coachhook_kernels.launch.sizes import cdiv
 from coachhook_kernels.launch.triton_dot import dot
 from coachhook_kernels.launch.tuning import Config, launchable
 
+# The interpreter knows no assembly.
+PREFETCH = tl.constexpr(not interpreting())
+
 MIRROR_BLOCK = 64
 MIRROR_GROUP = 8
-
-SPAN = 2048
-"""Rows that a tensor core sums before its accumulator is drained; a multiple of every `block_n`."""
 
 
 @triton.jit
@@ -150,6 +158,23 @@ def _add_tile(moment, b_left, b_right, i_i, i_j, d, MIRROR: tl.constexpr):
 
 
 @triton.jit
+def _bring_to_l2(moment, i_i, i_j, d, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Ask for a tile of the moment, sector by sector; nothing waits, no register holds it."""
+    SECTOR: tl.constexpr = 8
+    o_i = tl.minimum(i_i + tl.arange(0, BLOCK_I), d - 1)
+    o_j = tl.minimum(i_j + tl.arange(0, BLOCK_J // SECTOR) * SECTOR, d - 1)
+    p_sector = moment + o_i.to(tl.int64)[:, None] * d + o_j[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [p_sector],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def triangle_kernel(
     moment,
     keys,
@@ -207,6 +232,9 @@ def triangle_tma_kernel(
 ):
     """As `triangle_kernel`; keys_i, keys_j: descriptors of the same keys, zero past their ends."""
     i_i, i_j = _tile_origin(tl.program_id(0), d, BLOCK_I, BLOCK_J, GROUP)
+    if PREFETCH:
+        # The epilogue's reading then hides behind the products.
+        _bring_to_l2(moment, i_i, i_j, d, BLOCK_I, BLOCK_J)
     b_acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
     b_drained = tl.zeros((BLOCK_I, BLOCK_J // 2), tl.uint32)
     for i_n in range(0, n, BLOCK_N):

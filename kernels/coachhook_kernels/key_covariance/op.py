@@ -7,6 +7,7 @@ from coachhook_kernels.errors import KernelInputError
 from coachhook_kernels.key_covariance import reference
 from coachhook_kernels.key_covariance.configs import choose
 from coachhook_kernels.launch import runtime
+from coachhook_kernels.launch.overlap import share_memory
 
 _MOMENTS = (torch.float32, torch.float64)
 _ASYMMETRY = 1e-5
@@ -27,10 +28,10 @@ def key_covariance_(
     With `mirror` the result is exactly symmetric. A series of calls into one moment passes False
     and ends with `mirror_`; until then the lower triangle is meaningless.
 
-    Raises KernelInputError for tensors that do not fit together. An asymmetric `moment` is refused
-    only with `mirror`, on the CPU and up to d = 512: elsewhere the check costs too much, and on a
-    GPU the host would have to wait for it. A caller that is not sure of its moment calls
-    `require_symmetric` once.
+    Raises KernelInputError for tensors that do not fit together or share memory. An asymmetric
+    `moment` is refused only with `mirror`, on the CPU and up to d = 512: elsewhere the check costs
+    too much, and on a GPU the host would have to wait for it. A caller that is not sure of its
+    moment calls `require_symmetric` once.
     """
     _validate_moment(moment)
     _validate_keys(moment, keys, mask)
@@ -100,6 +101,8 @@ def _validate_keys(moment: Tensor, keys: Tensor, mask: Tensor | None) -> None:
 
 @torch.library.custom_op("coachhook::key_covariance_", mutates_args={"moment"})
 def _key_covariance_(moment: Tensor, keys: Tensor, mask: Tensor | None, mirror: bool) -> None:
+    if share_memory(moment, keys):
+        raise KernelInputError("moment and keys share memory; pass a copy of one of them")
     if mirror and moment.device.type == "cpu" and moment.shape[0] <= _CHECKED_D:
         require_symmetric(moment)
     if moment.dtype == torch.float32 and runtime.triton_runs(keys, moment):
@@ -151,8 +154,12 @@ def _library_(moment: Tensor, keys: Tensor, mask: Tensor | None) -> None:
 def _mirror(moment: Tensor) -> None:
     if moment.numel() == 0:
         return
-    if moment.dtype != torch.float32 or not runtime.triton_runs(moment):
+
+    def eager() -> None:
         reference.mirror_(moment)
+
+    if moment.dtype != torch.float32 or not runtime.triton_runs(moment):
+        eager()
         return
 
     def launch() -> None:
@@ -161,4 +168,4 @@ def _mirror(moment: Tensor) -> None:
         with torch.cuda.device_of(moment):
             mirror_upper(moment)
 
-    runtime.with_fallback("mirror_", launch, lambda: reference.mirror_(moment) and None)
+    runtime.with_fallback(f"mirror_ on {moment.device}", launch, eager)

@@ -14,8 +14,10 @@ def key_covariance_(
     `(n,)`: rows where it is False are left out, whatever they hold. With `mirror` the result is
     exactly symmetric; without, only its upper triangle is specified, until `mirror_` is called.
     """
-    selected = keys if mask is None else keys.masked_fill(~mask.unsqueeze(-1), 0)
-    selected = selected.to(moment.dtype)
+    # Converted first: torch fills no 8-bit floats.
+    selected = keys.to(moment.dtype)
+    if mask is not None:
+        selected = selected.masked_fill(~mask.unsqueeze(-1), 0)
     moment.addmm_(selected.mT, selected)
     # A library may sum the two triangles in different orders, and they then differ in the last bit.
     return mirror_(moment) if mirror else moment

@@ -24,7 +24,7 @@ SETS_A_BLOCK = 1024
 
 class _Thread(threading.local):
     captured: Tensor | None = None
-    """The last set taken for a graph."""
+    """The set that the present series of launches took for a graph."""
 
 
 _thread = _Thread()
@@ -48,6 +48,12 @@ def counters(device: torch.device) -> Tensor:
         if key not in _of_stream:
             _of_stream[key] = _take(device)
         return _of_stream[key]
+
+
+def begin_series() -> None:
+    """What was taken for a graph before is not this series': that graph may be whole, and running,
+    by the time this one breaks off."""
+    _thread.captured = None
 
 
 def discard() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from coachhook_kernels.launch import tuning
-from coachhook_kernels.launch.counters import discard
+from coachhook_kernels.launch.counters import begin_series, discard
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -82,6 +82,7 @@ def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) ->
     if name in _broken:
         return eager()
     series = tuning.Series(name)
+    begin_series()
     while True:
         try:
             with series:
@@ -103,18 +104,25 @@ def with_fallback(name: str, launch: Callable[[], T], eager: Callable[[], T]) ->
 
 
 def scope(operation: str, keys: Tensor, d_out: int, *forms: str) -> str:
-    """A name for `with_fallback`: the operation on keys `(..., d_in)` of this dtype and width, with
-    the number of rows rounded up to a power of two, in these forms (of the gate, of Δ)."""
+    """A name for `with_fallback`: the operation on keys `(..., d_in)` of this dtype, width and
+    device, with the number of rows rounded up to a power of two, in these forms (of the gate, of Δ,
+    of what is laid out in an unusual way)."""
     *leading, d_in = keys.shape
-    return _scope(operation, keys.dtype, math.prod(leading), d_in, d_out, forms)
+    return _scope(operation, keys.device, keys.dtype, math.prod(leading), d_in, d_out, forms)
 
 
 @functools.lru_cache(maxsize=4096)
 def _scope(
-    operation: str, dtype: torch.dtype, rows: int, d_in: int, d_out: int, forms: tuple[str, ...]
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    d_in: int,
+    d_out: int,
+    forms: tuple[str, ...],
 ) -> str:
-    layer = f"{dtype} {d_in}→{d_out}, {1 << (rows - 1).bit_length()} rows"
-    return " ".join((operation, layer, *forms))
+    layer = f"{dtype} {d_in}→{d_out}, {1 << (rows - 1).bit_length()} rows on {device}"
+    return " ".join((operation, layer, *filter(None, forms)))
 
 
 def failures() -> list[str]:
