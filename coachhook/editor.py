@@ -18,7 +18,7 @@ from coachhook.editing.memory_writing import MemoryWriting
 from coachhook.editing.verdicts import judge
 from coachhook.editing.writing import Wanted, Writing
 from coachhook.errors import ConfigError, ModelError
-from coachhook.facts.request import EditRequest, check_batch
+from coachhook.facts.request import EditRequest, check_aliases, check_batch
 from coachhook.hooks.tensor_parallel import is_sharded
 from coachhook.hookset import HookSet
 from coachhook.journal.journal import Batch, EditRecord, Journal, Verdict
@@ -102,7 +102,8 @@ class Editor:
         config = config or EditConfig()
         lm = _loaded(model, tokenizer)
         architecture = Architecture.of(lm.model, config.template)
-        config, layers = _placed(config, len(architecture.blocks(lm.model)))
+        config = placed(config, lm.model)
+        layers = gate_layers(config, len(architecture.blocks(lm.model)))
         site = SITES[config.readout]
         if statistics is None:
             statistics = key_statistics(
@@ -257,6 +258,7 @@ class Editor:
 
     def check(self, requests: Sequence[EditRequest]) -> None:
         """Raise `RequestError` or a subclass if a request does not fit the tokenizer or context."""
+        check_aliases(requests, [edit.request for edit in self.hooks.journal.live()])
         limit = self._lm.context_length
         for request in requests:
             for context in ("{}", *self.hooks.config.values.contexts):
@@ -323,15 +325,22 @@ def _loaded(model: Any, tokenizer: Any) -> LanguageModel:
     return LanguageModel(model, prepare_tokenizer(tokenizer))
 
 
-def _placed(config: EditConfig, n_blocks: int) -> tuple[EditConfig, tuple[int, ...]]:
-    """The configuration with its blocks chosen, and the layers whose keys the gates read. Raises
-    `ConfigError` for blocks that the model does not have."""
-    if config.readout == "delta":
-        return config, check_layers(config.layers or default_layers(n_blocks), n_blocks)
+def placed(config: EditConfig, model: Any) -> EditConfig:
+    """The configuration with the blocks of the memory readout chosen for `model`. Raises
+    `ConfigError` for blocks that it does not have."""
+    if config.readout != "memory":
+        return config
+    n_blocks = len(Architecture.of(model, config.template).blocks(model))
     gate, written = memory_blocks(n_blocks)
     memory = config.memory
     gate = gate if memory.gate_block is None else memory.gate_block
     blocks = written if memory.write_blocks is None else memory.write_blocks
-    layers = check_layers([gate], n_blocks)
-    check_layers(blocks, n_blocks)
-    return replace(config, memory=replace(memory, gate_block=gate, write_blocks=blocks)), layers
+    check_layers([gate, *blocks], n_blocks)
+    return replace(config, memory=replace(memory, gate_block=gate, write_blocks=blocks))
+
+
+def gate_layers(config: EditConfig, n_blocks: int) -> tuple[int, ...]:
+    """The layers whose keys the gates read."""
+    if config.memory.gate_block is not None and config.readout == "memory":
+        return (config.memory.gate_block,)
+    return check_layers(config.layers or default_layers(n_blocks), n_blocks)

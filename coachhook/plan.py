@@ -216,7 +216,7 @@ def statistics_plan(sizes: Sizes, layers: Sequence[int], source: StatisticsSourc
             passing=True,
         ),
     ]
-    return _planned(sizes, parts)
+    return planned(sizes, parts)
 
 
 def edit_plan(
@@ -249,7 +249,7 @@ def edit_plan(
     batches = -(-len(requests) // batch)
     inverse = _INVERSE[config.inverse_dtype]
     seconds = batches * (sizes.seconds(passes + answers) + solving / rate)
-    return _planned(
+    return planned(
         sizes,
         [
             *statistics_plan(sizes, layers, config.statistics).parts,
@@ -282,7 +282,7 @@ def calibration_plan(
     trial = [
         replace(part, seconds=part.seconds * trials) for part in one.parts[len(reading.parts) :]
     ]
-    return _planned(sizes, [*reading.parts, *trial])
+    return planned(sizes, [*reading.parts, *trial])
 
 
 @dataclass(frozen=True)
@@ -360,7 +360,7 @@ def check_weights(name: str) -> None:
         Plan([part], {}, {str(device): _share(device)}).check()
 
 
-def _planned(sizes: Sizes, parts: list[Part]) -> Plan:
+def planned(sizes: Sizes, parts: list[Part]) -> Plan:
     names = {"cpu", str(sizes.device), *(part.device for part in parts)}
     free = {name: _share(torch.device(name)) for name in sorted(names)}
     return Plan(parts, {str(sizes.device): sizes.weights_bytes}, free)

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from coachhook.calibration import profiles
 from coachhook.config import EditConfig
-from coachhook.editor import BatchReport, Editor
+from coachhook.editor import BatchReport, Editor, placed
 from coachhook.errors import ConfigError
 from coachhook.facts.remaining import remaining
 from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hookset import HookSet
+from coachhook.memory_plan import memory_plan
 from coachhook.models.architecture import Architecture, check_layers, default_layers
 from coachhook.models.language_model import LanguageModel
 from coachhook.plan import Plan, Sizes, edit_plan
@@ -48,6 +49,7 @@ class Options:
     template: str | None = None
     text: str | None = None
     profile: Path | None = None
+    readout: str | None = None
 
     def __post_init__(self) -> None:
         self.config()
@@ -58,6 +60,7 @@ class Options:
             layers=self.layers,
             template=self.template,
             gate=self.gate or EditConfig.gate,
+            readout=self.readout or EditConfig.readout,
             statistics=StatisticsSource(self.text),
         )
 
@@ -104,6 +107,8 @@ class Session:
             self.held.check_base(model)
             return Settings(self.held.config)
         config, given = self.options.config(), self.options.profile
+        if config.readout == "memory":
+            return Settings(placed(config, model))
         identity = profiles.identity(model, Architecture.of(model, config.template))
         profile = profiles.find(identity) if given is None else profiles.load(given)
         if profile is None:
@@ -114,10 +119,13 @@ class Session:
     def plan(self, lm: LanguageModel, config: EditConfig) -> Plan:
         """What the remaining batches will need; `Plan.check` refuses what cannot fit."""
         architecture = Architecture.of(lm.model, config.template)
-        n_blocks = len(architecture.blocks(lm.model))
-        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         earlier = 0 if self.held is None else len(self.held.edits)
         sizes, batch_size = Sizes.of(lm.model, architecture), len(self.batches[0])
+        if config.readout == "memory":
+            given = (placed(config, lm.model), lm.tokenizer, self.requests, batch_size, earlier)
+            return memory_plan(sizes, *given)
+        n_blocks = len(architecture.blocks(lm.model))
+        layers = check_layers(config.layers or default_layers(n_blocks), n_blocks)
         return edit_plan(sizes, layers, config, lm.tokenizer, self.requests, batch_size, earlier)
 
     def editor(self, lm: LanguageModel, config: EditConfig | None = None) -> Editor:
@@ -182,6 +190,7 @@ def opened(
 def _check_options(options: Options, held: HookSet, directory: Path) -> None:
     """Raise `ConfigError` if an option that was given is not what `directory` was made with."""
     pairs = {
+        "readout": (options.readout, held.config.readout),
         "gate": (options.gate, held.config.gate),
         "layers": (options.layers, held.layers),
         "template": (options.template, held.base.template),

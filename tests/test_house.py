@@ -34,6 +34,7 @@ ROOMS = (
     "coachhook.readouts",
     "coachhook.storage",
     "coachhook.plan",
+    "coachhook.memory_plan",
     "coachhook.hookset",
     "coachhook.editing",
     "coachhook.evaluation",

@@ -1,7 +1,7 @@
 """Consecutive batch editing, end to end: seconds an edit, memory, and the scores of the edits.
 
     python -m bench.editing.consecutive [FACTS] [--edits 1000] [--batch-size 50] [--run DIR]
-        [--json]
+        [--readout memory] [--json]
 
 FACTS is any file that `coachhook edit` reads; without it, the 30 facts of the demo. Values,
 writing, verdicts and saving are timed; loading, key statistics and the evaluation are not. With
@@ -26,6 +26,7 @@ import coachhook as ch
 from bench.harness.facts import chosen_facts, in_batches
 from bench.harness.run_folder import damaged, write
 from bench.harness.script import Count, Facts, First, Json, Run, run_script
+from coachhook.config import EditConfig
 from coachhook.evaluation.evaluate import evaluate
 from coachhook.facts.remaining import latest, remaining
 from coachhook.models.language_model import LanguageModel
@@ -42,6 +43,7 @@ def main(
     edits: Count = 100,
     batch_size: int = 10,
     gate: str = "keyed",
+    readout: str = EditConfig.readout,
     model: str = "smollm2",
     run: Run = None,
     as_json: Json = False,
@@ -49,11 +51,13 @@ def main(
     """Edit the facts, and measure what each batch took and what all of them do."""
     path, requests = chosen_facts(facts, first, edits)
     with tempfile.TemporaryDirectory() as temporary:
-        editor, log = edit_all(requests, batch_size, model, gate, run or Path(temporary))
+        options = Options(gate=gate, readout=readout)
+        editor, log = edit_all(requests, batch_size, model, options, run or Path(temporary))
         result = {
             "facts": path.name,
             "edits": len(requests),
             "batch_size": batch_size,
+            "readout": readout,
             "gate": gate,
             **outcome(editor, log, requests),
         }
@@ -64,11 +68,11 @@ def main(
 
 
 def edit_all(
-    requests: Sequence[ch.EditRequest], batch_size: int, model: str, gate: str, place: Path
+    requests: Sequence[ch.EditRequest], batch_size: int, model: str, options: Options, place: Path
 ) -> tuple[ch.Editor, list[dict[str, Any]]]:
     """The editor after the last batch, and the time and memory of each; resumes from `place`."""
     lines = place / "batches.jsonl"
-    with opened(place / "edits", requests, batch_size, Options(gate=gate)) as session:
+    with opened(place / "edits", requests, batch_size, options) as session:
         if session.held is not None:
             check_same_run(session.held, in_batches(remaining([], requests), batch_size), place)
         editor = session.editor(load_model(model))
@@ -147,7 +151,7 @@ def outcome(
 
 def show(result: dict[str, Any]) -> None:
     title = f"{result['edits']} edits of {result['facts']}, {result['batch_size']} a batch"
-    table = Table(title=f"{title}, {result['gate']} gate")
+    table = Table(title=f"{title}, {result['readout']} readout, {result['gate']} gate")
     table.add_column("figure")
     table.add_column("value", justify="right")
     scores = result["scores"]

@@ -31,6 +31,9 @@ def edit(
     facts: Facts,
     hooks: Hooks,
     batch_size: Annotated[int, typer.Option(min=1, help="Facts per batch.")] = 10,
+    readout: Annotated[
+        str | None, typer.Option(help="delta (the paper's) or memory (a row for each subject).")
+    ] = None,
     gate: Annotated[str | None, typer.Option(help="keyed, calibrated or sequence.")] = None,
     layers: Layers = None,
     template: Template = None,
@@ -57,7 +60,7 @@ def edit(
     wanted = usable(facts, skip_invalid)
     source = None if text is None else str(text.resolve())
     hooked = None if layers is None else parse_layers(layers)
-    options = Options(gate, hooked, template, source, profile)
+    options = Options(gate, hooked, template, source, profile, readout)
     with joined() as processes, opened(hooks, wanted, batch_size, options, processes) as session:
         document: dict[str, Any] = {
             "folder": str(hooks),

@@ -98,7 +98,9 @@ class MemoryWriting:
             owner=torch.tensor([forms[place].request for place in kept], dtype=torch.long),
             neighbours=neighbours,
         )
-        batch.layers[self._gate_block] = factors.spread(torch.tensor(accepted), len(batch.edits))
+        batch.layers[self._gate_block] = factors.spread(
+            torch.tensor(accepted, dtype=torch.long), len(batch.edits)
+        )
         self._share_rows(batch)
         batch.thresholds[self._gate_block] = self._threshold()
         self._hooks.refresh()

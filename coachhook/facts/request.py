@@ -158,6 +158,20 @@ def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
     return list(kept.values())
 
 
+def check_aliases(requests: Sequence[EditRequest], standing: Sequence[EditRequest]) -> None:
+    """Raise `RequestError` for an alias of a request that names another subject: of another of the
+    `requests`, or of a `standing` edit."""
+    subjects = {name: r.subject for r in (*standing, *requests) for name in r.aliases}
+    subjects |= {request.subject: request.subject for request in (*standing, *requests)}
+    for request in requests:
+        for alias in request.aliases:
+            if subjects[alias] != request.subject:
+                raise RequestError(
+                    f"alias {_shown(alias)} of {_shown(request.subject)} names another subject, "
+                    f"{_shown(subjects[alias])}; leave it out, or use one subject for both"
+                )
+
+
 def _shown(value: object) -> str:
     """For messages: the repr of a text, shortened; the type of any other value."""
     if not isinstance(value, str):

@@ -183,7 +183,7 @@ def load(folder: Path) -> Contents:
             layers=base.shapes,
             sizes={layer: len(offset) for layer, (_, offset) in sketches.items()},
             threshold=threshold_type(settings),
-            rows=_rows(settings),
+            rows=_rows(settings, base),
         )
         journal = _journal(folder, config, expected)
         if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
@@ -196,12 +196,18 @@ def threshold_type(settings: EditConfig) -> type[Threshold]:
     return GATES[settings.gate].threshold_type if settings.readout == "delta" else Threshold
 
 
-def _rows(settings: EditConfig) -> int | None:
-    """How many rows an edit has. Raises `MisshapenError` if the settings do not say."""
+def _rows(settings: EditConfig, base: BaseModel) -> int | None:
+    """How many rows an edit has. Raises `MisshapenError` if the settings do not say, or name
+    another gate block than the one whose keys were measured."""
     if settings.readout == "delta":
         return None
     if settings.memory.gate_block is None or settings.memory.write_blocks is None:
         raise MisshapenError("settings.memory names no gate block or no write blocks")
+    if base.layers != (settings.memory.gate_block,):
+        raise MisshapenError(
+            f"settings.memory.gate_block is {settings.memory.gate_block}, and the fingerprints are "
+            f"of block {', '.join(map(str, base.layers))}"
+        )
     return len(settings.memory.write_blocks)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.comparison.editors.direct import Direct, Rule, accumulated, alphaedit, memit
 from bench.comparison.editors.grace import Grace
-from bench.comparison.editors.hooked import Hooked
+from bench.comparison.editors.hooked import Hooked, Memory
 from bench.comparison.editors.one_gradient import OneGradient
 from bench.comparison.editors.setting import Editor, Setting, hooked_layers
 from bench.comparison.editors.tuned import Constrained, LowRank
@@ -40,11 +40,15 @@ class Maker:
     takes_values: bool = True
 
 
-def _hooked(gate: str) -> Callable[[Setting, float], Editor]:
-    return lambda setting, preservation: Hooked(setting, gate, preservation)
+def _hooked(gate: str, **changed: float) -> Callable[[Setting, float], Editor]:
+    return lambda setting, preservation: Hooked(
+        setting, gate=gate, preservation=preservation, **changed
+    )
 
 
 MAKERS = {
+    "memory": Maker(Memory, 0.86, takes_values=False),
+    "paper": Maker(_hooked("sequence", fit=1.0, context_weight=1.0), 15.0),
     "keyed": Maker(_hooked("keyed"), 15.0),
     "calibrated": Maker(_hooked("calibrated"), 15.0),
     "sequence": Maker(_hooked("sequence"), 15.0),
