@@ -31,9 +31,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 
 _MOST_LAYERS = 10_000
 
+Readout = Annotated[
+    str | None,
+    typer.Option(help="delta (the paper's), or memory (a row of its own for every subject)."),
+]
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """The layers in "8,9,10", "8-12" or a mixture, in ascending order. Raises `ConfigError`."""
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """The layers in "8,9,10", "8-12" or a mixture, in ascending order; None where nothing is asked
+    for. Raises `ConfigError`."""
+    if text is None:
+        return None
     layers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")

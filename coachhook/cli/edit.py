@@ -13,6 +13,7 @@ from coachhook.cli.arguments import (
     Json,
     Layers,
     Model,
+    Readout,
     Template,
     TextFile,
     checked,
@@ -31,9 +32,7 @@ def edit(
     facts: Facts,
     hooks: Hooks,
     batch_size: Annotated[int, typer.Option(min=1, help="Facts per batch.")] = 10,
-    readout: Annotated[
-        str | None, typer.Option(help="delta (the paper's) or memory (a row for each subject).")
-    ] = None,
+    readout: Readout = None,
     gate: Annotated[str | None, typer.Option(help="keyed, calibrated or sequence.")] = None,
     layers: Layers = None,
     template: Template = None,
@@ -59,8 +58,7 @@ def edit(
 
     wanted = usable(facts, skip_invalid)
     source = None if text is None else str(text.resolve())
-    hooked = None if layers is None else parse_layers(layers)
-    options = Options(gate, hooked, template, source, profile, readout)
+    options = Options(gate, parse_layers(layers), template, source, profile, readout)
     with joined() as processes, opened(hooks, wanted, batch_size, options, processes) as session:
         document: dict[str, Any] = {
             "folder": str(hooks),

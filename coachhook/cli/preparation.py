@@ -34,7 +34,7 @@ def statistics(
     from coachhook.statistics.source import StatisticsSource
     from coachhook.system.processes import joined
 
-    chosen = None if layers is None else parse_layers(layers)
+    chosen = parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()), tokens)
     check_weights(model)
     with joined() as processes:
@@ -78,7 +78,7 @@ def calibrate(
     from coachhook.plan import Sizes, calibration_plan, check_weights
     from coachhook.statistics.source import StatisticsSource
 
-    chosen = None if layers is None else parse_layers(layers)
+    chosen = parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))
     check_weights(model)
     lm = load_model(model)

@@ -21,7 +21,7 @@ class OneGradient(Hooked):
     """length: of the shift against the gradient, in units of `‖h‖`; all else is the engine's."""
 
     def __init__(self, setting: Setting, length: float) -> None:
-        super().__init__(setting, setting.config.gate, setting.config.preservation)
+        super().__init__(setting)
         self._setting, self._length = setting, length
         self._seen = 0
         self._square = torch.zeros(())
