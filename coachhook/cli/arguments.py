@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Model = Annotated[str, typer.Argument(help="smollm2, a folder with a checkpoint, or a hub id.")]
 Facts = Annotated[Path, typer.Argument(help="A .jsonl, .json or .csv file of facts.")]
 Hooks = Annotated[Path, typer.Option("--hooks", file_okay=False, help="The folder of edits.")]
+Readout = Annotated[
+    str | None,
+    typer.Option(help="delta (the paper's), or memory (a row of its own for every subject)."),
+]
 Layers = Annotated[str | None, typer.Option(help="Blocks to hook: 8,9,10 or 8-12.")]
 Template = Annotated[
     str | None,
@@ -30,11 +34,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 
 
 _MOST_LAYERS = 10_000
-
-Readout = Annotated[
-    str | None,
-    typer.Option(help="delta (the paper's), or memory (a row of its own for every subject)."),
-]
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

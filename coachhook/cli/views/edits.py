@@ -51,8 +51,10 @@ def inspection_document(folder: Path, hooks: HookSet) -> dict[str, Any]:
         "folder": str(folder),
         "bytes": folder_bytes(folder),
         "base_model": {"name": hooks.base.name, "checksums": dict(hooks.base.checksums)},
+        "readout": hooks.config.readout,
         "gate": hooks.config.gate,
         "layers": hooks.layers,
+        "write_blocks": hooks.config.memory.write_blocks,
         "merged_batches": hooks.journal.merged,
         "batches": batches,
     }
@@ -88,7 +90,12 @@ def inspection_view(document: Document) -> None:
     base = document["base_model"]
     say(f"{document['folder']}: {document['bytes'] / 1e6:.2f} MB")
     say(f"base model {base['name']}, checksum {base['checksums']['bfloat16'][:16]}")
-    say(f"gate {document['gate']}, {layer_span(document['layers'])}")
+    layers = layer_span(document["layers"])
+    if document["readout"] == "memory":
+        after = ", ".join(map(str, document["write_blocks"]))
+        say(f"readout memory, gate at {layers}, rows after {after}")
+    else:
+        say(f"readout delta, gate {document['gate']}, {layers}")
     if document["merged_batches"]:
         say(f"batches 1 to {document['merged_batches']} are merged into one")
     table = new_table(None, "edit", "batch", "verdict", "fact", "remarks")
