@@ -101,7 +101,7 @@ class Editor:
         with its `tokenizer`. Key statistics are measured unless cached or given."""
         config = config or EditConfig()
         lm = _loaded(model, tokenizer)
-        architecture = Architecture.of(lm.model, config.template)
+        architecture = architecture_of(lm.model, config)
         config = placed(config, lm.model)
         layers = gate_layers(config, len(architecture.blocks(lm.model)))
         site = SITES[config.readout]
@@ -325,12 +325,18 @@ def _loaded(model: Any, tokenizer: Any) -> LanguageModel:
     return LanguageModel(model, prepare_tokenizer(tokenizer))
 
 
+def architecture_of(model: Any, config: EditConfig) -> Architecture:
+    """Where `model` keeps what the readout of `config` needs. Raises `ArchitectureError`."""
+    of = Architecture.of_blocks if config.readout == "memory" else Architecture.of
+    return of(model, config.template)
+
+
 def placed(config: EditConfig, model: Any) -> EditConfig:
     """The configuration with the blocks of the memory readout chosen for `model`. Raises
     `ConfigError` for blocks that it does not have."""
     if config.readout != "memory":
         return config
-    n_blocks = len(Architecture.of(model, config.template).blocks(model))
+    n_blocks = len(architecture_of(model, config).blocks(model))
     gate, written = memory_blocks(n_blocks)
     memory = config.memory
     gate = gate if memory.gate_block is None else memory.gate_block

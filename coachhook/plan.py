@@ -154,8 +154,11 @@ class Sizes:
     device: torch.device
 
     @classmethod
-    def of(cls, model: PreTrainedModel, architecture: Architecture) -> Sizes:
-        """The sizes of `model`, which may be partly offloaded or on the meta device."""
+    def of(
+        cls, model: PreTrainedModel, architecture: Architecture, site: str = "down_projection"
+    ) -> Sizes:
+        """The sizes of `model`, which may be partly offloaded or on the meta device. site: whose
+        inputs are the keys, see `Architecture.width`."""
         config = model.config.get_text_config()
         blocks = architecture.blocks(model)
         hidden, heads = config.hidden_size, config.num_attention_heads
@@ -166,7 +169,7 @@ class Sizes:
         return cls(
             blocks=len(blocks),
             hidden=hidden,
-            d_in=architecture.d_in(model, 0),
+            d_in=architecture.width(model, 0, site),
             vocabulary=config.vocab_size,
             parameters=sum(p.numel() for p in parameters),
             block_parameters=sum(p.numel() for p in blocks.parameters()) // len(blocks),

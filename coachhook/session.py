@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from coachhook.calibration import profiles
 from coachhook.config import EditConfig
-from coachhook.editor import BatchReport, Editor, placed
+from coachhook.editor import SITES, BatchReport, Editor, architecture_of, placed
 from coachhook.errors import ConfigError
 from coachhook.facts.remaining import remaining
 from coachhook.facts.request import EditRequest, check_batch
@@ -118,9 +118,10 @@ class Session:
 
     def plan(self, lm: LanguageModel, config: EditConfig) -> Plan:
         """What the remaining batches will need; `Plan.check` refuses what cannot fit."""
-        architecture = Architecture.of(lm.model, config.template)
+        architecture = architecture_of(lm.model, config)
         earlier = 0 if self.held is None else len(self.held.edits)
-        sizes, batch_size = Sizes.of(lm.model, architecture), len(self.batches[0])
+        sizes = Sizes.of(lm.model, architecture, SITES[config.readout])
+        batch_size = len(self.batches[0])
         if config.readout == "memory":
             given = (placed(config, lm.model), lm.tokenizer, self.requests, batch_size, earlier)
             return memory_plan(sizes, *given)

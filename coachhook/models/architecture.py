@@ -26,6 +26,9 @@ DOWN_PROJECTIONS = {
 # thing each (Nemotron-H) it is the `mixer`.
 FFNS = ("mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "fc1", "mixer")
 
+# Parts of the names of blocks that are not the language model's.
+OTHER_TOWERS = ("vision", "visual", "audio", "image")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -63,6 +66,21 @@ class Architecture:
             )
         return architecture
 
+    @classmethod
+    def of_blocks(cls, model: Any, template: str | None = None) -> "Architecture":
+        """The same where nothing is asked of the FFN but a name, as by the memory readout: for a
+        kind that is not in the registry the list of blocks is looked for. template: module name of
+        block `{}`'s FFN, or of a part of it. Raises `ArchitectureError` if there is no list of
+        blocks, or are several that it could be."""
+        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        architecture = cls(template or DOWN_PROJECTIONS.get(kind) or _found(model))
+        if architecture.template.count("{}") != 1 or ".{}." not in architecture.template:
+            raise ArchitectureError(
+                f"module template {template!r} must contain '.{{}}.' once, for the block's number"
+            )
+        architecture.ffn(model, 0)
+        return architecture
+
     def blocks(self, model: nn.Module) -> nn.ModuleList:
         """The list of transformer blocks."""
         path = self.template.split(".{}")[0]
@@ -96,7 +114,11 @@ class Architecture:
         the FFN's output: an MLP, a mixture of experts, or the first projection of an FFN that has
         no module of its own. Raises `ArchitectureError` if there is none of a known name."""
         block = self.blocks(model)[number]
-        for name in FFNS:
+        rest = self.template.split(".{}.")[1]
+        # Of a template that names a part of the FFN, the FFN; where the part stands by itself in
+        # the block, as OPT's, the module that begins it.
+        own = rest.split(".")[0]
+        for name in (own, *FFNS) if "." in rest or own not in ("fc2",) else FFNS:
             found = block._modules.get(name)
             if found is not None:
                 return found
@@ -143,3 +165,20 @@ def check_layers(layers: Sequence[int], n_blocks: int) -> tuple[int, ...]:
             f"give numbers from 0 to {n_blocks - 1}"
         )
     return chosen
+
+
+def _found(model: Any) -> str:
+    """The template of the only list of as many blocks as the model's text part has layers."""
+    n_layers = model.config.get_text_config().num_hidden_layers
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            ffn = next((ffn for ffn in FFNS if ffn in module[0]._modules), None)
+            if ffn is not None and not any(part in name for part in OTHER_TOWERS):
+                found.append(f"{name}.{{}}.{ffn}")
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"{type(model).__name__} has {len(found)} lists of {n_layers} blocks with an FFN of a "
+            "known name; name the FFN with a template, as 'model.layers.{}.mlp'"
+        )
+    return found[0]
