@@ -69,7 +69,8 @@ class MemoryConfig:
     gate_block: the block at whose FFN's input tokens are compared with the edits; write_blocks:
     the blocks after which an open token receives its edit's rows. None: by the model's depth.
     contexts, starts: texts with {} in place of the subject, in mid-sentence and where something
-    begins; the mean key of each group is one fingerprint of an edit.
+    begins (but for the start of a text, which is read anyway); the mean key of each group is one
+    fingerprint of an edit.
     The threshold is the lowest cosine that no larger shares reach than these: ordinary, of ordinary
     tokens; neighbours, of the other edits' subjects; alike, of made-up names that end as a subject
     does and begin as another; but at least `least`.
@@ -85,7 +86,7 @@ class MemoryConfig:
         "As everyone knows, {}",
         "A friend told me that {}",
     )
-    starts: tuple[str, ...] = ("{}", "\n{}", '"{}', "({}", "Q: {}", "- {}")
+    starts: tuple[str, ...] = ("\n{}", '"{}', "({}", "Q: {}", "- {}")
     ordinary: float = 3e-4
     neighbours: float = 0.01
     alike: float = 0.6

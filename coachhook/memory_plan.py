@@ -17,9 +17,9 @@ from coachhook.system.hardware import arithmetic_device, matmul_rate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Fingerprints of an edit whose request names no alias: bare, in two kinds of place, in two cases;
+# Fingerprints of an edit whose request names no alias: bare, in three kinds of place, in two cases;
 # and the sketch of a made-up neighbour.
-_MARKS = 6
+_MARKS = 7
 
 
 def memory_plan(

@@ -22,14 +22,15 @@ class Form:
 def forms_of(
     lm: LanguageModel, requests: Sequence[EditRequest], config: MemoryConfig
 ) -> list[Form]:
-    """Of each request: its bare prompt; the subject in mid-sentence and where something begins; the
-    same in upper and lower case, and under each alias."""
+    """Of each request: its bare prompt; the subject in mid-sentence, where something begins, and by
+    itself at the start of a text, where the key of a short name is another; the subject in upper
+    and lower case; and each alias like the subject."""
     found = []
     for number, request in enumerate(requests):
         end = request.subject_span[1]
         bare = encode(lm.tokenizer, request.prompt, subject_end=end)
         found.append(Form(number, None, [bare]))
-        for texts in (config.contexts, config.starts):
+        for texts in (config.contexts, config.starts, ("{}",)):
             found += _form(lm, number, None, request.subject, texts)
         written = {request.subject}
         for name in (request.subject.upper(), request.subject.lower(), *request.aliases):
@@ -38,8 +39,8 @@ def forms_of(
             written.add(name)
             alias = name if name in request.aliases else None
             found += _form(lm, number, alias, name, config.contexts)
-            if alias is not None:
-                found += _form(lm, number, alias, name, config.starts)
+            for texts in (config.starts, ("{}",)) if alias is not None else ():
+                found += _form(lm, number, alias, name, texts)
     return found
 
 

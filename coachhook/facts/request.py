@@ -59,6 +59,8 @@ class EditRequest:
     def __post_init__(self) -> None:
         about = f" (prompt {_shown(self.prompt)}, subject {_shown(self.subject)})"
         subject = _text("subject", self.subject, about)
+        if subject == _SLOT:
+            raise RequestError(f"the subject is only the placeholder {_SLOT}; name it{about}")
         prompt, start = _filled("prompt", _text("prompt", self.prompt, about), subject, about)
         if start < 0:
             raise RequestError(

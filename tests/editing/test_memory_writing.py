@@ -32,26 +32,28 @@ def shown(row: Any) -> str:
 
 def test_a_name_is_met_bare_in_a_sentence_at_starts_in_both_cases_and_under_aliases() -> None:
     request = EditRequest("They moved to {} then", "New France", TARGETS[0], aliases=("Québec",))
-    config = MemoryConfig(contexts=("we saw {}", "of {}!"), starts=("{}", "\n{}"))
+    config = MemoryConfig(contexts=("we saw {}", "of {}!"), starts=("\n{}", "({}"))
     found = [
         (form.alias, [shown(row) for row in form.rows]) for form in forms_of(LM, [request], config)
     ]
     assert found == [
         (None, ["They moved to New France"]),
         (None, ["we saw New France", "of New France"]),
-        (None, ["New France", "\nNew France"]),
+        (None, ["\nNew France", "(New France"]),
+        (None, ["New France"]),
         (None, ["we saw NEW FRANCE", "of NEW FRANCE"]),
         (None, ["we saw new france", "of new france"]),
         ("Québec", ["we saw Québec", "of Québec"]),
-        ("Québec", ["Québec", "\nQuébec"]),
+        ("Québec", ["\nQuébec", "(Québec"]),
+        ("Québec", ["Québec"]),
     ]
 
 
 def test_a_name_of_one_token_is_not_read_as_the_first_of_a_text() -> None:
     request = EditRequest("They moved to {}", "X", TARGETS[0])
-    config = MemoryConfig(contexts=("we saw {}",), starts=("{}",))
+    config = MemoryConfig(contexts=("we saw {}",), starts=("\n{}",))
     shown_rows = [[shown(row) for row in form.rows] for form in forms_of(LM, [request], config)]
-    assert shown_rows == [["They moved to X"], ["we saw X"], ["we saw x"]]
+    assert shown_rows == [["They moved to X"], ["we saw X"], ["\nX"], ["we saw x"]]
 
 
 def test_neighbours_end_alike_and_begin_as_another() -> None:

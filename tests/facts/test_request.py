@@ -24,7 +24,6 @@ FRANCE = EditRequest("The capital of France is", "France", "Lyon")
         ("{0} and {} and {x!r", "set", "{0} and set and {x!r", 8),
         ("The literal {} in Python", "literal {}", "The literal {} in Python", 4),
         ("In Python, {} is", "the {} literal", "In Python, the {} literal is", 11),
-        ("{} is {}", "{}", "{} is {}", 6),
         ("Where is 東京?", "東京", "Where is 東京?", 9),
     ],
 )
@@ -232,3 +231,9 @@ def test_check_batch_tells_contradictions_apart_from_other_facts() -> None:
 def test_check_batch_refuses_an_empty_batch() -> None:
     with pytest.raises(RequestError, match="batch is empty"):
         check_batch([])
+
+
+@pytest.mark.parametrize("prompt", ["The capital of {} is", "{} is {}"])
+def test_a_subject_that_is_only_the_placeholder_is_refused(prompt: str) -> None:
+    with pytest.raises(RequestError, match="only the placeholder"):
+        EditRequest(prompt, "{}", "Paris")
