@@ -140,8 +140,12 @@ class HookSet:
 
     def warm_up(self, model: nn.Module, most_rows: int = 4096) -> None:
         """Run every hook on zeros of up to `most_rows` tokens, so that on a GPU no kernel is left
-        to compile when the model serves, however many edits follow. Each is compiled once for all
-        models of these shapes. Raises `AttachError` if the hooks are not attached."""
+        to compile when the model serves, however many edits follow: until Δ, with its rank, turns
+        from factors to dense; warm up again then. Each is compiled once for all models of these
+        shapes. Raises `AttachError` if the hooks are not attached, `ConfigError` for a number of
+        tokens below 1."""
+        if not isinstance(most_rows, int) or most_rows < 1:
+            raise ConfigError(f"most_rows must be a whole number from 1, not {most_rows!r}")
         for hook in self.modules(model).values():
             hook.warm_up(most_rows)
 

@@ -26,6 +26,7 @@ from bench.first_contact import phases, summary
 from bench.harness.orphans import end_with
 from bench.harness.script import run_script
 from bench.ops import lines
+from coachhook.system.files import file_lock
 
 ROOT = Path(__file__).parents[2]
 RESERVE = 5.0
@@ -127,7 +128,7 @@ def run_all(out: Path, minutes: float) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="a folder for the results")],
-    minutes: Annotated[float, typer.Option(help="for everything")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=1.0, help="for everything")] = 10.0,
     phase: Annotated[str | None, typer.Option(hidden=True)] = None,
     until: Annotated[float, typer.Option(hidden=True)] = 0.0,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
@@ -142,7 +143,11 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     # As an exception, which ends the phase on its way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    run_all(out, minutes)
+    try:
+        with file_lock(out / ".lock"):
+            run_all(out, minutes)
+    except BlockingIOError:
+        sys.exit(f"error: another run writes to {out}; wait for it, or name another folder")
     print((out / "summary.txt").read_text(encoding="utf-8"))
     if summary.collect(out)["wrong"]:
         raise typer.Exit(1)

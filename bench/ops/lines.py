@@ -36,7 +36,7 @@ def read(path: Path) -> list[Line]:
     found: list[Line] = []
     if not path.exists():
         return found
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             line = json.loads(text)
         except ValueError:

@@ -18,7 +18,7 @@ from coachhook_kernels import (
     hook_correction,
     hook_correction_,
 )
-from coachhook_kernels.launch.sizes import telling_rows
+from coachhook_kernels.launch.sizes import MATCHED_ALONE, telling_rows
 
 
 class HookState(StrEnum):
@@ -119,9 +119,23 @@ class HookLinear(nn.Module):
 
     @torch.no_grad()
     def warm_up(self, most_rows: int) -> None:
-        """Run every variant of the kernels that up to `most_rows` tokens need, on zeros."""
+        """Run every variant of the kernels that up to `most_rows` tokens need, on zeros. A Δ that
+        further edits turn from factors to dense has others."""
         for rows in telling_rows(most_rows):
-            self(self.down.new_zeros(1, rows, self.down.shape[1]))
+            for _ in self.gate.passes(rows):
+                self(self.down.new_zeros(1, rows, self.down.shape[1]))
+        gate = self.gate.per_token()
+        if gate is None or gate.fingerprints is None or _plain_weight(self.base) is not None:
+            return
+        # Beside a base that runs by itself, many fingerprints are matched by a kernel of their own.
+        crowded = gate._replace(
+            fingerprints=gate.fingerprints.new_zeros(MATCHED_ALONE + 1, len(gate.fingerprints.T)),
+            enabled=gate.fingerprints.new_zeros(MATCHED_ALONE + 1, dtype=torch.bool),
+        )
+        for rows in telling_rows(min(most_rows, 64)):
+            keys = self.down.new_zeros(1, rows, self.down.shape[1])
+            width = self.down.shape[0] if self.up is None else self.up.shape[0]
+            hook_correction_(keys.new_zeros(1, rows, width), keys, self.delta, crowded)
 
     def split_over_processes(self) -> None:
         """If the base's keys are split over processes, keep only this process's columns of `A` and

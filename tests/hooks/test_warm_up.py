@@ -32,7 +32,24 @@ with torch.no_grad(), host_time.launching_nothing():
                     hook.gate = random_gate(gate, host_time.D_IN, edits, like, Threshold())
                 for rows in (1, 2, 3, 5, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128, 255, 300, 512):
                     hook(torch.zeros(1, rows, host_time.D_IN, dtype=torch.bfloat16))
+            if gate == "sequence":
+                for shape in ((1, 7), (2, 30), (3, 100), (2, 200)):
+                    mask = torch.ones(shape, dtype=torch.long)
+                    hook.gate.watcher.mask, hook.gate.watcher.batch = mask, shape[0]
+                    hook(torch.zeros(*shape, host_time.D_IN, dtype=torch.bfloat16))
+                hook.warm_up(64)
             print(gate, rank, warm, len(compiled) - warm)
+    del compiled[:]
+    hook = host_time.hook_of("keyed", None)
+    # A base that something watches runs by itself.
+    hook.base.register_forward_hook(lambda *_: None)
+    hook.warm_up(512)
+    warm = len(compiled)
+    for edits in (10, 1025, 4000):
+        hook.gate = random_gate("keyed", host_time.D_IN, edits, like, Threshold())
+        for rows in (1, 2, 17, 33, 64, 65, 300):
+            hook(torch.zeros(1, rows, host_time.D_IN, dtype=torch.bfloat16))
+    print("keyed", "alone", warm, len(compiled) - warm)
 """
 
 
@@ -47,7 +64,7 @@ def test_serving_compiles_nothing_after_a_warm_up() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for gate, rank, warm, later in lines:
         assert int(warm) > 0
         assert int(later) == 0, (gate, rank)

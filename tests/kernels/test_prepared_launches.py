@@ -1,7 +1,7 @@
 """Launches that go past Triton's own preparation take the variant that Triton would have taken."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -100,11 +100,24 @@ SLICED = torch.zeros(33)[1:]
         {"size": 2**40},
         {"BLOCK": 32},
         {"num_warps": 8},
+        # The same values in another order.
+        {"size": 16, "BLOCK": 48},
     ],
 )
 def test_what_triton_compiles_in_makes_a_variant_of_its_own(kernel, compiled, changed):
     prepared.launch(kernel, (1,), **arguments())
     prepared.launch(kernel, (1,), **arguments(**changed))
+    assert len(compiled) == 2
+
+
+def test_on_an_amd_gpu_a_tensor_in_large_memory_makes_a_variant_of_its_own(
+    kernel: Any, compiled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepared, "POINTER_RANGE", True)
+    storage = SimpleNamespace(nbytes=lambda: 2**31)
+    prepared.launch(kernel, (1,), **arguments())
+    with mock.patch.object(torch.Tensor, "untyped_storage", return_value=storage):
+        prepared.launch(kernel, (1,), **arguments())
     assert len(compiled) == 2
 
 

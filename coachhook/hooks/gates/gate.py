@@ -6,7 +6,7 @@ how edits are disabled, and what is saved in a folder.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -192,6 +192,11 @@ class Gate(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Score, z-score and edit id of each token."""
         raise NotImplementedError
+
+    def passes(self, rows: int) -> Iterator[None]:
+        """For a warm-up with `rows` tokens: each kind of pass that has kernels of its own, set up
+        while the caller runs it."""
+        yield
 
     def per_token(self) -> TokenGate | None:
         """The gate in the form fused operations take; None if they do not support it."""

@@ -1,7 +1,7 @@
 """The paper's gate: the difference norm, standardised over one sequence (Eq. 16-20)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,20 @@ class SequenceGate(Gate):
         alphas += [] if evidence.before is None else [evidence.before.alpha]
         alphas += [reachable.min().item() - _ROUNDING] if len(reachable) else []
         return Threshold(alpha=min(alphas))
+
+    def passes(self, rows: int) -> Iterator[None]:
+        """Sequences of each length whose statistics a kernel reads otherwise, without a mask and
+        with one."""
+        before = self.watcher.mask, self.watcher.batch
+        lengths = {rows, *(length for length in (16, 128) if rows % length == 0)}
+        try:
+            for batch in (rows // length for length in lengths):
+                mask = torch.ones(batch, rows // batch, dtype=torch.bool, device=self.alpha.device)
+                for given in (None, mask):
+                    self.watcher.mask, self.watcher.batch = given, batch
+                    yield
+        finally:
+            self.watcher.mask, self.watcher.batch = before
 
     def standardise(
         self, projected: Tensor, sketch: Tensor | None

@@ -19,7 +19,7 @@ from coachhook_kernels.hook_linear.decode_shared import Gate, Keys, Matrix, Outp
 from coachhook_kernels.launch import prepared
 from coachhook_kernels.launch.counters import TILE_COUNTERS, counters
 from coachhook_kernels.launch.runtime import launches_overlap, multiprocessors
-from coachhook_kernels.launch.sizes import cdiv, next_power_of_2
+from coachhook_kernels.launch.sizes import MATCHED_ALONE, cdiv, next_power_of_2
 from coachhook_kernels.launch.tuning import Config, launchable, lookup
 
 TOKEN_TILES = (1, 16, 32, 64)
@@ -96,9 +96,6 @@ class Tickets(NamedTuple):
     number: int
 
 
-ALONE = 1024
-"""So many fingerprints one program matches faster than several would share them out."""
-
 MATCH_BLOCK = {1: 64, 16: 64, 32: 32, 64: 32}
 """Fingerprints of up to 64 numbers read at a time for each tile of tokens, half as many of up to
 128: with more the registers run out."""
@@ -120,7 +117,7 @@ def _tickets(
     if single:
         widest = 32 if tile == 1 else 16
     block = max(16, min(widest, 64 * widest // sketch))
-    if n_fingerprints <= ALONE:
+    if n_fingerprints <= MATCHED_ALONE:
         return Tickets(sketch, block, 1)
     n_blocks = cdiv(n_fingerprints, block)
     return Tickets(sketch, block, cdiv(n_blocks, cdiv(n_blocks, 2 * processors)))

@@ -8,12 +8,16 @@ pointers are multiples of 16; here these make a key, under which the variant is 
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 ALIGNMENT = 16
-SINGLE_WORD = 2**31
+WORD = 2**31
+POINTER_RANGE = torch.version.hip is not None
+"""Whether Triton also compiles in that a tensor's memory is less than 2 GiB, as for AMD GPUs."""
+
 MOST = 4096
 """Variants kept; beyond, all are looked up again."""
 
@@ -30,7 +34,9 @@ def launch(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
         # The interpreter's, or one whose launches are recorded.
         kernel[grid](**given)
         return
-    key: list[Hashable] = [id(kernel), triton.runtime.driver.active.get_current_device()]
+    device = triton.runtime.driver.active.get_current_device()
+    # With their names: the same values in another order are another launch.
+    key: list[Hashable] = [id(kernel), device, tuple(given)]
     unspecialized = _unspecialized.get(id(kernel))
     if unspecialized is None:
         unspecialized = _unspecialized_of(kernel)
@@ -38,7 +44,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **given: Any) -> None:
     for name, value in given.items():
         if type(value) is int:
             arguments.append(value)
-            key.append(value if name not in unspecialized else value < SINGLE_WORD)
+            key.append(value if name not in unspecialized else value < WORD)
         elif isinstance(value, tuple):
             arguments.append(tuple([_told(member, key) for member in value]))
         else:
@@ -59,6 +65,8 @@ def _told(value: Any, key: list[Hashable]) -> Any:
         return value
     address = value.data_ptr()
     key += (value.dtype, address % ALIGNMENT == 0)
+    if POINTER_RANGE:
+        key.append(value.untyped_storage().nbytes() < WORD)
     return address
 
 

@@ -12,6 +12,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+MATCHED_ALONE = 1024
+"""So many fingerprints one program matches faster than several would share them out."""
+
+
 def telling_rows(most: int) -> list[int]:
     """Numbers of rows, rising to `most`: each up to `most` takes the kernels, in the variants, of
     one of them. Tiles are chosen by how many of 32 rows there are, up to the 256 from which the
