@@ -74,8 +74,9 @@ class MemoryHook(nn.Module):
         self.state = HookState.VALIDATED
         self.owner = ""
         self.handle: RemovableHandle | None = None
-        # Not a submodule: it is one of `site`.
+        # Lists, since these are no submodules: this is one of `site`, those are of their blocks.
         self._site = [site]
+        self.written: list[MemoryRows] = []
         self.passing = _Passing()
         size = projection.shape[0]
         tensors = {
@@ -137,8 +138,20 @@ class MemoryHook(nn.Module):
     @torch.no_grad()
     def warm_up(self, most_rows: int) -> None:
         """Run every variant of the kernels that up to `most_rows` tokens need, on zeros."""
+        room = max(len(self.fingerprints), LEAST_ROOM)
+        size = self.projection.shape[0]
+        gate = MemoryGate(
+            self.projection,
+            self.offset,
+            self.fingerprints.new_zeros(room, size),
+            self.row.new_zeros(room),
+            self.enabled.new_zeros(room),
+            self.threshold,
+        )
         for rows in telling_rows(most_rows):
-            self.read(self.projection.new_zeros(1, rows, self.projection.shape[1]))
+            memory_gate(self.projection.new_zeros(1, rows, self.projection.shape[1]), gate)
+        for part in self.written:
+            part.warm_up()
 
     @property
     def alpha(self) -> float:
@@ -172,14 +185,23 @@ class MemoryRows(nn.Module):
         self.handle: RemovableHandle | None = None
         self._passing = memory.passing
         self._is_last = is_last
-        # Not a submodule: it is one of the gate's block.
+        # A list, since it is no submodule: it is one of the gate's block.
         self._memory = [memory]
+        memory.written.append(self)
 
     def hold(self, rows: Tensor) -> None:
         """Put the rows `(e, d)` in place of the present ones."""
         if len(rows) > len(self.rows):
             self.rows = self.rows.new_zeros(_room(len(rows)), self.rows.shape[1])
         self.rows[: len(rows)].copy_(rows)
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Run the kernel of this block once, on zeros."""
+        output = self.rows.new_zeros(1, self.rows.shape[1])
+        score = torch.zeros(1, device=output.device)
+        row = torch.zeros(1, dtype=torch.long, device=output.device)
+        memory_add_(output, score, row, score[0], torch.zeros_like(output))
 
     def add(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook of the write block."""

@@ -11,6 +11,7 @@ import torch
 from bench.ops import host_time
 from bench.ops.layers import random_gate
 from coachhook.hooks.gates import Threshold
+from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
 
 compiled = []
 
@@ -50,6 +51,20 @@ with torch.no_grad(), host_time.launching_nothing():
         for rows in (1, 2, 17, 33, 64, 65, 300):
             hook(torch.zeros(1, rows, host_time.D_IN, dtype=torch.bfloat16))
     print("keyed", "alone", warm, len(compiled) - warm)
+    del compiled[:]
+    site = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    memory = MemoryHook(torch.randn(16, 64), torch.randn(16), site).to(torch.bfloat16)
+    rows = MemoryRows(memory, 64, is_last=True).to(torch.bfloat16)
+    memory.warm_up(512)
+    warm = len(compiled)
+    for edits in (1, 70, 3000):
+        marks = torch.randn(edits, 16)
+        memory.hold(Entries(marks, torch.arange(edits), torch.arange(edits)), 0.5)
+        rows.hold(torch.randn(edits, 64))
+        for n in (1, 2, 17, 64, 65, 300, 512):
+            memory.watch(site, (torch.zeros(1, n, 64, dtype=torch.bfloat16),))
+            rows.add(site, (), torch.zeros(1, n, 64, dtype=torch.bfloat16))
+    print("memory", "rows", warm, len(compiled) - warm)
 """
 
 
@@ -64,7 +79,7 @@ def test_serving_compiles_nothing_after_a_warm_up() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for gate, rank, warm, later in lines:
         assert int(warm) > 0
         assert int(later) == 0, (gate, rank)
