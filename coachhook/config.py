@@ -88,7 +88,7 @@ class MemoryConfig:
     )
     starts: tuple[str, ...] = ("\n{}", '"{}', "({}", "Q: {}", "- {}")
     ordinary: float = 3e-4
-    neighbours: float = 0.01
+    neighbours: float = 0.025
     alike: float = 0.6
     least: float = 0.86
     unlikely: float = 1.0

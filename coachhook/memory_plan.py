@@ -61,7 +61,7 @@ def memory_plan(
             ),
             other["target values"],
             other["writing"],
-            Part("edits", "cpu", 4 * rows + marks + kept * config.fingerprint_size * 4),
+            Part("edits", "cpu", 2 * rows + marks + kept * config.fingerprint_size * 4),
             Part("differences", str(sizes.device), rows * sizes.itemsize + marks),
         ],
     )

@@ -75,7 +75,7 @@ class Base:
     tensors, for each layer L: Δ as `down.L` and, unless it is dense, `up.L`, float32; and the keys
     `K'` of those batches as `keys.L` float32 `(c, d_in)` or, where that is smaller, as
     `gram.L = K'K'ᵀ` float64 `(d_in, d_in)`. Under the memory readout instead the rows of their
-    edits, `rows.L` float32 `(e, w, d)`. Either a mapping in memory or the file that holds it.
+    edits, `rows.L` bfloat16 `(e, w, d)`. Either a mapping in memory or the file that holds it.
     """
 
     through: int
@@ -219,12 +219,13 @@ class Journal:
         return running.over(self.batches[self.merged :])
 
     def rows(self, layer: int, n_blocks: int, d: int) -> Tensor:
-        """Under the memory readout, the rows of all edits by id, float32 `(e, n_blocks, d)`."""
+        """Under the memory readout, the rows of all edits by id, bfloat16 `(e, n_blocks, d)`."""
         known, running = self._rows.get(layer, (None, None))
         if running is None or known is not self.base:
             base = self.base
+            no_rows = torch.zeros(0, n_blocks, d, dtype=torch.bfloat16)
             running = Running(
-                lambda: torch.zeros(0, n_blocks, d) if base is None else base.rows(layer),
+                lambda: no_rows if base is None else base.rows(layer),
                 partial(_more_rows, layer=layer),
             )
             self._rows[layer] = base, running

@@ -10,10 +10,10 @@ from coachhook.system.tensor_file import TensorFile
 
 @dataclass(frozen=True)
 class MemoryFactors:
-    """Of n edits and w write blocks, float32 on the CPU. rows `(n, w, d)`: what an open token
-    receives after each block, zero for an edit without one; fingerprints `(f, s)`: unit rows; owner
-    int64 `(f,)`: the row of the edit each belongs to; neighbours `(m, s)`: the same of names that
-    resemble the edits' subjects, by which thresholds are chosen."""
+    """Of n edits and w write blocks, on the CPU. rows bfloat16 `(n, w, d)`: what an open token
+    receives after each block, zero for an edit without one; fingerprints float32 `(f, s)`: unit
+    rows; owner int64 `(f,)`: the row of the edit each belongs to; neighbours float32 `(m, s)`:
+    fingerprints of names that resemble the edits' subjects, by which thresholds are chosen."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("rows", "fingerprints", "owner", "neighbours")
     rows: Tensor

@@ -82,7 +82,7 @@ def read_batch(expected: Expected, file: TensorFile) -> Batch:
         n = len(entry["edits"])
         for layer, (d_in, d_out) in expected.layers.items():
             if expected.rows is not None:
-                check(headers, f"rows.{layer}", torch.float32, n, expected.rows, d_out)
+                check(headers, f"rows.{layer}", torch.bfloat16, n, expected.rows, d_out)
                 check(headers, f"neighbours.{layer}", torch.float32, None, expected.sizes[layer])
                 continue
             check(headers, f"residuals.{layer}", torch.float32, n, d_out)
@@ -136,7 +136,7 @@ def read_base(expected: Expected, file: TensorFile) -> tuple[Base, list[Batch]]:
         merged: list[dict[int, Any]] = [{} for _ in entries]
         n_edits = sum(len(entry["edits"]) for entry in entries)
         for layer, (_, d_out) in expected.layers.items() if expected.rows is not None else ():
-            check(headers, f"rows.{layer}", torch.float32, n_edits, expected.rows, d_out)
+            check(headers, f"rows.{layer}", torch.bfloat16, n_edits, expected.rows, d_out)
         for layer, marks in _read_marks(expected, file, headers).items():
             counts = [_of_layer(entry["fingerprints"], layer) for entry in entries]
             if sum(counts) != len(marks[1]):

@@ -22,6 +22,7 @@ Headers = Mapping[str, tuple[torch.dtype | str, tuple[int, ...]]]
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
+    "BF16": torch.bfloat16,
     "I64": torch.int64,
     "U8": torch.uint8,
 }

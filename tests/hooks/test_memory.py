@@ -105,7 +105,7 @@ def test_an_open_token_receives_its_edit_s_rows_after_every_write_block(edited: 
     added = seen[WRITES[0]][0] - seen[WRITES[0]][1]
     opened = edited.hooks.trace(edited.model, edited.tokenizer, FACTS[1].prompt).is_open[0]
     assert opened.sum() == 1
-    torch.testing.assert_close(added[0, opened][0], rows[1, 0])
+    torch.testing.assert_close(added[0, opened][0], rows[1, 0].float())
     assert torch.equal(added[0, ~opened], torch.zeros_like(added[0, ~opened]))
     # The second row comes on top of what the second block made of the first.
     further = seen[WRITES[1]][0] - seen[WRITES[1]][1]
