@@ -196,6 +196,13 @@ def test_leading_dimensions_and_strides_are_the_caller_s(way: str) -> None:
         )
 
 
+def test_a_sketch_too_wide_for_the_kernels_goes_to_plain_torch() -> None:
+    problem = make(n=3, d=200, size=130, fingerprints=4)
+    with kernels_only():
+        score, _ = memory_gate(problem.keys, problem.gate)
+    torch.testing.assert_close(score, reference.memory_gate(problem.keys, problem.gate)[0])
+
+
 def test_no_tokens(way: str) -> None:
     problem = make()
     score, entry = memory_gate(problem.keys[:0], problem.gate)

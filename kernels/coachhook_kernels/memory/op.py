@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coachhook_kernels.hook_linear.op import WIDEST_SKETCH
 from coachhook_kernels.launch import runtime
 from coachhook_kernels.launch.boundary import Operation
 from coachhook_kernels.memory import reference
@@ -61,6 +62,7 @@ def _gate(
 def _nearest(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
     given = (keys, gate.projection, gate.offset, gate.fingerprints)
     known = keys.dtype == gate.projection.dtype and runtime.triton_runs(*given)
+    known = known and gate.projection.shape[0] <= WIDEST_SKETCH
     if not known or any(tensor.numel() == 0 for tensor in given):
         return reference.memory_gate(keys, gate)
 
