@@ -135,6 +135,11 @@ class Compilers:
         began: dict[Connection, float] = {}
         faults: dict[int, str] = {}
         while waiting or busy:
+            if time.monotonic() >= until:
+                faults |= dict.fromkeys([*busy.values(), *dict(waiting)], NOT_IN_TIME)
+                for worker in busy:
+                    self._end(worker)
+                break
             while waiting and (self._idle or len(self._of) < self.processes):
                 index, variant = waiting.pop()
                 worker = self._give(variant)
@@ -146,11 +151,6 @@ class Compilers:
                 faults[busy.pop(oldest)] = HUNG
                 self._end(oldest)
                 continue
-            if not ready:
-                faults |= dict.fromkeys([*busy.values(), *dict(waiting)], NOT_IN_TIME)
-                for worker in busy:
-                    self._end(worker)
-                break
             for worker in [worker for worker in busy if worker in ready]:
                 index = busy.pop(worker)
                 try:

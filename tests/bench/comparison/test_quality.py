@@ -41,14 +41,16 @@ def test_every_editor_under_one_protocol(
         # The corrected fact counts once, and one fact has no paraphrase.
         assert [len(point["records"]) for point in (first, last)] == [2, 3], name
         assert last["records"][2]["generality"]["greedy"] is None
-        assert {record["batch"] for record in last["records"]} == {1, 2}, name
+        # A random model finds no target likely, which the memory readout refuses.
+        refused = name.startswith("memory")
+        assert {r["batch"] for r in last["records"]} == ({None} if refused else {1, 2}), name
         # Each of them does something.
         assert result["failure"] is None
         moved = any(record["answer"] != record["answer_before"] for record in last["records"])
-        assert moved or last["divergence"] > 1e-6, name
+        assert refused != (moved or last["divergence"] > 1e-6), name
         # Off is off, for each editor in its own way.
         assert last["perplexity_before"] == pytest.approx(unedited, rel=1e-6), name
-        hooked = ("keyed", "calibrated", "sequence", "onegradient")
+        hooked = ("memory", "paper", "keyed", "calibrated", "sequence", "onegradient")
         assert (last["gate"] is not None) == name.startswith(hooked)
         for ratio in ("first_token_ratio", "tokens_per_second_ratio"):
             assert 0 < result["overhead"][ratio] < 100
@@ -79,7 +81,7 @@ def test_every_editor_under_one_protocol(
 
 def test_unknown_editors_are_told_before_any_work(tiny_folder: Path, tmp_path: Path) -> None:
     for name, reason in (
-        ("memo@3", "no editor 'memo'; there are keyed, "),
+        ("memo@3", "no editor 'memo'; there are memory, "),
         ("memit@many", "'many' behind memit@ is no positive number"),
         ("memit@nan", "'nan' behind memit@"),
     ):
