@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coachhook.config import ValueConfig
 from coachhook.editing.value_rows import contexts_of, prepare, score
@@ -78,6 +78,7 @@ def optimise_shifts(
     return every shift. Raises `NotEnoughMemoryError` if what is joined does not fit, `ModelError`
     for a shift that is not finite.
     """
+    _check_attention(architecture.blocks(lm.model))
     groups = contexts_of(lm.tokenizer, requests, config)
     members: list[list[int]] = [[] for _ in range(max(joined) + 1)]
     for request, number in enumerate(joined):
@@ -117,6 +118,17 @@ def optimise_shifts(
         return torch.stack([optimised[f"{name}.{i}"] for i in range(len(requests))]).to(lm.device)
 
     return Shifts(stacked("origin"), stacked("shift"), stacked("loss"))
+
+
+def _check_attention(blocks: nn.ModuleList) -> None:
+    """Raise `ModelError` for state-space blocks, whose states cannot be kept as keys and values."""
+    for number, block in enumerate(blocks):
+        # What all of their kinds have, and no block of attention.
+        if any(isinstance(module, nn.Conv1d) for module in block.modules()):
+            raise ModelError(
+                f"block {number} is a state-space block ({type(block).__name__}); target values "
+                "are optimised in models of attention alone"
+            )
 
 
 def _in_groups(

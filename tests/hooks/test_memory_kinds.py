@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
 from coachhook.config import MemoryConfig
-from coachhook.errors import ArchitectureError
+from coachhook.errors import ArchitectureError, ModelError
 from coachhook.models.architecture import Architecture
 from tests.support.tiny import TARGETS, VOCABULARY, tiny_tokenizer
 
@@ -114,3 +114,15 @@ def test_a_model_without_blocks_of_a_known_kind_says_what_to_name() -> None:
     with pytest.raises(ArchitectureError, match=r"0 lists of 4 blocks.*'model.layers.\{\}.mlp'"):
         Architecture.of_blocks(model)
     assert Architecture.of_blocks(model, "model.layers.{}.network").template
+
+
+def test_state_space_blocks_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+    model = model_of("smollm3")
+    model.model.layers[1].mixer = torch.nn.Conv1d(1, 1, 1)
+    with Editor.from_pretrained(model, tiny_tokenizer(), config=CONFIG) as editor:
+        with pytest.raises(ModelError, match="block 1 is a state-space block"):
+            editor.edit(FACTS)
+        assert editor.hooks.edits == []
