@@ -114,7 +114,10 @@ class Editor:
             checksums={},
             template=architecture.template,
             shapes={
-                layer: (statistics[layer].moment.shape[0], lm.model.config.hidden_size)
+                layer: (
+                    statistics[layer].moment.shape[0],
+                    lm.model.config.get_text_config().hidden_size,
+                )
                 for layer in layers
             },
         )

@@ -118,7 +118,7 @@ class Architecture:
         # Of a template that names a part of the FFN, the FFN; where the part stands by itself in
         # the block, as OPT's, the module that begins it.
         own = rest.split(".")[0]
-        for name in (own, *FFNS) if "." in rest or own not in ("fc2",) else FFNS:
+        for name in FFNS if own == "fc2" else (own, *FFNS):
             found = block._modules.get(name)
             if found is not None:
                 return found

@@ -53,7 +53,12 @@ class MemoryReadout(Readout):
             rows.to(device_of(block), compute_dtype(block))
             rows.handle = block.register_forward_hook(rows.add)
             block.add_module(NAME, rows)
-        self.refresh(model, [self.gate_block])
+        try:
+            self.refresh(model, [self.gate_block])
+        except BaseException:
+            # Rows are read from files, which may be gone or damaged.
+            self.detach(model, owner)
+            raise
 
     def detach(self, model: nn.Module, owner: str) -> None:
         for module in list(model.modules()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
 from coachhook.config import MemoryConfig
-from coachhook.errors import AttachError, BaseModelMismatchError
+from coachhook.errors import AttachError, BaseModelMismatchError, CorruptFolderError
 from coachhook.hooks.memory import LEAST_ROOM, MemoryHook, MemoryRows
 from tests.support.tiny import KINDS, TARGETS, tiny_model, tiny_tokenizer
 
@@ -323,3 +323,15 @@ def test_two_facts_of_one_subject_in_one_batch_have_one_row() -> None:
     assert torch.equal(rows[0], rows[2])
     assert not torch.equal(rows[0], rows[1])
     assert [edit.shares for edit in editor.hooks.edits] == [(2,), (), (0,)]
+
+
+def test_rows_that_cannot_be_read_leave_no_hook_behind(tmp_path: Path) -> None:
+    with_rows(editor_of()).save_pretrained(tmp_path / "edits")
+    hooks = HookSet.from_pretrained(tmp_path / "edits")
+    (batch,) = (tmp_path / "edits").glob("batch-*.safetensors")
+    batch.write_bytes(batch.read_bytes()[:-8])
+    model = tiny_model("llama")
+    with pytest.raises(CorruptFolderError, match="truncated"):
+        hooks.attach(model)
+    assert not any(isinstance(m, MemoryHook | MemoryRows) for m in model.modules())
+    assert torch.equal(logits(model, OTHER)[0], logits(tiny_model("llama"), OTHER)[0])

@@ -54,13 +54,18 @@ def check_correction(output: Tensor, keys: Tensor, delta: Delta, gate: TokenGate
 def check_overlap(output: Tensor, keys: Tensor) -> None:
     """Refuse an output that holds an element twice or shares memory with the keys, where parallel
     programs would read what others have already written."""
+    check_own_overlap(output)
+    if share_memory(output, keys):
+        raise KernelInputError("output and keys share memory; pass a copy of one of them")
+
+
+def check_own_overlap(output: Tensor) -> None:
+    """Refuse an output that holds an element twice."""
     if torch._debug_has_internal_overlap(output) == 1:
         raise KernelInputError(
             f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
             "more than once; pass a copy of it"
         )
-    if share_memory(output, keys):
-        raise KernelInputError("output and keys share memory; pass a copy of one of them")
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -75,7 +80,7 @@ def _check_keys(keys: Tensor) -> None:
         )
 
 
-def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
+def check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
     if matrix.ndim != 2 or matrix.shape[1] != columns or not is_real(matrix):
         raise KernelInputError(
             f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; ({rows}, {columns}) of "
@@ -85,9 +90,9 @@ def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
 
 def check_delta(delta: Delta, d_in: int, d_out: int) -> None:
     down, up = delta
-    _check_matrix("delta.down", down, "rank", d_in)
+    check_matrix("delta.down", down, "rank", d_in)
     if up is not None:
-        _check_matrix("delta.up", up, "d_out", down.shape[0])
+        check_matrix("delta.up", up, "d_out", down.shape[0])
     made = down.shape[0] if up is None else up.shape[0]
     if made != d_out:
         raise KernelInputError(f"delta makes {made} outputs, the layer has {d_out}")
@@ -108,9 +113,9 @@ def _check_gate(gate: TokenGate, d_in: int) -> None:
         raise KernelInputError(
             "a keyed gate needs projection, offset, fingerprints and enabled; a calibrated one none"
         )
-    _check_matrix("projection", gate.projection, "s", d_in)
+    check_matrix("projection", gate.projection, "s", d_in)
     size = gate.projection.shape[0]
-    _check_matrix("fingerprints", fingerprints, "e", size)
+    check_matrix("fingerprints", fingerprints, "e", size)
     if offset.shape != (size,) or not is_real(offset):
         raise KernelInputError(
             f"offset is {offset.dtype} of shape {tuple(offset.shape)}; ({size},) of floats expected"

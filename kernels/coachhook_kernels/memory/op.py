@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from coachhook_kernels.hook_linear.op import WIDEST_SKETCH
+from coachhook_kernels.hook_linear.validation import check_own_overlap
 from coachhook_kernels.launch import runtime
 from coachhook_kernels.launch.boundary import Operation
 from coachhook_kernels.memory import reference
 from coachhook_kernels.memory.gate import MemoryGate
-from coachhook_kernels.memory.validation import check_add, check_gate, check_overlap
+from coachhook_kernels.memory.validation import check_add, check_gate
 
 
 def memory_gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def _nearest(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
 def _add(output: Tensor, score: Tensor, entry: Tensor, threshold: Tensor, rows: Tensor) -> None:
     if rows.shape[0] == 0 or output.numel() == 0:
         return
-    check_overlap(output)
+    check_own_overlap(output)
 
     def eager() -> None:
         eager_add_(output, score, entry, threshold, rows)

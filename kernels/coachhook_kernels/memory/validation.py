@@ -4,19 +4,20 @@ import torch
 from torch import Tensor
 
 from coachhook_kernels.errors import KernelInputError
+from coachhook_kernels.hook_linear.validation import check_matrix, is_real
 from coachhook_kernels.memory.gate import MemoryGate
 
 
 def check_gate(keys: Tensor, gate: MemoryGate) -> None:
-    if keys.ndim == 0 or not _is_real(keys):
+    if keys.ndim == 0 or not is_real(keys):
         raise KernelInputError(
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}; (..., d) of floats was expected"
         )
     projection, offset, fingerprints, owner, enabled, threshold = gate
-    _check_matrix("projection", projection, "s", keys.shape[-1])
+    check_matrix("projection", projection, "s", keys.shape[-1])
     size = projection.shape[0]
-    _check_matrix("fingerprints", fingerprints, "f", size)
-    if offset.shape != (size,) or not _is_real(offset):
+    check_matrix("fingerprints", fingerprints, "f", size)
+    if offset.shape != (size,) or not is_real(offset):
         raise KernelInputError(
             f"offset is {offset.dtype} of shape {tuple(offset.shape)}; ({size},) of floats was "
             "expected"
@@ -35,7 +36,7 @@ def check_gate(keys: Tensor, gate: MemoryGate) -> None:
 def check_add(
     output: Tensor, score: Tensor, entry: Tensor, threshold: Tensor, rows: Tensor
 ) -> None:
-    if output.ndim == 0 or not _is_real(output):
+    if output.ndim == 0 or not is_real(output):
         raise KernelInputError(
             f"output is {output.dtype} of shape {tuple(output.shape)}; (..., d) of floats was "
             "expected"
@@ -48,30 +49,8 @@ def check_add(
                 "one for each token of the output, was expected"
             )
     _check_threshold(threshold)
-    _check_matrix("rows", rows, "e", output.shape[-1])
+    check_matrix("rows", rows, "e", output.shape[-1])
     _check_devices(output, score=score, entry=entry, threshold=threshold, rows=rows)
-
-
-def check_overlap(output: Tensor) -> None:
-    """Refuse an output that holds an element twice, which would be added to twice."""
-    if torch._debug_has_internal_overlap(output) == 1:
-        raise KernelInputError(
-            f"output of shape {tuple(output.shape)} and strides {output.stride()} holds elements "
-            "more than once; pass a copy of it"
-        )
-
-
-def _is_real(tensor: Tensor) -> bool:
-    """Whether torch computes with this dtype; 8-bit floats are for storage only."""
-    return tensor.is_floating_point() and tensor.element_size() > 1
-
-
-def _check_matrix(name: str, matrix: Tensor, rows: str, columns: int) -> None:
-    if matrix.ndim != 2 or matrix.shape[1] != columns or not _is_real(matrix):
-        raise KernelInputError(
-            f"{name} is {matrix.dtype} of shape {tuple(matrix.shape)}; ({rows}, {columns}) of "
-            "floats was expected"
-        )
 
 
 def _check_threshold(threshold: Tensor) -> None:
