@@ -124,6 +124,17 @@ def best_of_slabs(best, o_row, m_m, BM: tl.constexpr, BL: tl.constexpr):
     return b_score, b_index
 
 
+@triton.jit
+def hand_in(best, p_arrived, b_score, b_index, i_slab, o_row, m_m):
+    """Store the best of a slab; whether it is the last slab of these rows to do so."""
+    o_cell = i_slab.to(tl.int64) * best.n_rows + o_row
+    tl.store(best.p_score + o_cell, b_score, mask=m_m)
+    tl.store(best.p_index + o_cell, b_index, mask=m_m)
+    # The barrier puts the stores of every thread before the one thread's release.
+    tl.debug_barrier()
+    return tl.atomic_add(p_arrived, 1, sem="acq_rel", scope="gpu") == best.n_slabs - 1
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_fingerprints", "n_slabs", "slab"])
 def match_kernel(
     p_units, p_fingerprints, p_enabled, p_best, p_best_index, p_arrived,
@@ -148,13 +159,8 @@ def match_kernel(
     end = min(begin + slab, n_fingerprints)
     fingerprints = Fingerprints(p_fingerprints, p_enabled, n_score, begin, end)
     b_score, b_index = nearest_fingerprint(b_unit, fingerprints, o_s, m_s, BM, BE)
-    o_cell = i_slab.to(tl.int64) * n_rows + o_row
-    tl.store(p_best + o_cell, b_score, mask=m_m)
-    tl.store(p_best_index + o_cell, b_index, mask=m_m)
-    # The barrier puts the stores of every thread before the one thread's release.
-    tl.debug_barrier()
-    if tl.atomic_add(p_arrived + i_block, 1, sem="acq_rel", scope="gpu") == n_slabs - 1:
-        best = Best(p_best, p_best_index, n_slabs, n_rows)
+    best = Best(p_best, p_best_index, n_slabs, n_rows)
+    if hand_in(best, p_arrived + i_block, b_score, b_index, i_slab, o_row, m_m):
         b_score, b_index = best_of_slabs(best, o_row, m_m, BM, BL)
         b_first = tl.load(p_unit, mask=m_m, other=0.0)
         m_finite = b_first == b_first

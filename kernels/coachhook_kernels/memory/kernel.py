@@ -23,6 +23,7 @@ from coachhook_kernels.hook_linear.tiles_match import (
     Best,
     Fingerprints,
     best_of_slabs,
+    hand_in,
     nearest_fingerprint,
     slab_length,
 )
@@ -94,15 +95,9 @@ def match_kernel(
     begin = i_slab * slab
     end = min(begin + slab, n_fingerprints)
     fingerprints = Fingerprints(p_fingerprints, p_enabled, n_score, begin, end)
-    b_score, b_index = nearest_fingerprint(fingerprints=fingerprints, b_unit=tl.trans(b_unit),
-                                           o_s=o_s, m_s=m_s, BM=BM, BE=BE)  # fmt: skip
-    o_cell = i_slab.to(tl.int64) * n_rows + o_row
-    tl.store(p_best + o_cell, b_score, mask=m_m)
-    tl.store(p_best_index + o_cell, b_index, mask=m_m)
-    # The barrier puts the stores of every thread before the one thread's release.
-    tl.debug_barrier()
-    if tl.atomic_add(p_arrived + i_block, 1, sem="acq_rel", scope="gpu") == n_slabs - 1:
-        best = Best(p_best, p_best_index, n_slabs, n_rows)
+    b_score, b_index = nearest_fingerprint(tl.trans(b_unit), fingerprints, o_s, m_s, BM, BE)
+    best = Best(p_best, p_best_index, n_slabs, n_rows)
+    if hand_in(best, p_arrived + i_block, b_score, b_index, i_slab, o_row, m_m):
         b_score, b_index = best_of_slabs(best, o_row, m_m, BM, BL)
         m_found = m_m & m_finite & (b_index >= 0)
         b_entry = tl.load(p_owner + b_index, mask=m_found, other=-1)
