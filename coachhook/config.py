@@ -71,9 +71,10 @@ class MemoryConfig:
     contexts, starts: texts with {} in place of the subject, in mid-sentence and where something
     begins (but for the start of a text, which is read anyway); the mean key of each group is one
     fingerprint of an edit.
+    rivals: how many made-up names that end as a subject does, and begin as another, stand beside
+    each edit: a token that resembles one of them more than the subject stays closed.
     The threshold is the lowest cosine that no larger shares reach than these: ordinary, of ordinary
-    tokens; neighbours, of the other edits' subjects; alike, of made-up names that end as a subject
-    does and begin as another; but at least `least`.
+    tokens; neighbours, of the other edits' subjects; but at least `least`.
     unlikely: a request is refused if its target's mean negative log-likelihood (nats) stays above.
     """
 
@@ -87,15 +88,17 @@ class MemoryConfig:
         "A friend told me that {}",
     )
     starts: tuple[str, ...] = ("\n{}", '"{}', "({}", "Q: {}", "- {}")
+    rivals: int = 4
     ordinary: float = 3e-4
-    neighbours: float = 0.025
-    alike: float = 0.6
-    least: float = 0.86
+    neighbours: float = 0.02
+    least: float = 0.88
     unlikely: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "ordinary", "neighbours", "alike", "unlikely")
-        for name in ("ordinary", "neighbours", "alike"):
+        _check_positive(self, "ordinary", "neighbours", "unlikely")
+        if not isinstance(self.rivals, int) or self.rivals < 0:
+            raise ConfigError(f"rivals must be a whole number from 0, not {self.rivals!r}")
+        for name in ("ordinary", "neighbours"):
             if getattr(self, name) >= 1:
                 raise ConfigError(f"{name} is a share below 1, not {getattr(self, name)}")
         if not -1 <= self.least <= 1:
@@ -218,5 +221,8 @@ class EditConfig:
 
 def _memory_config(data: dict[str, Any]) -> MemoryConfig:
     """Folders from before this readout have none."""
+    unknown = set(data) - {f.name for f in fields(MemoryConfig)}
+    if unknown:
+        raise ConfigError(f"unknown settings {sorted(unknown)} of the memory readout")
     lists = {name: tuple(value) for name, value in data.items() if isinstance(value, list | tuple)}
     return MemoryConfig(**{**data, **lists})

@@ -17,9 +17,8 @@ from coachhook.system.hardware import arithmetic_device, matmul_rate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Fingerprints of an edit whose request names no alias: bare, in three kinds of place, in two cases;
-# and the sketch of a made-up neighbour.
-_MARKS = 7
+# Fingerprints of an edit whose request names no alias: bare, in three kinds of place, in two cases.
+_FORMS = 6
 
 
 def memory_plan(
@@ -42,7 +41,7 @@ def memory_plan(
     kept = min(config.statistics.tokens_for(hidden), MOST_BACKGROUND)
     rate = matmul_rate(device, torch.float64, hidden)
     rows = edits * len(written) * hidden
-    marks = edits * _MARKS * config.fingerprint_size * 4
+    marks = edits * (_FORMS + config.memory.rivals) * config.fingerprint_size * 4
     # A pass over the same texts as under the other readout, from the first write block on.
     other = {
         part.name: part

@@ -1,5 +1,6 @@
 """The forms in which a subject is met: each group of texts gives one fingerprint, its mean key."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,10 @@ from coachhook.config import MemoryConfig
 from coachhook.facts.request import EditRequest
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.tokens import Row, encode
+
+# Subjects that a rival's first words are looked for in, and some where edits have none to lend.
+_LOOKED_AT = 16
+_OTHERS = ("John Miller", "Maria Lopez", "New Hope", "Old Saint Peter")
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,44 @@ def _form(
     return [Form(number, alias, rows)] if rows else []
 
 
-def neighbours_of(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Row]:
-    """Prompts whose subject is replaced by one that ends alike and begins as another's, up to that
-    subject's last token."""
-    subjects = [request.subject for request in requests]
-    taken, rows = set(subjects), []
+@dataclass(frozen=True)
+class Rival:
+    """A made-up name that ends as a subject does, and texts of it. request: of that subject."""
+
+    request: int
+    name: str
+    row: Row
+
+
+def rivals_of(
+    lm: LanguageModel,
+    requests: Sequence[EditRequest],
+    others: Sequence[str],
+    config: MemoryConfig,
+) -> list[Rival]:
+    """For each request whose subject has several words, names that begin as other subjects do:
+    first those of `others` that end alike, then any, and some of our own where there are few.
+
+    others: all subjects that there are; of those that are rivals' names, nothing is made.
+    """
+    taken = {name.casefold() for name in others}
+    by_end: dict[str, list[str]] = {}
+    for other in others:
+        by_end.setdefault(other.split(" ")[-1].casefold(), []).append(other)
+    found = []
     for number, request in enumerate(requests):
         *own, last = request.subject.split(" ")
-        others = (s.split(" ")[:-1] for s in [*subjects[number + 1 :], *subjects[:number]])
-        other = next((words for words in others if words and words != own), None)
-        if not own or other is None:
-            continue
-        name = " ".join([*other, last])
-        if name not in taken:
-            before = request.prompt[: request.subject_span[0]]
-            rows.append(encode(lm.tokenizer, before + name, subject_end=len(before + name)))
-    return rows
+        # Always the same ones for a subject, and others for the next.
+        start = zlib.crc32(request.subject.encode()) % max(1, len(others))
+        around = [*others[start : start + _LOOKED_AT], *others[:_LOOKED_AT], *_OTHERS]
+        names: list[str] = []
+        for other in [*by_end.get(last.casefold(), [])[:2], *around] if own else ():
+            first = other.split(" ")[:-1]
+            name = " ".join([*first, last])
+            if len(names) < config.rivals and first and name.casefold() not in taken:
+                names += [name] if name not in names else []
+        for place, name in enumerate(names):
+            before = config.contexts[place % len(config.contexts)].split("{}")[0]
+            row = encode(lm.tokenizer, before + name, subject_end=len(before + name))
+            found.append(Rival(number, name, row))
+    return found

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from coachhook.editing.forms import Form, forms_of, neighbours_of
+from coachhook.editing.forms import Form, forms_of, rivals_of
 from coachhook.editing.layer_writer import KeySketches
 from coachhook.editing.sinks import refuse_sinks
 from coachhook.editing.values import optimise_shifts
@@ -24,8 +24,10 @@ from coachhook.statistics.measure import KeyStatistics
 from coachhook.system.processes import Processes
 from coachhook.system.progress import track
 
-# Most neighbours, the latest, that a threshold is chosen by.
+# Most edits, the latest, that a threshold is chosen by.
 SAMPLE = 1024
+# A rival that resembles its subject this much cannot be told from it.
+_TWIN = 0.98
 
 
 class MemoryWriting:
@@ -92,12 +94,14 @@ class MemoryWriting:
             if distinct[place] and form.request not in refused
         ]
         values[sorted(refused)] = 0.0
-        neighbours = self._fingerprints([[row] for row in neighbours_of(self._lm, requests)])
+        owner = torch.tensor([forms[place].request for place in kept], dtype=torch.long)
+        rivals, beside = self._rivals(
+            [batch.edits[i] for i in accepted], refused, marks[kept], owner
+        )
         factors = MemoryFactors(
             rows=values,
-            fingerprints=marks[kept],
-            owner=torch.tensor([forms[place].request for place in kept], dtype=torch.long),
-            neighbours=neighbours,
+            fingerprints=torch.cat([marks[kept], rivals]),
+            owner=torch.cat([owner, beside]),
         )
         batch.layers[self._gate_block] = factors.spread(
             torch.tensor(accepted, dtype=torch.long), len(batch.edits)
@@ -113,7 +117,6 @@ class MemoryWriting:
             rows=torch.zeros(self.shape(len(batch.edits)), dtype=torch.bfloat16),
             fingerprints=torch.zeros(0, size),
             owner=torch.zeros(0, dtype=torch.long),
-            neighbours=torch.zeros(0, size),
         )
         batch.thresholds[layer] = earlier[-1].thresholds[layer] if earlier else Threshold()
 
@@ -181,6 +184,28 @@ class MemoryWriting:
         parts = keys.float().split([len(group) for group in groups])
         return self._sketches.fingerprint(torch.stack([part.mean(0) for part in parts]))
 
+    def _rivals(
+        self, edits: Sequence[EditRecord], refused: set[int], marks: Tensor, owner: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fingerprints `(r, s)` of names that `edits` are not to be taken for, and whose they are
+        `(r,)`; their names go into the records. marks, owner: the edits' own fingerprints."""
+        config = self._hooks.config.memory
+        earlier = [edit.request.subject for edit in self._hooks.journal.live()][-SAMPLE:]
+        requests = [edit.request for edit in edits]
+        others = list(dict.fromkeys([*earlier, *[request.subject for request in requests]]))
+        rivals = rivals_of(self._lm, requests, others, config)
+        found = self._fingerprints([[rival.row] for rival in rivals])
+        kept = [
+            place
+            for place, rival in enumerate(rivals)
+            if rival.request not in refused
+            and not (marks[owner == rival.request] @ found[place] >= _TWIN).any()
+        ]
+        for number, edit in enumerate(edits):
+            edit.rivals = tuple(rivals[i].name for i in kept if rivals[i].request == number)
+        whose = torch.tensor([rivals[place].request for place in kept], dtype=torch.long)
+        return found[kept], whose
+
     def _share_rows(self, batch: Batch) -> None:
         """Note for each edit which others its row says."""
         written = [edit for edit in batch.edits if edit.verdict is not Verdict.REFUSED]
@@ -193,7 +218,7 @@ class MemoryWriting:
             )
 
     def _threshold(self) -> Threshold:
-        """The lowest cosine that at most the stated shares of ordinary tokens and of neighbours
+        """The lowest cosine that at most the stated shares of ordinary tokens and of other subjects
         reach, see `MemoryConfig`."""
         journal, layer, config = self._hooks.journal, self._gate_block, self._hooks.config.memory
         fingerprints, owner = journal.fingerprints(layer, self._sketches.projection.shape[0])
@@ -202,12 +227,10 @@ class MemoryWriting:
         least = config.least
         if len(fingerprints):
             ordinary = self._sketches.background_scores.of(journal, layer)
-            made = journal.neighbours(layer)[-SAMPLE:]
             subjects = [edit.request.subject for edit in journal.edits()]
             for scores, share in (
                 (ordinary, config.ordinary),
                 (_between(fingerprints, owner, subjects), config.neighbours),
-                ((made @ fingerprints.T).amax(1) if len(made) else None, config.alike),
             ):
                 if scores is not None:
                     least = max(least, _ceiling(scores, share))

@@ -20,10 +20,14 @@ from coachhook_kernels.launch.sizes import telling_rows
 LEAST_ROOM = 64
 """Entries and fingerprints that there is room for at first."""
 
+RIVAL, OFF = -1, -2
+"""In place of a row: of a fingerprint that keeps closed what resembles it, and of one that is not
+compared at all."""
+
 
 class Entries(NamedTuple):
-    """What the gate holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each;
-    row int64 `(f,)`: the row that it opens, -1 where it opens none."""
+    """What the gate holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each,
+    -1 for a rival's; row int64 `(f,)`: the row that it opens, `RIVAL` or `OFF`."""
 
     fingerprints: Tensor
     edit: Tensor
@@ -111,10 +115,10 @@ class MemoryHook(nn.Module):
         self.threshold.fill_(threshold)
 
     def switch(self, row: Tensor) -> None:
-        """Which row each fingerprint opens, int64 `(f,)`; -1 for none."""
+        """Which row each fingerprint opens, int64 `(f,)`, or `RIVAL` or `OFF`."""
         n = len(row)
-        self.row[:n].copy_(row.clamp_min(0))
-        self.enabled[:n].copy_(row >= 0)
+        self.row[:n].copy_(row.clamp_min(RIVAL))
+        self.enabled[:n].copy_(row > OFF)
 
     def gate(self, of: Tensor) -> MemoryGate:
         """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`."""
@@ -133,7 +137,7 @@ class MemoryHook(nn.Module):
     def read(self, keys: Tensor) -> GateReading:
         """The gate's reading of keys `(..., d)`."""
         score, edit = memory_gate(keys, self.gate(self.edit))
-        return GateReading(score, score, score >= self.threshold, edit)
+        return GateReading(score, score, (score >= self.threshold) & (edit >= 0), edit)
 
     @torch.no_grad()
     def warm_up(self, most_rows: int) -> None:

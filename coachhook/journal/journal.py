@@ -5,7 +5,7 @@ forgetting the later ones; nothing is ever subtracted. Derived values are cached
 more batch depends on that batch alone and not on all before it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -37,8 +37,9 @@ class Verdict(StrEnum):
 @dataclass
 class EditRecord:
     """One request in the journal. id: its number over all batches, from 0; reason: why the verdict
-    is not "applied". shares: ids of the other edits of its subject that its row says as well (under
-    the memory readout)."""
+    is not "applied". Under the memory readout, shares: ids of the other edits of its subject that
+    its row says as well; rivals: names that its subject is not to be taken for.
+    """
 
     id: int
     request: EditRequest
@@ -46,6 +47,7 @@ class EditRecord:
     reason: str = ""
     enabled: bool = True
     shares: tuple[int, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -61,6 +63,10 @@ class Batch:
     layers: dict[int, Any]
     thresholds: dict[int, Threshold]
     stored: TensorFile | None = None
+
+    @property
+    def n_rivals(self) -> int:
+        return sum(len(edit.rivals) for edit in self.edits)
 
     def move_to(self, file: TensorFile) -> None:
         """Read the factors from `file`, which holds them, from now on."""
@@ -135,7 +141,9 @@ class Journal:
     _rows: dict[int, tuple[Base | None, Running[Batch, Tensor]]] = field(
         default_factory=dict, repr=False
     )
-    _neighbours: dict[int, Running[Batch, Tensor]] = field(default_factory=dict, repr=False)
+    _rivals: dict[int, Running[Batch, tuple[Tensor, Tensor]]] = field(
+        default_factory=dict, repr=False
+    )
     _facts: Running[Batch, _Facts] = field(
         default_factory=lambda: Running(_Facts.none, _Facts.after), repr=False
     )
@@ -192,12 +200,21 @@ class Journal:
     ) -> tuple[Tensor, Tensor]:
         """The fingerprints `(f, size)` of a layer in the first `n_batches` (None: all), and `(f,)`
         the id of the edit that each belongs to."""
-        running = self._marks.get(layer)
-        if running is None:
-            nothing = torch.zeros(0, size), torch.zeros(0, dtype=torch.long)
-            running = Running(lambda: nothing, partial(_more_marks, layer=layer))
-            self._marks[layer] = running
-        return running.over(self.batches[:n_batches])
+        return _running(self._marks, layer, size, _own).over(self.batches[:n_batches])
+
+    def rivals(self, layer: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The fingerprints `(r, size)` of all edits' rivals, `(r,)` the id of the edit that each
+        belongs to, and bool `(r,)` which of their names no edit in force has, as its subject or
+        another name."""
+        marks, owner = _running(self._rivals, layer, size, _of_rivals).over(self.batches)
+        taken = {
+            name.casefold()
+            for edit in self.live()
+            for name in (edit.request.subject, *edit.request.aliases)
+        }
+        names = [name for edit in self.edits() for name in edit.rivals]
+        free = torch.tensor([name.casefold() not in taken for name in names], dtype=torch.bool)
+        return marks, owner, free
 
     def delta(self, layer: int, shape: tuple[int, int], without: Sequence[int] = ()) -> Delta:
         """Δ of a layer of `shape` `(d_in, d_out)`: `U A` with orthonormal columns of `U`, or dense
@@ -229,13 +246,6 @@ class Journal:
                 partial(_more_rows, layer=layer),
             )
             self._rows[layer] = base, running
-        return running.over(self.batches[self.merged :])
-
-    def neighbours(self, layer: int) -> Tensor:
-        """Under the memory readout, the neighbours of the batches that are not merged, `(m, s)`."""
-        running = self._neighbours.setdefault(
-            layer, Running(lambda: torch.zeros(0), partial(_more_neighbours, layer=layer))
-        )
         return running.over(self.batches[self.merged :])
 
     def served(self) -> Tensor:
@@ -278,23 +288,43 @@ class Journal:
         return self._facts.over(settled).after(self.batches[len(settled) : n_batches])
 
 
+def _running(
+    known: dict[int, Running[Batch, tuple[Tensor, Tensor]]],
+    layer: int,
+    size: int,
+    part: Callable[[Batch], slice],
+) -> Running[Batch, tuple[Tensor, Tensor]]:
+    """Fingerprints and owners of a layer, of which each batch adds a part."""
+    if layer not in known:
+        nothing = torch.zeros(0, size), torch.zeros(0, dtype=torch.long)
+        known[layer] = Running(lambda: nothing, partial(_more_marks, layer=layer, part=part))
+    return known[layer]
+
+
+def _own(batch: Batch) -> slice:
+    return slice(None, -batch.n_rivals or None)
+
+
+def _of_rivals(batch: Batch) -> slice:
+    return slice(-batch.n_rivals, None) if batch.n_rivals else slice(0)
+
+
 def _more_marks(
-    found: tuple[Tensor, Tensor], batches: Sequence[Batch], *, layer: int
+    found: tuple[Tensor, Tensor],
+    batches: Sequence[Batch],
+    *,
+    layer: int,
+    part: Callable[[Batch], slice],
 ) -> tuple[Tensor, Tensor]:
     rows, owners = [found[0]], [found[1]]
     for batch in batches:
-        rows.append(batch.layers[layer].fingerprints)
-        owners.append(batch.layers[layer].owner + batch.edits[0].id)
+        rows.append(batch.layers[layer].fingerprints[part(batch)])
+        owners.append(batch.layers[layer].owner[part(batch)] + batch.edits[0].id)
     return torch.cat(rows), torch.cat(owners)
 
 
 def _more_rows(found: Tensor, batches: Sequence[Batch], *, layer: int) -> Tensor:
     return torch.cat([found, *[batch.layers[layer].rows for batch in batches]])
-
-
-def _more_neighbours(found: Tensor, batches: Sequence[Batch], *, layer: int) -> Tensor:
-    more = [batch.layers[layer].neighbours for batch in batches]
-    return torch.cat([*([found] if len(found) else []), *more]) if more else found
 
 
 def _more_delta(
@@ -317,6 +347,7 @@ class EditEntry(TypedDict):
     verdict: Verdict
     reason: str
     shares: NotRequired[list[Count]]
+    rivals: NotRequired[list[str]]
 
 
 def edit_to_json(edit: EditRecord) -> dict[str, Any]:
@@ -327,6 +358,7 @@ def edit_to_json(edit: EditRecord) -> dict[str, Any]:
         "verdict": edit.verdict.value,
         "reason": edit.reason,
         **({"shares": list(edit.shares)} if edit.shares else {}),
+        **({"rivals": list(edit.rivals)} if edit.rivals else {}),
     }
 
 
@@ -338,4 +370,5 @@ def edit_from_json(data: EditEntry) -> EditRecord:
         verdict=Verdict(data["verdict"]),
         reason=data["reason"],
         shares=tuple(data.get("shares", ())),
+        rivals=tuple(data.get("rivals", ())),
     )

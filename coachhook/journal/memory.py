@@ -12,14 +12,13 @@ from coachhook.system.tensor_file import TensorFile
 class MemoryFactors:
     """Of n edits and w write blocks, on the CPU. rows bfloat16 `(n, w, d)`: what an open token
     receives after each block, zero for an edit without one; fingerprints float32 `(f, s)`: unit
-    rows; owner int64 `(f,)`: the row of the edit each belongs to; neighbours float32 `(m, s)`:
-    fingerprints of names that resemble the edits' subjects, by which thresholds are chosen."""
+    rows; owner int64 `(f,)`: the row of the edit each belongs to. Last come those of the edits'
+    rivals, in their order (`EditRecord.rivals`)."""
 
-    NAMES: ClassVar[tuple[str, ...]] = ("rows", "fingerprints", "owner", "neighbours")
+    NAMES: ClassVar[tuple[str, ...]] = ("rows", "fingerprints", "owner")
     rows: Tensor
     fingerprints: Tensor
     owner: Tensor
-    neighbours: Tensor
 
     def spread(self, rows: Tensor, n: int) -> "MemoryFactors":
         """These factors as the rows `rows` of a batch of `n` edits; the other rows are zero."""
@@ -44,10 +43,6 @@ class StoredMemory:
     @property
     def rows(self) -> Tensor:
         return self.file[f"rows.{self.layer}"]
-
-    @property
-    def neighbours(self) -> Tensor:
-        return self.file[f"neighbours.{self.layer}"]
 
     def stored(self, file: TensorFile, layer: int) -> "StoredMemory":
         return StoredMemory(file, layer, self.fingerprints, self.owner)

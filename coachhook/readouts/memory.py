@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coachhook.errors import BaseModelMismatchError
-from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
+from coachhook.hooks.memory import OFF, RIVAL, Entries, MemoryHook, MemoryRows
 from coachhook.hooks.tensor_parallel import gathered
 from coachhook.journal.compaction import merge_rows
 from coachhook.models.placement import device_of, fetched
@@ -76,7 +76,6 @@ class MemoryReadout(Readout):
         if self.gate_block not in layers:
             return
         journal, layer = self.journal, self.gate_block
-        fingerprints, edit = journal.fingerprints(layer, len(self.sketches[layer][1]))
         rows = journal.rows(layer, len(self.write_blocks), self.base.shapes[layer][1])
         threshold = journal.batches[-1].thresholds[layer].alpha if journal.batches else torch.inf
         blocks = self.architecture.blocks(model)
@@ -85,11 +84,29 @@ class MemoryReadout(Readout):
             assert isinstance(part, MemoryRows)
             part.hold(rows[:, i])
         memory = self.hooks(model)[layer]
-        memory.hold(Entries(fingerprints, edit, journal.served()[edit]), threshold)
+        memory.hold(self._entries(), threshold)
 
     def switch(self, model: nn.Module) -> None:
-        _, edit = self.journal.fingerprints(self.gate_block, len(self.sketches[self.gate_block][1]))
-        self.hooks(model)[self.gate_block].switch(self.journal.served()[edit])
+        self.hooks(model)[self.gate_block].switch(self._entries().row)
+
+    def _entries(self) -> Entries:
+        """The edits' fingerprints, and after them their rivals', which go with their edits."""
+        journal, layer = self.journal, self.gate_block
+        size = len(self.sketches[layer][1])
+        served = journal.served()
+        marks, edit = journal.fingerprints(layer, size)
+        row = served[edit]
+        rivals, beside, free = journal.rivals(layer, size)
+        return Entries(
+            torch.cat([marks, rivals]),
+            torch.cat([edit, torch.full_like(beside, -1)]),
+            torch.cat(
+                [
+                    torch.where(row < 0, OFF, row),
+                    torch.where(free & (served[beside] >= 0), RIVAL, OFF),
+                ]
+            ),
+        )
 
     def merge(self, keep: int) -> None:
         d = self.base.shapes[self.gate_block][1]

@@ -83,7 +83,6 @@ def read_batch(expected: Expected, file: TensorFile) -> Batch:
         for layer, (d_in, d_out) in expected.layers.items():
             if expected.rows is not None:
                 check(headers, f"rows.{layer}", torch.bfloat16, n, expected.rows, d_out)
-                check(headers, f"neighbours.{layer}", torch.float32, None, expected.sizes[layer])
                 continue
             check(headers, f"residuals.{layer}", torch.float32, n, d_out)
             check(headers, f"solutions.{layer}", torch.float32, n, d_in)
@@ -230,7 +229,14 @@ def _batch_from_json(
                 f"threshold of layer {layer}: expected {names}, found {sorted(found)}"
             )
         thresholds[layer] = threshold.from_json(found)
-    return Batch([edit_from_json(edit) for edit in entry["edits"]], layers, thresholds, stored)
+    batch = Batch([edit_from_json(edit) for edit in entry["edits"]], layers, thresholds, stored)
+    for layer, factors in layers.items():
+        if batch.n_rivals > len(factors.owner):
+            raise MisshapenError(
+                f"the edits have {batch.n_rivals} rivals, and there are {len(factors.owner)} "
+                f"fingerprints of layer {layer}"
+            )
+    return batch
 
 
 def _of_layer(by_layer: Mapping[str, T], layer: int) -> T:
