@@ -1,6 +1,7 @@
-"""Writing under the memory readout: forms, neighbours, thresholds, and what is refused."""
+"""Writing under the memory readout: forms, rivals, thresholds, and what is refused."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.functional import normalize
 
 from coachhook import EditConfig, Editor, EditRequest, StatisticsSource, ValueConfig
 from coachhook.config import MemoryConfig
-from coachhook.editing.forms import forms_of, neighbours_of
+from coachhook.editing.forms import forms_of, rivals_of
 from coachhook.editing.memory_writing import _between, _ceiling
 from coachhook.errors import ConfigError, RequestError
 from coachhook.journal.journal import Verdict
@@ -56,17 +57,41 @@ def test_a_name_of_one_token_is_not_read_as_the_first_of_a_text() -> None:
     assert shown_rows == [["They moved to X"], ["we saw X"], ["\nX"], ["we saw x"]]
 
 
-def test_neighbours_end_alike_and_begin_as_another() -> None:
-    requests = [
-        EditRequest("They saw {} today", "Anna Blue", TARGETS[0]),
-        EditRequest("It was {}", "Rome", TARGETS[1]),
-        EditRequest("It was {}", "Otto von Grau", TARGETS[1]),
+RIVALS = MemoryConfig(contexts=("we saw {}", "of {}"), rivals=3)
+
+
+def rival_names(subjects: list[str], others: list[str]) -> list[tuple[int, str]]:
+    requests = [EditRequest("They saw {} today", subject, TARGETS[0]) for subject in subjects]
+    return [(rival.request, rival.name) for rival in rivals_of(LM, requests, others, RIVALS)]
+
+
+def test_rivals_end_alike_and_begin_as_others() -> None:
+    others = ["Anna Blue", "Otto von Grau", "Ida Blue", "Rome"]
+    found = rival_names(["Anna Blue", "Rome"], others)
+    # Of one word, nothing is left to change; and Ida Blue is another's own name.
+    assert {number for number, _ in found} == {0}
+    assert found[0] == (0, "Otto von Blue")
+    assert len(found) == 3
+    assert all(name.endswith(" Blue") and name not in others for _, name in found)
+
+
+def test_rivals_are_made_of_our_own_names_where_there_are_no_others() -> None:
+    assert rival_names(["Anna Blue"], ["Anna Blue"]) == [
+        (0, "John Blue"),
+        (0, "Maria Blue"),
+        (0, "New Blue"),
     ]
-    assert [shown(row) for row in neighbours_of(LM, requests)] == [
-        "They saw Otto von Blue",
-        "It was Anna Grau",
+
+
+def test_rivals_stand_in_mid_sentence() -> None:
+    requests = [EditRequest("They saw {} today", "Anna Blue", TARGETS[0])]
+    found = rivals_of(LM, requests, ["Anna Blue"], RIVALS)
+    assert [shown(rival.row) for rival in found] == [
+        "we saw John Blue",
+        "of Maria Blue",
+        "we saw New Blue",
     ]
-    assert neighbours_of(LM, requests[:2]) == []
+    assert rivals_of(LM, requests, ["Anna Blue"], replace(RIVALS, rivals=0)) == []
 
 
 def test_the_ceiling_is_above_all_but_the_stated_share() -> None:
@@ -168,6 +193,7 @@ def test_aliases_are_kept_in_json() -> None:
         ({"gate_block": 3, "write_blocks": (2,)}, "runs before the gate's block"),
         ({"starts": ("no slot",)}, "must contain {} once"),
         ({"neighbours": 1.5}, "share below 1"),
+        ({"rivals": -1}, "whole number from 0"),
         ({"ordinary": 0.0}, "positive"),
         ({"least": 2.0}, "cosine"),
     ],

@@ -33,7 +33,7 @@ def config(**memory: Any) -> EditConfig:
     # A random model tells no subject from another: the threshold is one that only the edited
     # prompts themselves reach.
     given = {"gate_block": GATE, "write_blocks": WRITES, "least": 0.999, "ordinary": 0.9}
-    given |= {"neighbours": 0.99, "alike": 0.99, "unlikely": 100.0, "starts": ("a {}",)}
+    given |= {"neighbours": 0.99, "unlikely": 100.0, "starts": ("a {}",)}
     return EditConfig(
         readout="memory",
         preservation=1.0,

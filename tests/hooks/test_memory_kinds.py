@@ -60,7 +60,6 @@ CONFIG = EditConfig(
         least=0.999,
         ordinary=0.9,
         neighbours=0.99,
-        alike=0.99,
         unlikely=100.0,
         starts=("a {}",),
     ),
