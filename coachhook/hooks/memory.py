@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from coachhook.hooks.gates.gate import GateReading
@@ -30,26 +32,40 @@ class Entries(NamedTuple):
     row: Tensor
 
 
-class _Passing:
+# Of every token: its score, and the row that it receives if it is open.
+Seen = tuple[Tensor, Tensor]
+
+
+class _Passing(threading.local):
     """What the gate saw in the pass under way, for the blocks that come later in it. Other threads
-    may run passes of their own through the same model."""
+    may run passes of their own through the same model. A copy of a model has its own."""
+
+    seen: Seen | None = None
+
+    def __reduce__(self) -> Any:
+        return _Passing, ()
+
+
+class _Kept:
+    """What the gate saw, by the input of a write block. Checkpointing runs the block again for its
+    gradient: in a thread of autograd's, maybe, and when the gate has seen other passes since."""
 
     def __init__(self) -> None:
-        self._traced: tuple[Tensor, Tensor] | None = None
-        self._of_thread: dict[int, tuple[Tensor, Tensor]] = {}
+        self._of_input: dict[tuple[int, int], tuple[StorageWeakRef, Seen | None]] = {}
 
-    def put(self, seen: tuple[Tensor, Tensor] | None) -> None:
-        if torch.compiler.is_compiling():
-            self._traced = seen
-        elif seen is not None:
-            self._of_thread[threading.get_ident()] = seen
-        else:
-            self._of_thread.pop(threading.get_ident(), None)
+    def __reduce__(self) -> Any:
+        return _Kept, ()
 
-    def get(self) -> tuple[Tensor, Tensor] | None:
-        if torch.compiler.is_compiling():
-            return self._traced
-        return self._of_thread.get(threading.get_ident())
+    def of(self, given: Tensor, seen: Seen | None) -> Seen | None:
+        """What was seen when the input was `given` before; in a pass that is no repetition, keep
+        `seen` for as long as the input is."""
+        storage = StorageWeakRef(given.untyped_storage())
+        place = storage.cdata, int(given.storage_offset())
+        if torch._C._current_graph_task_id() >= 0:
+            return self._of_input.get(place, (storage, seen))[1]
+        kept = {k: v for k, v in self._of_input.items() if not v[0].expired()}
+        self._of_input = kept | {place: (storage, seen)}
+        return seen
 
 
 class MemoryHook(nn.Module):
@@ -125,9 +141,9 @@ class MemoryHook(nn.Module):
     def watch(self, site: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of `site`."""
         if self.state is HookState.OFF or len(self.fingerprints) == 0:
-            self.passing.put(None)
+            self.passing.seen = None
             return
-        self.passing.put(memory_gate(args[0], self.gate(self.row)))
+        self.passing.seen = memory_gate(args[0], self.gate(self.row))
 
     @torch.no_grad()
     def read(self, keys: Tensor) -> GateReading:
@@ -184,6 +200,7 @@ class MemoryRows(nn.Module):
         self.owner = memory.owner
         self.handle: RemovableHandle | None = None
         self._passing = memory.passing
+        self._kept = _Kept()
         self._is_last = is_last
         # A list, since it is no submodule: it is one of the gate's block.
         self._memory = [memory]
@@ -205,12 +222,13 @@ class MemoryRows(nn.Module):
 
     def add(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook of the write block."""
-        seen = self._passing.get()
+        seen = self._passing.seen
+        if self._is_last:
+            self._passing.seen = None
+        if args and _may_run_again(args[0]):
+            seen = self._kept.of(args[0], seen)
         if seen is None or len(self.rows) == 0:
             return None
-        # A block run again for its gradient (checkpointing) needs it once more.
-        if self._is_last and not torch.is_grad_enabled():
-            self._passing.put(None)
         hidden = hidden_of(output)
         shape = hidden.shape[:-1]
         score, row = (tensor.to(hidden.device).view(shape) for tensor in seen)
@@ -220,6 +238,14 @@ class MemoryRows(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rows={tuple(self.rows.shape)}"
+
+
+def _may_run_again(given: Any) -> bool:
+    """Whether a block with this input may be run again for its gradient."""
+    if torch.compiler.is_compiling() or not isinstance(given, Tensor):
+        return False
+    # Under torch.func a tensor has no storage to know it by.
+    return given.requires_grad and not is_functorch_wrapped_tensor(given)
 
 
 def _room(n: int) -> int:

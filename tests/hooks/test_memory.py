@@ -4,24 +4,25 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
-from coachhook.config import MemoryConfig
+from coachhook import Editor, EditRequest, HookSet
 from coachhook.errors import AttachError, BaseModelMismatchError, CorruptFolderError
 from coachhook.hooks.memory import LEAST_ROOM, MemoryHook, MemoryRows
+from tests.support.memory_readout import (
+    FACTS,
+    GATE,
+    OTHER,
+    WRITES,
+    editor_of,
+    ids_of,
+    logits,
+    with_rows,
+)
 from tests.support.tiny import KINDS, TARGETS, tiny_model, tiny_tokenizer
-
-GATE, WRITES = 1, (1, 2)
-FACTS = [
-    EditRequest("They moved to {}", "France", TARGETS[0]),
-    EditRequest("I was told of {}", "Rome", TARGETS[1]),
-]
-OTHER = "The following is well known."
 
 
 @pytest.fixture(autouse=True)
@@ -29,45 +30,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
 
 
-def config(**memory: Any) -> EditConfig:
-    # A random model tells no subject from another: the threshold is one that only the edited
-    # prompts themselves reach.
-    given = {"gate_block": GATE, "write_blocks": WRITES, "least": 0.999, "ordinary": 0.9}
-    given |= {"neighbours": 0.99, "alike": 0.99, "unlikely": 100.0, "starts": ("a {}",)}
-    return EditConfig(
-        readout="memory",
-        preservation=1.0,
-        statistics=StatisticsSource(n_tokens=1024),
-        values=ValueConfig(steps=5, rate=0.3, clamp=2.0),
-        memory=MemoryConfig(**{**given, **memory}),
-    )
-
-
-def editor_of(kind: str = "llama", **others: Any) -> Editor:
-    return Editor.from_pretrained(tiny_model(kind, **others), tiny_tokenizer(), config=config())
-
-
-def with_rows(editor: Editor) -> Editor:
-    """Rows of any values serve: nothing is optimised."""
-    shape = (len(FACTS), len(WRITES), editor.model.config.hidden_size)
-    editor.edit(FACTS, values=torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    return editor
-
-
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COACHHOOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield with_rows(editor_of())
-
-
-def ids_of(text: str) -> Tensor:
-    return torch.tensor([tiny_tokenizer()(text)["input_ids"]])
-
-
-@torch.no_grad()
-def logits(model: Any, *texts: str) -> list[Tensor]:
-    return [model(input_ids=ids_of(text)).logits for text in texts]
 
 
 @pytest.mark.parametrize("kind", KINDS)
