@@ -36,14 +36,22 @@ class Entries(NamedTuple):
 Seen = tuple[Tensor, Tensor]
 
 
-class _Passing(threading.local):
+class _Passing:
     """What the gate saw in the pass under way, for the blocks that come later in it. Other threads
     may run passes of their own through the same model. A copy of a model has its own."""
 
-    seen: Seen | None = None
+    def __init__(self) -> None:
+        # Not by subclassing `local`: what a compiled graph puts into a subclass gets lost.
+        self._of_thread = threading.local()
 
     def __reduce__(self) -> Any:
         return _Passing, ()
+
+    def put(self, seen: Seen | None) -> None:
+        self._of_thread.seen = seen
+
+    def get(self) -> Seen | None:
+        return getattr(self._of_thread, "seen", None)
 
 
 class _Kept:
@@ -141,9 +149,9 @@ class MemoryHook(nn.Module):
     def watch(self, site: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of `site`."""
         if self.state is HookState.OFF or len(self.fingerprints) == 0:
-            self.passing.seen = None
+            self.passing.put(None)
             return
-        self.passing.seen = memory_gate(args[0], self.gate(self.row))
+        self.passing.put(memory_gate(args[0], self.gate(self.row)))
 
     @torch.no_grad()
     def read(self, keys: Tensor) -> GateReading:
@@ -222,9 +230,9 @@ class MemoryRows(nn.Module):
 
     def add(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook of the write block."""
-        seen = self._passing.seen
+        seen = self._passing.get()
         if self._is_last:
-            self._passing.seen = None
+            self._passing.put(None)
         if args and _may_run_again(args[0]):
             seen = self._kept.of(args[0], seen)
         if seen is None or len(self.rows) == 0:

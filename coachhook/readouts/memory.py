@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class MemoryReadout(Readout):
         memory.to(device_of(site), compute_dtype(site))
         memory.handle = site.register_forward_pre_hook(memory.watch)
         site.add_module(NAME, memory)
+        _tell_apart(site)
         blocks = self.architecture.blocks(model)
         d = self.base.shapes[self.gate_block][1]
         for number in self.write_blocks:
@@ -53,6 +55,7 @@ class MemoryReadout(Readout):
             rows.to(device_of(block), compute_dtype(block))
             rows.handle = block.register_forward_hook(rows.add)
             block.add_module(NAME, rows)
+            _tell_apart(block)
         try:
             self.refresh(model, [self.gate_block])
         except BaseException:
@@ -67,6 +70,8 @@ class MemoryReadout(Readout):
                 assert part.handle is not None
                 part.handle.remove()
                 del module._modules[NAME]
+                if _is_own(module.__dict__.get("forward"), module):
+                    del module.__dict__["forward"]
 
     def hooks(self, model: nn.Module) -> dict[int, MemoryHook]:
         part = self.architecture.ffn(model, self.gate_block)._modules.get(NAME)
@@ -99,6 +104,18 @@ class MemoryReadout(Readout):
         blocks = self.architecture.blocks(model)
         for number in sorted({self.gate_block, *self.write_blocks}):
             yield from identifying(blocks[number], f"block {number}")
+
+
+def _tell_apart(module: nn.Module) -> None:
+    """Give a module its own forward once more, in a place that compiled graphs look at. They do not
+    look at hooks: one of a model without would run for a model with them, and the other way round.
+    """
+    module.__dict__.setdefault("forward", module.forward)
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether `forward` is the one of the module's class, and no wrapper of somebody's."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def identifying(block: nn.Module, name: str) -> list[Tensor]:

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from coachhook import Editor, HookSet
 from coachhook.hooks.memory import MemoryRows
-from tests.support.memory_readout import FACTS, OTHER, editor_of, ids_of, logits, with_rows
-from tests.support.tiny import tiny_model
+from tests.support.memory_readout import FACTS, OTHER, config, editor_of, ids_of, logits, with_rows
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = tuple(fact.prompt for fact in FACTS)
 
@@ -103,16 +103,23 @@ def test_blocks_run_again_receive_what_they_received(
         assert torch.equal(one, other)
 
 
-def test_a_pass_that_is_no_repetition_keeps_nothing_of_an_earlier_one(edited: Editor) -> None:
+def test_a_pass_that_is_no_repetition_keeps_nothing_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same tensor may go in again: soft prompts do, changed in place, and edits switched."""
-    model = edited.model
-    given = embedded(model, PROMPTS[0]).requires_grad_()
-    before = model(inputs_embeds=given).logits
-    edited.hooks.disable(0)
-    (plain,) = logits(tiny_model("llama"), PROMPTS[0])
-    assert torch.equal(model(inputs_embeds=given).logits, plain)
-    edited.hooks.enable(0)
-    assert torch.equal(model(inputs_embeds=given).logits, before)
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
+    settings = config(gate_block=0, write_blocks=(0,))
+    with Editor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), config=settings) as editor:
+        model = editor.model
+        editor.edit(FACTS, values=torch.ones(len(FACTS), 1, model.config.hidden_size))
+        given = embedded(model, PROMPTS[0]).requires_grad_()
+        before = model(inputs_embeds=given).logits
+        editor.hooks.disable(0)
+        (plain,) = logits(tiny_model("llama"), PROMPTS[0])
+        assert not torch.equal(before, plain)
+        assert torch.equal(model(inputs_embeds=given).logits, plain)
+        editor.hooks.enable(0)
+        assert torch.equal(model(inputs_embeds=given).logits, before)
 
 
 def test_what_is_kept_for_the_gradient_goes_with_it(edited: Editor) -> None:
@@ -138,12 +145,12 @@ def test_lora_on_top_of_edits_and_edits_on_top_of_lora(edited: Editor, tmp_path:
     """Adapters are trained beside the hooks; saved and merged, they hold nothing of them."""
     edited.save_pretrained(tmp_path / "edits")
     # After the gate's block: a random model's keys would not survive a step of training.
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[3])
+    adapters = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], layers_to_transform=[3])
 
     def adapted(model: Any) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return peft.get_peft_model(model, config)
+            return peft.get_peft_model(model, adapters)
 
     def trained(model: Any) -> Any:
         matrices = [p for name, p in model.named_parameters() if "lora_" in name]
