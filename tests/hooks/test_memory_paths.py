@@ -226,7 +226,7 @@ def test_a_second_set_of_either_readout_is_refused(edited: Editor, tmp_path: Pat
         other.attach(edited.model)
     other.detach(edited.model)
     source = StatisticsSource(n_tokens=512)
-    with pytest.raises(CoachhookError, match="has hooks attached.*; detach the hooks first"):
+    with pytest.raises(CoachhookError, match=r"has hooks attached.*; detach the hooks first"):
         Editor.from_pretrained(
             edited.model, tiny_tokenizer(), config=EditConfig(layers=(1,), statistics=source)
         )
