@@ -39,6 +39,15 @@ class MemoryReadout(Readout):
         assert self.config.memory.write_blocks is not None
         return self.config.memory.write_blocks
 
+    def check(self, model: nn.Module) -> None:
+        n_blocks = len(self.architecture.blocks(model))
+        for number in (self.gate_block, *self.write_blocks):
+            if not 0 <= number < n_blocks:
+                raise BaseModelMismatchError(
+                    f"these hooks belong at block {number}, and this {type(model).__name__} has "
+                    f"{n_blocks} blocks, from 0; attach them to the model they were made for"
+                )
+
     def attach(self, model: nn.Module, owner: str) -> None:
         site = self.architecture.ffn(model, self.gate_block)
         memory = MemoryHook(*self.sketches[self.gate_block], site)

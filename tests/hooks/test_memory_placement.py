@@ -89,7 +89,10 @@ def test_hooks_attached_before_or_after_follow_edits_and_come_off(
     assert equal(logits(model, *TEXTS), [plain[0], *wanted[1:]])
     hooks.enable(0)
     hooks.save_pretrained(tmp_path / "again")
+    blocks = [block for block in model.model.layers if hasattr(block, "_hf_hook")]
+    wrapped = [vars(block)["forward"] for block in blocks]
     hooks.detach(model)
+    assert [vars(block).get("forward") for block in blocks] == wrapped
     assert equal(logits(model, *TEXTS), plain)
     with HookSet.from_pretrained(tmp_path / "again").attached(model):
         assert equal(logits(model, *TEXTS), wanted)
