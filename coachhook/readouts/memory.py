@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
-from coachhook.hooks.tensor_parallel import gathered
+from coachhook.hooks.tensor_parallel import check_agreement, gathered, shared_by
 from coachhook.journal.compaction import merge_rows
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.delta import compute_dtype
@@ -47,6 +47,11 @@ class MemoryReadout(Readout):
                     f"these hooks belong at block {number}, and this {type(model).__name__} has "
                     f"{n_blocks} blocks, from 0; attach them to the model they were made for"
                 )
+        mesh = shared_by(model)
+        if mesh is not None:
+            thresholds = [batch.thresholds for batch in self.journal.batches]
+            state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
+            check_agreement(mesh, repr(state))
 
     def attach(self, model: nn.Module, owner: str) -> None:
         site = self.architecture.ffn(model, self.gate_block)
