@@ -81,7 +81,8 @@ class MemoryHook(nn.Module):
 
     A submodule of `site`, so that it moves with the model; none of its tensors is part of the
     model's state. They have room for more than there is, so that edits come and go in place:
-    compiled and captured graphs see them in their next run.
+    compiled and captured graphs see them in their next run. Where the room is outgrown, a compiled
+    graph is compiled again; a captured one has to be captured again.
     """
 
     compared = "score"

@@ -138,12 +138,18 @@ def test_an_alias_of_another_subject_is_refused_before_any_work(editor: Editor) 
     with pytest.raises(RequestError, match="'New France' of 'Rome' names another subject"):
         editor.edit([FACT, alias])
     assert editor.hooks.edits == []
+    editor.edit([FACT])
+    with pytest.raises(RequestError, match="'New France' of 'Rome' names another subject"):
+        editor.edit([alias])
+    assert len(editor.hooks.edits) == 1
+    editor.rollback(0)
 
 
 @pytest.mark.parametrize(
     ("aliases", "message"),
     [
         (("",), "alias is empty"),
+        (("{}",), "alias is only the placeholder"),
         (("Rome",), "given twice"),
         (("Roma", "Roma"), "given twice"),
         ("Roma", "must be a list"),
