@@ -64,11 +64,12 @@ def _form(
 
 @dataclass(frozen=True)
 class Rival:
-    """A made-up name that ends as a subject does, and texts of it. request: of that subject."""
+    """A made-up name that ends as a subject does, and texts that end with it. request: of that
+    subject."""
 
     request: int
     name: str
-    row: Row
+    rows: list[Row]
 
 
 def rivals_of(
@@ -98,8 +99,7 @@ def rivals_of(
             name = " ".join([*first, last])
             if len(names) < config.rivals and first and name.casefold() not in taken:
                 names += [name] if name not in names else []
-        for place, name in enumerate(names):
-            before = config.contexts[place % len(config.contexts)].split("{}")[0]
-            row = encode(lm.tokenizer, before + name, subject_end=len(before + name))
-            found.append(Rival(number, name, row))
+        for name in names:
+            for form in _form(lm, number, None, name, config.contexts):
+                found.append(Rival(number, name, form.rows))
     return found

@@ -194,7 +194,7 @@ class MemoryWriting:
         requests = [edit.request for edit in edits]
         others = list(dict.fromkeys([*earlier, *[request.subject for request in requests]]))
         rivals = rivals_of(self._lm, requests, others, config)
-        found = self._fingerprints([[rival.row] for rival in rivals])
+        found = self._fingerprints([rival.rows for rival in rivals])
         kept = [
             place
             for place, rival in enumerate(rivals)

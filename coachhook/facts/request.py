@@ -212,6 +212,8 @@ def _aliases(value: object, subject: str, about: str) -> tuple[str, ...]:
     found: list[str] = []
     for item in _items("aliases", value, about):
         alias = _text("alias", item, about)
+        if alias == _SLOT:
+            raise RequestError(f"an alias is only the placeholder {_SLOT}; name it{about}")
         if alias == subject or alias in found:
             raise RequestError(f"alias {_shown(alias)} is given twice; leave one out{about}")
         found.append(alias)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from coachhook.hooks.gates.gate import GateReading
@@ -34,26 +36,48 @@ class Entries(NamedTuple):
     row: Tensor
 
 
+# Of every token: its score, and the row that it receives if it is open.
+Seen = tuple[Tensor, Tensor]
+
+
 class _Passing:
     """What the gate saw in the pass under way, for the blocks that come later in it. Other threads
-    may run passes of their own through the same model."""
+    may run passes of their own through the same model. A copy of a model has its own."""
 
     def __init__(self) -> None:
-        self._traced: tuple[Tensor, Tensor] | None = None
-        self._of_thread: dict[int, tuple[Tensor, Tensor]] = {}
+        # Not by subclassing `local`: what a compiled graph puts into a subclass gets lost.
+        self._of_thread = threading.local()
 
-    def put(self, seen: tuple[Tensor, Tensor] | None) -> None:
-        if torch.compiler.is_compiling():
-            self._traced = seen
-        elif seen is not None:
-            self._of_thread[threading.get_ident()] = seen
-        else:
-            self._of_thread.pop(threading.get_ident(), None)
+    def __reduce__(self) -> Any:
+        return _Passing, ()
 
-    def get(self) -> tuple[Tensor, Tensor] | None:
-        if torch.compiler.is_compiling():
-            return self._traced
-        return self._of_thread.get(threading.get_ident())
+    def put(self, seen: Seen | None) -> None:
+        self._of_thread.seen = seen
+
+    def get(self) -> Seen | None:
+        return getattr(self._of_thread, "seen", None)
+
+
+class _Kept:
+    """What the gate saw, by the input of a write block. Checkpointing runs the block again for its
+    gradient: in a thread of autograd's, maybe, and when the gate has seen other passes since."""
+
+    def __init__(self) -> None:
+        self._of_input: dict[tuple[int, int], tuple[StorageWeakRef, Seen | None]] = {}
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+    def of(self, given: Tensor, seen: Seen | None) -> Seen | None:
+        """What was seen when the input was `given` before; in a pass that is no repetition, keep
+        `seen` for as long as the input is."""
+        storage = StorageWeakRef(given.untyped_storage())
+        place = storage.cdata, int(given.storage_offset())
+        if torch._C._current_graph_task_id() >= 0:
+            return self._of_input.get(place, (storage, seen))[1]
+        kept = {k: v for k, v in self._of_input.items() if not v[0].expired()}
+        self._of_input = kept | {place: (storage, seen)}
+        return seen
 
 
 class MemoryHook(nn.Module):
@@ -61,7 +85,8 @@ class MemoryHook(nn.Module):
 
     A submodule of `site`, so that it moves with the model; none of its tensors is part of the
     model's state. They have room for more than there is, so that edits come and go in place:
-    compiled and captured graphs see them in their next run.
+    compiled and captured graphs see them in their next run. Where the room is outgrown, a compiled
+    graph is compiled again; a captured one has to be captured again.
     """
 
     compared = "score"
@@ -188,6 +213,7 @@ class MemoryRows(nn.Module):
         self.owner = memory.owner
         self.handle: RemovableHandle | None = None
         self._passing = memory.passing
+        self._kept = _Kept()
         self._is_last = is_last
         # A list, since it is no submodule: it is one of the gate's block.
         self._memory = [memory]
@@ -210,11 +236,12 @@ class MemoryRows(nn.Module):
     def add(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook of the write block."""
         seen = self._passing.get()
+        if self._is_last:
+            self._passing.put(None)
+        if args and _may_run_again(args[0]):
+            seen = self._kept.of(args[0], seen)
         if seen is None or len(self.rows) == 0:
             return None
-        # A block run again for its gradient (checkpointing) needs it once more.
-        if self._is_last and not torch.is_grad_enabled():
-            self._passing.put(None)
         hidden = hidden_of(output)
         shape = hidden.shape[:-1]
         score, row = (tensor.to(hidden.device).view(shape) for tensor in seen)
@@ -224,6 +251,14 @@ class MemoryRows(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rows={tuple(self.rows.shape)}"
+
+
+def _may_run_again(given: Any) -> bool:
+    """Whether a block with this input may be run again for its gradient."""
+    if torch.compiler.is_compiling() or not isinstance(given, Tensor):
+        return False
+    # Under torch.func a tensor has no storage to know it by.
+    return given.requires_grad and not is_functorch_wrapped_tensor(given)
 
 
 def _room(n: int) -> int:

@@ -106,19 +106,26 @@ class RowParallel:
         pieces = flat.split([part.shape[-1] for part in parts], dim=-1)
         return [piece.to(part.dtype) for piece, part in zip(pieces, parts, strict=True)]
 
-    def check_agreement(self, state: str) -> None:
-        """Raise `AttachError`, in every process, unless all processes pass the same `state`."""
-        digest = hashlib.sha256(state.encode()).digest()
-        mine = torch.tensor(list(digest), device=self.mesh.device_type)
-        found = [torch.empty_like(mine) for _ in range(self.mesh.size())]
-        dist.all_gather(found, mine, group=self.mesh.get_group())
-        differing = [i for i, other in enumerate(found) if not torch.equal(other, found[0])]
-        if differing:
-            raise AttachError(
-                f"of the {len(found)} processes that share this model, number {differing[0]} is "
-                "attaching other hooks than number 0; load the same folder in all of them, and "
-                "enable and disable edits in all of them alike"
-            )
+
+def check_agreement(mesh: DeviceMesh, state: str) -> None:
+    """Raise `AttachError`, in every process of `mesh`, unless all of them pass the same `state`."""
+    digest = hashlib.sha256(state.encode()).digest()
+    mine = torch.tensor(list(digest), device=mesh.device_type)
+    found = [torch.empty_like(mine) for _ in range(mesh.size())]
+    dist.all_gather(found, mine, group=mesh.get_group())
+    differing = [i for i, other in enumerate(found) if not torch.equal(other, found[0])]
+    if differing:
+        raise AttachError(
+            f"of the {len(found)} processes that share this model, number {differing[0]} is "
+            "attaching other hooks than number 0; load the same folder in all of them, and "
+            "enable and disable edits in all of them alike"
+        )
+
+
+def shared_by(model: nn.Module) -> DeviceMesh | None:
+    """The processes that share the weights of `model`; None if they are whole in this one."""
+    sharded = (p for p in model.parameters() if isinstance(p, DTensor))
+    return next((parameter.device_mesh for parameter in sharded), None)
 
 
 def is_sharded(model: nn.Module) -> bool:

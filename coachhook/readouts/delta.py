@@ -12,7 +12,7 @@ from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.gates import GATES, Gate, LayerEdits, Threshold
 from coachhook.hooks.gates.gate import PassWatcher
 from coachhook.hooks.layer import HookLinear
-from coachhook.hooks.tensor_parallel import RowParallel, gathered
+from coachhook.hooks.tensor_parallel import RowParallel, check_agreement, gathered
 from coachhook.journal.compaction import merge
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.readout import Readout
@@ -36,7 +36,7 @@ class DeltaReadout(Readout):
         if shared:
             thresholds = [batch.thresholds for batch in self.journal.batches]
             state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
-            shared[0].check_agreement(repr(state))
+            check_agreement(shared[0].mesh, repr(state))
 
     def attach(self, model: nn.Module, owner: str) -> None:
         architecture = self.architecture

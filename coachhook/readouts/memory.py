@@ -3,13 +3,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.memory import OFF, RIVAL, Entries, MemoryHook, MemoryRows
-from coachhook.hooks.tensor_parallel import gathered
+from coachhook.hooks.tensor_parallel import check_agreement, gathered, shared_by
 from coachhook.journal.compaction import merge_rows
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.delta import compute_dtype
@@ -38,6 +39,20 @@ class MemoryReadout(Readout):
         assert self.config.memory.write_blocks is not None
         return self.config.memory.write_blocks
 
+    def check(self, model: nn.Module) -> None:
+        n_blocks = len(self.architecture.blocks(model))
+        for number in (self.gate_block, *self.write_blocks):
+            if not 0 <= number < n_blocks:
+                raise BaseModelMismatchError(
+                    f"these hooks belong at block {number}, and this {type(model).__name__} has "
+                    f"{n_blocks} blocks, from 0; attach them to the model they were made for"
+                )
+        mesh = shared_by(model)
+        if mesh is not None:
+            thresholds = [batch.thresholds for batch in self.journal.batches]
+            state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
+            check_agreement(mesh, repr(state))
+
     def attach(self, model: nn.Module, owner: str) -> None:
         site = self.architecture.ffn(model, self.gate_block)
         memory = MemoryHook(*self.sketches[self.gate_block], site)
@@ -45,6 +60,7 @@ class MemoryReadout(Readout):
         memory.to(device_of(site), compute_dtype(site))
         memory.handle = site.register_forward_pre_hook(memory.watch)
         site.add_module(NAME, memory)
+        _tell_apart(site)
         blocks = self.architecture.blocks(model)
         d = self.base.shapes[self.gate_block][1]
         for number in self.write_blocks:
@@ -53,6 +69,7 @@ class MemoryReadout(Readout):
             rows.to(device_of(block), compute_dtype(block))
             rows.handle = block.register_forward_hook(rows.add)
             block.add_module(NAME, rows)
+            _tell_apart(block)
         try:
             self.refresh(model, [self.gate_block])
         except BaseException:
@@ -67,6 +84,8 @@ class MemoryReadout(Readout):
                 assert part.handle is not None
                 part.handle.remove()
                 del module._modules[NAME]
+                if _is_own(module.__dict__.get("forward"), module):
+                    del module.__dict__["forward"]
 
     def hooks(self, model: nn.Module) -> dict[int, MemoryHook]:
         part = self.architecture.ffn(model, self.gate_block)._modules.get(NAME)
@@ -116,6 +135,18 @@ class MemoryReadout(Readout):
         blocks = self.architecture.blocks(model)
         for number in sorted({self.gate_block, *self.write_blocks}):
             yield from identifying(blocks[number], f"block {number}")
+
+
+def _tell_apart(module: nn.Module) -> None:
+    """Give a module its own forward once more, in a place that compiled graphs look at. They do not
+    look at hooks: one of a model without would run for a model with them, and the other way round.
+    """
+    module.__dict__.setdefault("forward", module.forward)
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether `forward` is the one of the module's class, and no wrapper of somebody's."""
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def identifying(block: nn.Module, name: str) -> list[Tensor]:

@@ -188,6 +188,9 @@ def load(folder: Path) -> Contents:
         journal = _journal(folder, config, expected)
         if [edit.id for edit in journal.edits()] != list(range(len(journal.edits()))):
             raise MisshapenError("the edits are not numbered from 0, one by one")
+        for edit in journal.edits():
+            if any(other >= len(journal.edits()) for other in edit.shares):
+                raise MisshapenError(f"the row of edit {edit.id} says edits that are not there")
         return Contents(base, settings, sketches, journal, config["digest"])
 
 

@@ -86,10 +86,10 @@ def test_rivals_are_made_of_our_own_names_where_there_are_no_others() -> None:
 def test_rivals_stand_in_mid_sentence() -> None:
     requests = [EditRequest("They saw {} today", "Anna Blue", TARGETS[0])]
     found = rivals_of(LM, requests, ["Anna Blue"], RIVALS)
-    assert [shown(rival.row) for rival in found] == [
-        "we saw John Blue",
-        "of Maria Blue",
-        "we saw New Blue",
+    assert [[shown(row) for row in rival.rows] for rival in found] == [
+        ["we saw John Blue", "of John Blue"],
+        ["we saw Maria Blue", "of Maria Blue"],
+        ["we saw New Blue", "of New Blue"],
     ]
     assert rivals_of(LM, requests, ["Anna Blue"], replace(RIVALS, rivals=0)) == []
 
@@ -163,12 +163,18 @@ def test_an_alias_of_another_subject_is_refused_before_any_work(editor: Editor) 
     with pytest.raises(RequestError, match="'New France' of 'Rome' names another subject"):
         editor.edit([FACT, alias])
     assert editor.hooks.edits == []
+    editor.edit([FACT])
+    with pytest.raises(RequestError, match="'New France' of 'Rome' names another subject"):
+        editor.edit([alias])
+    assert len(editor.hooks.edits) == 1
+    editor.rollback(0)
 
 
 @pytest.mark.parametrize(
     ("aliases", "message"),
     [
         (("",), "alias is empty"),
+        (("{}",), "alias is only the placeholder"),
         (("Rome",), "given twice"),
         (("Roma", "Roma"), "given twice"),
         ("Roma", "must be a list"),

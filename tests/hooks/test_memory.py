@@ -4,24 +4,27 @@ import copy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-from coachhook import EditConfig, Editor, EditRequest, HookSet, StatisticsSource, ValueConfig
-from coachhook.config import MemoryConfig
+from coachhook import Editor, EditRequest, HookSet
 from coachhook.errors import AttachError, BaseModelMismatchError, CorruptFolderError
-from coachhook.hooks.memory import LEAST_ROOM, MemoryHook, MemoryRows
+from coachhook.hooks.memory import LEAST_ROOM, Entries, MemoryHook, MemoryRows
+from coachhook_kernels.memory.reference import memory_gate as memory_reference
+from tests.support.memory_readout import (
+    FACTS,
+    GATE,
+    OTHER,
+    WRITES,
+    editor_of,
+    ids_of,
+    logits,
+    with_rows,
+)
 from tests.support.tiny import KINDS, TARGETS, tiny_model, tiny_tokenizer
-
-GATE, WRITES = 1, (1, 2)
-FACTS = [
-    EditRequest("They moved to {}", "France", TARGETS[0]),
-    EditRequest("I was told of {}", "Rome", TARGETS[1]),
-]
-OTHER = "The following is well known."
 
 
 @pytest.fixture(autouse=True)
@@ -29,45 +32,11 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
 
 
-def config(**memory: Any) -> EditConfig:
-    # A random model tells no subject from another: the threshold is one that only the edited
-    # prompts themselves reach.
-    given = {"gate_block": GATE, "write_blocks": WRITES, "least": 0.999, "ordinary": 0.9}
-    given |= {"neighbours": 0.99, "unlikely": 100.0, "starts": ("a {}",)}
-    return EditConfig(
-        readout="memory",
-        preservation=1.0,
-        statistics=StatisticsSource(n_tokens=1024),
-        values=ValueConfig(steps=5, rate=0.3, clamp=2.0),
-        memory=MemoryConfig(**{**given, **memory}),
-    )
-
-
-def editor_of(kind: str = "llama", **others: Any) -> Editor:
-    return Editor.from_pretrained(tiny_model(kind, **others), tiny_tokenizer(), config=config())
-
-
-def with_rows(editor: Editor) -> Editor:
-    """Rows of any values serve: nothing is optimised."""
-    shape = (len(FACTS), len(WRITES), editor.model.config.hidden_size)
-    editor.edit(FACTS, values=torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-    return editor
-
-
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COACHHOOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield with_rows(editor_of())
-
-
-def ids_of(text: str) -> Tensor:
-    return torch.tensor([tiny_tokenizer()(text)["input_ids"]])
-
-
-@torch.no_grad()
-def logits(model: Any, *texts: str) -> list[Tensor]:
-    return [model(input_ids=ids_of(text)).logits for text in texts]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,6 +215,31 @@ def test_it_grows_beyond_its_first_room() -> None:
     hook = editor.hooks.modules(editor.model)[GATE]
     assert hook.fingerprints.shape[0] > LEAST_ROOM
     assert int(hook.enabled.sum()) == len(editor.hooks.journal.fingerprints(GATE, 64)[0])
+
+
+def test_more_than_a_hundred_thousand_entries() -> None:
+    """Held, matched and added as one is; the second time nothing grows."""
+    n, d, size = 100_001, 8, 8
+    random = torch.Generator().manual_seed(0)
+    marks = normalize(torch.randn(n, size, generator=random), dim=-1)
+    site, block = nn.Identity(), nn.Identity()
+    hook = MemoryHook(torch.eye(size, d), torch.zeros(size), site)
+    rows = MemoryRows(hook, d, is_last=True)
+    for _ in range(2):
+        rows.hold(torch.arange(n).float()[:, None].expand(n, d))
+        hook.hold(Entries(marks, torch.arange(n), torch.arange(n)), 0.9999)
+    assert len(hook.fingerprints) == len(rows.rows) == 2**17
+    places = torch.tensor([0, 1, 65_535, 65_536, 100_000])
+    keys = torch.cat([marks[places], -marks[places]])
+    hook.switch(torch.arange(n).masked_fill(torch.arange(n) == 1, -1))
+    hook.watch(site, (keys,))
+    assert rows.add(block, (keys,), added := torch.zeros(10, d)) is None
+    score, _ = memory_reference(keys, hook.gate(hook.row))
+    assert score[1] < 0.9999 <= score[[0, 2, 3, 4]].min()
+    is_open = score >= 0.9999
+    assert torch.equal(added[:5, 0], torch.where(is_open[:5], places, 0.0))
+    best = (keys @ marks.T).argmax(1)
+    assert torch.equal(added[:, 0], torch.where(is_open, best, 0.0))
 
 
 def test_saved_loaded_resumed_rolled_back_and_compacted_it_is_the_same(tmp_path: Path) -> None:

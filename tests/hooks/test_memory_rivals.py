@@ -1,0 +1,143 @@
+"""Rivals: names that an edited subject is not to be taken for keep the gate closed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from coachhook import Editor, EditRequest, HookSet
+from coachhook.errors import CorruptFolderError
+from tests.support.memory_readout import FACTS, GATE, config
+from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
+
+SUBJECT, BESIDE = "New France", "Old France"
+FACT = EditRequest("They moved to {}", SUBJECT, TARGETS[0])
+OWN, OTHER = f"Yesterday we heard of {SUBJECT}", f"In the end it was {BESIDE}"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
+
+
+def rows(editor: Editor, n: int) -> torch.Tensor:
+    shape = (n, 2, editor.model.config.hidden_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def editor_of(rivals: int) -> Editor:
+    """Every token opens that no rival keeps closed."""
+    made = config(rivals=rivals, least=-1.0, neighbours=0.99)
+    return Editor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), config=made)
+
+
+@pytest.fixture
+def editor() -> Iterator[Editor]:
+    found = editor_of(4)
+    found.edit([FACT, FACTS[1]], values=rows(found, 2))
+    yield found
+    found.close()
+
+
+def edit_at_end(editor: Editor, text: str) -> int:
+    """The edit whose gate the last token opens, -1 for none."""
+    trace = editor.hooks.trace(editor.model, editor.tokenizer, text)
+    return int(trace.edit[0, -1]) if trace.is_open[0, -1] else -1
+
+
+def rival_texts(editor: Editor) -> list[str]:
+    contexts = editor.hooks.config.memory.contexts
+    names = editor.hooks.edits[0].rivals
+    return [text.format(name) for text, name in zip(contexts, names, strict=False)]
+
+
+def test_what_resembles_a_rival_more_than_the_subject_stays_closed(editor: Editor) -> None:
+    names = editor.hooks.edits[0].rivals
+    assert names
+    assert all(name.endswith(" France") and name != SUBJECT for name in names)
+    assert [edit_at_end(editor, text) for text in rival_texts(editor)] == [-1] * len(names)
+    assert edit_at_end(editor, FACT.prompt) == 0
+    closed = editor_of(0)
+    closed.edit([FACT, FACTS[1]], values=rows(closed, 2))
+    assert closed.hooks.edits[0].rivals == ()
+    # Without rivals all of them open: it is the rivals that kept them closed.
+    assert all(edit_at_end(closed, text) >= 0 for text in rival_texts(editor))
+
+
+def test_rivals_go_with_their_edit_and_come_back_with_it(editor: Editor) -> None:
+    text = rival_texts(editor)[0]
+    editor.hooks.disable(0)
+    assert edit_at_end(editor, text) == 1
+    editor.hooks.enable(0)
+    assert edit_at_end(editor, text) == -1
+
+
+@pytest.mark.parametrize("as_alias", [False, True])
+def test_a_rival_that_is_edited_itself_opens_its_own_edit(editor: Editor, as_alias: bool) -> None:
+    name = editor.hooks.edits[0].rivals[0]
+    later = (
+        EditRequest("They went to {}", "Lyon", TARGETS[2], aliases=(name.upper(), name))
+        if as_alias
+        else EditRequest("They went to {}", name, TARGETS[2])
+    )
+    text = rival_texts(editor)[0]
+    editor.edit([later], values=rows(editor, 1))
+    assert edit_at_end(editor, text) == 2
+    editor.hooks.disable(2)
+    assert edit_at_end(editor, text) == -1
+    editor.hooks.enable(2)
+    editor.rollback(1)
+    assert edit_at_end(editor, text) == -1
+
+
+def test_of_a_subject_that_is_edited_no_rival_is_made(editor: Editor) -> None:
+    editor.edit([EditRequest("They went to {}", "Old France", TARGETS[2])], values=rows(editor, 1))
+    assert "New France" not in editor.hooks.edits[2].rivals
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_rivals_are_saved_and_compacted(editor: Editor, tmp_path: Path, compacted: bool) -> None:
+    if compacted:
+        editor.hooks.compact()
+    editor.save_pretrained(tmp_path / "edits")
+    editor.hooks.detach()
+    text = rival_texts(editor)[0]
+    again = HookSet.from_pretrained(tmp_path / "edits")
+    assert again.edits[0].rivals == editor.hooks.edits[0].rivals
+    again.attach(editor.model)
+    trace = again.trace(editor.model, editor.tokenizer, text)
+    assert not trace.is_open[0, -1]
+    # The same tokens open without them.
+    own = again.modules(editor.model)[GATE]
+    own.enabled &= own.edit >= 0
+    assert again.trace(editor.model, editor.tokenizer, text).is_open[0, -1]
+    again.detach()
+
+
+def test_a_batch_with_fewer_fingerprints_than_rivals_is_damaged(
+    editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "edits"
+    editor.save_pretrained(folder)
+    (file,) = [path for path in folder.glob("*.safetensors") if "batch" in path.name]
+    tensors = dict(load_file(file))
+    for name in ("fingerprints", "owner"):
+        tensors[f"{name}.{GATE}"] = tensors[f"{name}.{GATE}"][:1].clone()
+    save_file(tensors, file)
+    monkeypatch.setattr("coachhook.storage.folder._check_digests", lambda *_: None, raising=False)
+    with pytest.raises(CorruptFolderError):
+        HookSet.from_pretrained(folder)
+
+
+def test_no_rival_is_made_for_a_refused_edit(editor: Editor, monkeypatch: Any) -> None:
+    writing = editor._writing
+    sketches = writing._sketches  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        sketches, "distinct", lambda marks, rate: torch.zeros(len(marks), dtype=torch.bool)
+    )
+    editor.edit([EditRequest("They saw {}", "Anna Blue", TARGETS[2])], values=rows(editor, 1))
+    assert editor.hooks.edits[2].rivals == ()
+    assert editor.hooks.journal.batches[1].n_rivals == 0
