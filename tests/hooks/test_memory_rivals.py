@@ -1,21 +1,21 @@
 """Rivals: names that an edited subject is not to be taken for keep the gate closed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from coachhook import Editor, EditRequest, HookSet
-from coachhook.errors import CorruptFolderError
+from coachhook.storage.batch_file import batch_from_bytes, batch_to_bytes
+from coachhook.system.json_shapes import MisshapenError
 from tests.support.memory_readout import FACTS, GATE, config
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 
-SUBJECT, BESIDE = "New France", "Old France"
+SUBJECT = "New France"
 FACT = EditRequest("They moved to {}", SUBJECT, TARGETS[0])
-OWN, OTHER = f"Yesterday we heard of {SUBJECT}", f"In the end it was {BESIDE}"
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +29,7 @@ def rows(editor: Editor, n: int) -> torch.Tensor:
 
 
 def editor_of(rivals: int) -> Editor:
-    """Every token opens that no rival keeps closed."""
-    made = config(rivals=rivals, least=-1.0, neighbours=0.99)
+    made = config(rivals=rivals, contexts=("we saw {}",))
     return Editor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), config=made)
 
 
@@ -43,15 +42,15 @@ def editor() -> Iterator[Editor]:
 
 
 def edit_at_end(editor: Editor, text: str) -> int:
-    """The edit whose gate the last token opens, -1 for none."""
+    """The edit that the last token opens, -1 for none. Every token opens some edit unless it
+    resembles a rival most."""
+    editor.hooks.modules(editor.model)[GATE].threshold.fill_(-1.0)
     trace = editor.hooks.trace(editor.model, editor.tokenizer, text)
     return int(trace.edit[0, -1]) if trace.is_open[0, -1] else -1
 
 
 def rival_texts(editor: Editor) -> list[str]:
-    contexts = editor.hooks.config.memory.contexts
-    names = editor.hooks.edits[0].rivals
-    return [text.format(name) for text, name in zip(contexts, names, strict=False)]
+    return [f"we saw {name}" for name in editor.hooks.edits[0].rivals]
 
 
 def test_what_resembles_a_rival_more_than_the_subject_stays_closed(editor: Editor) -> None:
@@ -108,28 +107,23 @@ def test_rivals_are_saved_and_compacted(editor: Editor, tmp_path: Path, compacte
     again = HookSet.from_pretrained(tmp_path / "edits")
     assert again.edits[0].rivals == editor.hooks.edits[0].rivals
     again.attach(editor.model)
-    trace = again.trace(editor.model, editor.tokenizer, text)
-    assert not trace.is_open[0, -1]
+    hook = again.modules(editor.model)[GATE]
+    hook.threshold.fill_(-1.0)
+    assert not again.trace(editor.model, editor.tokenizer, text).is_open[0, -1]
     # The same tokens open without them.
-    own = again.modules(editor.model)[GATE]
-    own.enabled &= own.edit >= 0
+    hook.enabled &= hook.edit >= 0
     assert again.trace(editor.model, editor.tokenizer, text).is_open[0, -1]
     again.detach()
 
 
-def test_a_batch_with_fewer_fingerprints_than_rivals_is_damaged(
-    editor: Editor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "edits"
-    editor.save_pretrained(folder)
-    (file,) = [path for path in folder.glob("*.safetensors") if "batch" in path.name]
-    tensors = dict(load_file(file))
-    for name in ("fingerprints", "owner"):
-        tensors[f"{name}.{GATE}"] = tensors[f"{name}.{GATE}"][:1].clone()
-    save_file(tensors, file)
-    monkeypatch.setattr("coachhook.storage.folder._check_digests", lambda *_: None, raising=False)
-    with pytest.raises(CorruptFolderError):
-        HookSet.from_pretrained(folder)
+def test_a_batch_with_fewer_fingerprints_than_rivals_is_damaged(editor: Editor) -> None:
+    (batch,) = editor.hooks.journal.batches
+    assert batch_from_bytes((GATE,), batch_to_bytes(batch)).edits == batch.edits
+    batch.layers[GATE] = replace(
+        batch.layers[GATE], fingerprints=torch.zeros(1, 64), owner=torch.zeros(1, dtype=torch.long)
+    )
+    with pytest.raises(MisshapenError, match="rivals, and there are 1 fingerprints"):
+        batch_from_bytes((GATE,), batch_to_bytes(batch))
 
 
 def test_no_rival_is_made_for_a_refused_edit(editor: Editor, monkeypatch: Any) -> None:
