@@ -11,7 +11,7 @@ import torch
 from coachhook import Editor, EditRequest, HookSet
 from coachhook.storage.batch_file import batch_from_bytes, batch_to_bytes
 from coachhook.system.json_shapes import MisshapenError
-from tests.support.memory_readout import FACTS, GATE, config
+from tests.support.memory_readout import FACTS, GATE, config, logits
 from tests.support.tiny import TARGETS, tiny_model, tiny_tokenizer
 
 SUBJECT = "New France"
@@ -49,6 +49,12 @@ def edit_at_end(editor: Editor, text: str) -> int:
     return int(trace.edit[0, -1]) if trace.is_open[0, -1] else -1
 
 
+def n_rivals(editor: Editor) -> int:
+    """Of those that are compared."""
+    hook = editor.hooks.modules(editor.model)[GATE]
+    return int((hook.enabled & (hook.edit < 0)).sum())
+
+
 def rival_texts(editor: Editor) -> list[str]:
     return [f"we saw {name}" for name in editor.hooks.edits[0].rivals]
 
@@ -59,6 +65,13 @@ def test_what_resembles_a_rival_more_than_the_subject_stays_closed(editor: Edito
     assert all(name.endswith(" France") and name != SUBJECT for name in names)
     assert [edit_at_end(editor, text) for text in rival_texts(editor)] == [-1] * len(names)
     assert edit_at_end(editor, FACT.prompt) == 0
+    hook = editor.hooks.modules(editor.model)[GATE]
+    # Of the other tokens, which have nothing to do with it, none is to open.
+    hook.threshold.fill_(0.999)
+    for text in rival_texts(editor):
+        edited = logits(editor.model, text)
+        with editor.hooks.off(editor.model):
+            assert torch.equal(edited[0], logits(editor.model, text)[0])
     closed = editor_of(0)
     closed.edit([FACT, FACTS[1]], values=rows(closed, 2))
     assert closed.hooks.edits[0].rivals == ()
@@ -83,8 +96,10 @@ def test_a_rival_that_is_edited_itself_opens_its_own_edit(editor: Editor, as_ali
         else EditRequest("They went to {}", name, TARGETS[2])
     )
     text = rival_texts(editor)[0]
+    before = n_rivals(editor)
     editor.edit([later], values=rows(editor, 1))
     assert edit_at_end(editor, text) == 2
+    assert n_rivals(editor) == before - 1 + len(editor.hooks.edits[2].rivals)
     editor.hooks.disable(2)
     assert edit_at_end(editor, text) == -1
     editor.hooks.enable(2)
