@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,7 @@ from coachhook.cli.views.console import show, tell
 from coachhook.cli.views.preparation import statistics_entries, statistics_view
 
 if TYPE_CHECKING:
+    from coachhook.calibration.trials import Calibration
     from coachhook.config import EditConfig
     from coachhook.models.language_model import LanguageModel
     from coachhook.plan import Plan
@@ -88,8 +89,6 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Find the settings that suit a model by probe edits; 'edit' uses them from then on."""
-    from dataclasses import asdict
-
     from coachhook.calibration import profiles
     from coachhook.calibration.search import calibrate as search
     from coachhook.config import EditConfig
@@ -122,12 +121,7 @@ def calibrate(
         "readout": config.readout,
         "profile": str(path),
         "plan": plan,
-        "settings": result.profile.to_dict()["settings"],
-        "layers": [asdict(layer) for layer in result.layers],
-        "figures": dict(result.profile.figures),
-        "trials": [asdict(trial) for trial in result.trials],
-        "seconds": result.seconds,
-        "cut_short": result.cut_short,
+        **_calibration_entries(result),
     }
     show(document, VIEWS[config.readout], as_json=as_json)
 
@@ -151,3 +145,17 @@ def _calibration_plan(
         return memory_calibration_plan(sizes, gates, *given)
     read = search.layers_to_read(lm.model, architecture, layers, source)
     return calibration_plan(sizes, read, source, lm.tokenizer, probes, search.MOST_TRIALS)
+
+
+def _calibration_entries(result: Calibration[Any]) -> dict[str, Any]:
+    """What a search saw and chose."""
+    from dataclasses import asdict
+
+    return {
+        "settings": result.profile.to_dict()["settings"],
+        "figures": dict(result.profile.figures),
+        "layers": [asdict(layer) for layer in result.layers],
+        "trials": [asdict(trial) for trial in result.trials],
+        "seconds": result.seconds,
+        "cut_short": result.cut_short,
+    }
