@@ -23,7 +23,7 @@ def test_calibrate_for_the_memory_readout_then_edit(tmp_path: Path) -> None:
     assert {"recall", "neighbours", "ordinary", "need", "reach", "threshold"} <= set(gate)
     assert document["figures"]["paraphrases"] > 500
     shown = run(*command)
-    assert "neighbours reach" in shown
+    assert f"of {document['figures']['paraphrases']} paraphrases" in shown
     assert f"least threshold {settings['least']:g}" in shown
     edit = ("edit", "tiny", "facts.jsonl", "--hooks", str(tmp_path / "hooks"), "--profile", file)
     assert "give --readout memory" in error_of(*edit)
