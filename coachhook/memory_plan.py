@@ -64,3 +64,18 @@ def memory_plan(
             Part("differences", str(sizes.device), rows * sizes.itemsize + marks),
         ],
     )
+
+
+def memory_calibration_plan(
+    sizes: Sizes,
+    gates: Sequence[int],
+    config: EditConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    probes: Sequence[EditRequest],
+    trials: int,
+) -> Plan:
+    """What reading the keys of the blocks `gates` and `trials` edits of all probes will need;
+    `config` names blocks that are written to."""
+    reading = statistics_plan(replace(sizes, d_in=sizes.hidden), gates, config.statistics).parts
+    one = memory_plan(sizes, config, tokenizer, probes, len(probes)).parts[len(reading) :]
+    return planned(sizes, [*reading, *(replace(p, seconds=p.seconds * trials) for p in one)])

@@ -25,7 +25,7 @@ from coachhook.facts.remaining import remaining
 from coachhook.facts.request import EditRequest, check_batch
 from coachhook.hookset import HookSet
 from coachhook.memory_plan import memory_plan
-from coachhook.models.architecture import Architecture, check_layers, default_layers
+from coachhook.models.architecture import check_layers, default_layers
 from coachhook.models.language_model import LanguageModel
 from coachhook.plan import Plan, Sizes, edit_plan
 from coachhook.statistics.source import StatisticsSource
@@ -100,21 +100,26 @@ class Session:
         """The settings to edit `model` with: those of the folder; for a new folder, those of the
         given profile or else of the model's own; without any profile, the options alone.
 
-        Raises `BaseModelMismatchError` if the folder was made for another model, and `ProfileError`
-        if the given profile cannot be read.
+        Raises `BaseModelMismatchError` if the folder was made for another model, `ProfileError` if
+        the given profile cannot be read, and `ConfigError` if it is of another readout.
         """
         if self.held is not None:
             self.held.check_base(model)
             return Settings(self.held.config)
         config, given = self.options.config(), self.options.profile
+        identify = profiles.identity
         if config.readout == "memory":
-            return Settings(placed(config, model))
-        identity = profiles.identity(model, Architecture.of(model, config.template))
-        profile = profiles.find(identity) if given is None else profiles.load(given)
+            identify = profiles.identity_of_blocks
+        identity = identify(model, architecture_of(model, config))
+        if given is None:
+            profile = profiles.find(identity, config.readout)
+        else:
+            profile = profiles.load_for(given, config.readout)
         if profile is None:
-            return Settings(config)
+            return Settings(placed(config, model))
         path, is_of_model = given or profiles.default_path(identity), profile.identity == identity
-        return Settings(profile.settings.applied(config), profile, path, is_of_model)
+        config = placed(profile.settings.applied(config), model)
+        return Settings(config, profile, path, is_of_model)
 
     def plan(self, lm: LanguageModel, config: EditConfig) -> Plan:
         """What the remaining batches will need; `Plan.check` refuses what cannot fit."""
@@ -204,7 +209,7 @@ def _check_options(options: Options, held: HookSet, directory: Path) -> None:
                 f"{_shown(has)}; leave --{name} out, or use another folder"
             )
     if options.profile is not None:
-        settings = profiles.load(options.profile).settings
+        settings = profiles.load_for(options.profile, held.config.readout).settings
         if settings.applied(held.config) != held.config:
             raise ConfigError(
                 f"{directory} was made with other settings than those of {options.profile}; "

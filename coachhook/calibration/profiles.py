@@ -7,11 +7,12 @@ folders, not weights or edits: an existing folder keeps the settings that it was
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+from torch import Tensor
 from typing_extensions import TypedDict
 
 from coachhook.config import EditConfig
@@ -20,6 +21,7 @@ from coachhook.models.architecture import Architecture
 from coachhook.models.base import weight_checksums
 from coachhook.models.embedded import cache_dir
 from coachhook.models.placement import fetched
+from coachhook.readouts.memory import identifying
 from coachhook.system.files import write
 from coachhook.system.json_shapes import MisshapenError, checked, parsed
 
@@ -53,21 +55,59 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class MemorySettings:
+    """The settings of the memory readout that depend on the model, see `MemoryConfig`."""
+
+    gate_block: int
+    write_blocks: tuple[int, ...]
+    least: float
+
+    def applied(self, config: EditConfig) -> EditConfig:
+        """`config` with these settings, except for blocks that it already names."""
+        given = config.memory
+        gate = self.gate_block if given.gate_block is None else given.gate_block
+        memory = replace(
+            given,
+            gate_block=gate,
+            write_blocks=given.write_blocks or self.write_blocks,
+            least=self.least,
+        )
+        return replace(config, memory=memory)
+
+
+# By readout. A profile from before there were two names none and is for `delta`.
+_SETTINGS: dict[str, type[Settings] | type[MemorySettings]] = {
+    "delta": Settings,
+    "memory": MemorySettings,
+}
+
+
+@dataclass(frozen=True)
 class Profile:
-    """Settings for one model. identity: see `identity`; model: its name, for people; figures: what
-    was measured with these settings, JSON-ready."""
+    """Settings for one model. identity: see `identity` and `identity_of_blocks`; model: its name,
+    for people; settings: those of one readout; figures: what was measured with these settings,
+    JSON-ready."""
 
     identity: str
     model: str
-    settings: Settings
+    settings: Settings | MemorySettings
     figures: Mapping[str, Any]
 
+    @property
+    def readout(self) -> str:
+        return "memory" if isinstance(self.settings, MemorySettings) else "delta"
+
     def to_dict(self) -> dict[str, Any]:
+        settings = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self.settings).items()
+        }
         return {
             "version": VERSION,
+            "readout": self.readout,
             "identity": self.identity,
             "model": self.model,
-            "settings": {**vars(self.settings), "layers": list(self.settings.layers)},
+            "settings": settings,
             "figures": dict(self.figures),
         }
 
@@ -77,8 +117,10 @@ class _Versioned(TypedDict):
 
 
 class _ProfileEntry(TypedDict):
-    """A profile in JSON, without its version. settings: a `Settings`."""
+    """A profile in JSON, without its version. readout: delta's profiles of earlier versions have
+    none; settings: a `Settings` or `MemorySettings`."""
 
+    readout: NotRequired[str]
     identity: str
     model: str
     settings: dict[str, Any]
@@ -90,6 +132,18 @@ def identity(model: Any, architecture: Architecture) -> str:
     float32 model and its bfloat16 copy share a profile."""
     n_blocks = len(architecture.blocks(model))
     weights = (fetched(architecture.down_projection(model, layer)) for layer in range(n_blocks))
+    return _identity(model, architecture, weights)
+
+
+def identity_of_blocks(model: Any, architecture: Architecture) -> str:
+    """The same by what tells each block from its like, for the memory readout, which asks nothing
+    of an FFN."""
+    blocks = architecture.blocks(model)
+    each = (identifying(block, f"block {number}") for number, block in enumerate(blocks))
+    return _identity(model, architecture, (weight for weights in each for weight in weights))
+
+
+def _identity(model: Any, architecture: Architecture, weights: Iterable[Tensor]) -> str:
     config = model.config.get_text_config()
     recipe = {
         "model": config.model_type,
@@ -102,15 +156,15 @@ def identity(model: Any, architecture: Architecture) -> str:
 
 
 def default_path(model_identity: str) -> Path:
-    """Where the profile of a model is looked for."""
+    """Where the profile of a model is looked for; the identities of the two readouts differ."""
     return cache_dir() / "profiles" / f"{model_identity[:32]}.json"
 
 
-def find(model_identity: str) -> Profile | None:
+def find(model_identity: str, readout: str = "delta") -> Profile | None:
     """The profile of a model, if it was calibrated on this machine.
 
     A profile that is broken or of another version is ignored with a warning, since editing can do
-    without it; so is, silently, one that names another model.
+    without it; so is, silently, one that names another model or readout.
     """
     path = default_path(model_identity)
     if not path.exists():
@@ -120,7 +174,18 @@ def find(model_identity: str) -> Profile | None:
     except ProfileError as error:
         logger.warning("%s; going on with the default settings", error)
         return None
-    return found if found.identity == model_identity else None
+    return found if (found.identity, found.readout) == (model_identity, readout) else None
+
+
+def load_for(path: Path, readout: str) -> Profile:
+    """`load`; raises `ConfigError` for a profile of another readout."""
+    found = load(path)
+    if found.readout != readout:
+        raise ConfigError(
+            f"{path} has settings of the readout {found.readout}, not of {readout}; give "
+            f"--readout {found.readout} with it, or another profile"
+        )
+    return found
 
 
 def load(path: Path) -> Profile:
@@ -134,8 +199,15 @@ def load(path: Path) -> Profile:
                 "install a newer coachhook, or run 'coachhook calibrate' again"
             )
         found: _ProfileEntry = checked(data, _ProfileEntry)
-        checked(found["settings"], Settings, "settings")
-        settings = Settings(**{**found["settings"], "layers": tuple(found["settings"]["layers"])})
+        readout = found.get("readout", "delta")
+        if readout not in _SETTINGS:
+            raise MisshapenError(f"readout: {readout!r} is not known")
+        checked(found["settings"], _SETTINGS[readout], "settings")
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found["settings"].items()
+        }
+        settings = _SETTINGS[readout](**values)
         # Only to raise ConfigError for values out of range.
         settings.applied(EditConfig())
     except OSError as error:

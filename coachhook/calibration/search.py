@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from coachhook.calibration.probe_edits import Probes, ProbeScores
-from coachhook.calibration.profiles import Profile, Settings, identity
+from coachhook.calibration.memory_search import calibrate_memory
+from coachhook.calibration.probe_edits import Probes
+from coachhook.calibration.profiles import Settings, identity
 from coachhook.calibration.separability import (
     SIZES,
     Cosines,
@@ -28,22 +29,27 @@ from coachhook.calibration.separability import (
     separation,
     sink_share,
 )
+from coachhook.calibration.trials import (
+    MINUTES,
+    Calibration,
+    Trial,
+    check_minutes,
+    profile_of,
+    try_out,
+)
 from coachhook.config import EditConfig
 from coachhook.editing.values import optimise_values
 from coachhook.editor import Editor
-from coachhook.errors import ConfigError
 from coachhook.models.architecture import Architecture, check_layers
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import eval_mode
 from coachhook.plan import MOST_HOOKED, Sizes, statistics_plan
 from coachhook.statistics.measure import KeyStatistics, key_statistics
 from coachhook.statistics.source import StatisticsSource
-from coachhook.system.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MINUTES = 6.0
 # Too few blocks remain above a layer in the upper half for a value to act on
 # (csrc_notes/editing-capacity.md).
 _SHALLOWEST, _DEEPEST, _MOST_CANDIDATES = 0.1, 0.6, 24
@@ -61,16 +67,6 @@ MOST_TRIALS = 13
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Probe edits with some settings, and their scores. seconds: including the target values,
-    unless an earlier trial had optimised them."""
-
-    settings: Settings
-    scores: ProbeScores
-    seconds: float
-
-
-@dataclass(frozen=True)
 class LayerFigures:
     """What the keys of one layer show before any edit: see `Separation`, `sink_share` and
     `ProbeSketches`. sizes: the best recall - firing at each size of fingerprints."""
@@ -80,23 +76,6 @@ class LayerFigures:
     sizes: dict[int, float]
     sinks: float
     leverage: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The profile that was found, and every layer and trial that led to it; `cut_short`: the time
-    ran out before the search ended."""
-
-    profile: Profile
-    layers: list[LayerFigures]
-    trials: list[Trial]
-    seconds: float
-    cut_short: bool
-
-    @property
-    def took(self) -> bool:
-        """Whether at least half of the probe edits met their targets under the chosen settings."""
-        return max(self.trials, key=lambda trial: trial.scores.rank).scores.reliability >= 0.5
 
 
 def candidate_layers(n_blocks: int, most: int = _MOST_CANDIDATES) -> tuple[int, ...]:
@@ -128,20 +107,29 @@ def layers_to_read(
 def calibrate(
     lm: LanguageModel,
     *,
+    readout: str = EditConfig.readout,
     layers: Sequence[int] | None = None,
     template: str | None = None,
     source: StatisticsSource | None = None,
     minutes: float = MINUTES,
-) -> Calibration:
-    """Find settings for `lm`. layers: the blocks to hook; by default they are searched as well.
+) -> Calibration[Any]:
+    """Find settings for `lm` under `readout`; the figures of the layers are `LayerFigures`, under
+    "memory" `GateFigures`.
 
-    minutes: about how long the search may take; it always makes one trial. Raises `ConfigError`
-    for a budget below 0, and what `check_layers`, `key_statistics` and `Probes.of` raise.
+    layers: the blocks to hook; under "memory" the first is the gate's and any others are written
+    to. What is not given is searched as well. minutes: about how long the search may take; it
+    always makes one trial. Raises `ConfigError` for a budget below 0 or an unknown readout,
+    `ModelError` for blocks in which no values can be optimised, and what `check_layers`,
+    `key_statistics` and `Probes.of` raise.
     """
-    if not minutes >= 0:
-        raise ConfigError(f"the budget is a number of minutes from 0 on, not {minutes}")
+    source = source or StatisticsSource()
+    if readout == "memory":
+        return calibrate_memory(
+            lm, layers=layers, template=template, source=source, minutes=minutes
+        )
+    check_minutes(minutes)
     started = time.monotonic()
-    config = EditConfig(template=template, statistics=source or StatisticsSource())
+    config = EditConfig(readout=readout, template=template, statistics=source)
     architecture = Architecture.of(lm.model, template)
     candidates = layers_to_read(lm.model, architecture, layers, config.statistics)
     fixed = None if layers is None else candidates
@@ -151,28 +139,11 @@ def calibrate(
         bench.read(candidates)
         figures = bench.figures()
         trials: list[Trial] = []
-        with track("probe edits", MOST_TRIALS) as advance:
-            for choice in _search(bench, fixed, trials):
-                if trials and time.monotonic() - started > 60 * minutes:
-                    cut_short = True
-                    break
-                trials.append(bench.trial(choice))
-                advance(1)
-            else:
-                cut_short = False
-    best = max(trials, key=lambda trial: trial.scores.rank)
+        choices = _search(bench, fixed, trials)
+        cut_short = try_out(choices, bench.trial, trials, MOST_TRIALS, started + 60 * minutes)
     seconds = time.monotonic() - started
-    profile = Profile(
-        identity=identity(lm.model, architecture),
-        model=str(lm.model.config._name_or_path or type(lm.model).__name__),
-        settings=best.settings,
-        figures={
-            **asdict(best.scores),
-            "probes": len(probes.requests),
-            "trials": len(trials),
-            "seconds": seconds,
-        },
-    )
+    counts = {"probes": len(probes.requests)}
+    profile = profile_of(lm.model, identity(lm.model, architecture), trials, counts, seconds)
     return Calibration(profile, figures, trials, seconds, cut_short)
 
 

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coachhook.cli.arguments import Json, Layers, Model, Template, TextFile, checked, parse_layers
+from coachhook.cli.arguments import (
+    Json,
+    Layers,
+    Model,
+    Readout,
+    Template,
+    TextFile,
+    checked,
+    parse_layers,
+)
+from coachhook.cli.views.calibration import VIEWS
 from coachhook.cli.views.console import show, tell
-from coachhook.cli.views.preparation import calibration_view, statistics_entries, statistics_view
+from coachhook.cli.views.preparation import statistics_entries, statistics_view
+
+if TYPE_CHECKING:
+    from coachhook.calibration.trials import Calibration
+    from coachhook.config import EditConfig
+    from coachhook.models.language_model import LanguageModel
+    from coachhook.plan import Plan
 
 
 def statistics(
@@ -54,7 +70,13 @@ def statistics(
 
 def calibrate(
     model: Model,
-    layers: Layers = None,
+    readout: Readout = "delta",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to hook: 8,9,10 or 8-12; under memory the gate's, then those written to."
+        ),
+    ] = None,
     template: Template = None,
     text: TextFile = None,
     budget: Annotated[
@@ -67,27 +89,27 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Find the settings that suit a model by probe edits; 'edit' uses them from then on."""
-    from dataclasses import asdict
-
     from coachhook.calibration import profiles
-    from coachhook.calibration.probe_edits import probe_requests
-    from coachhook.calibration.search import MOST_TRIALS, layers_to_read
     from coachhook.calibration.search import calibrate as search
-    from coachhook.models.architecture import Architecture
+    from coachhook.config import EditConfig
     from coachhook.models.loading import load_model
-    from coachhook.plan import Sizes, calibration_plan, check_weights
+    from coachhook.plan import check_weights
     from coachhook.statistics.source import StatisticsSource
 
     chosen = parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))
+    config = EditConfig(readout=readout or EditConfig.readout, template=template, statistics=source)
     check_weights(model)
     lm = load_model(model)
-    architecture = Architecture.of(lm.model, template)
-    read = layers_to_read(lm.model, architecture, chosen, source)
-    sizes = Sizes.of(lm.model, architecture)
-    needed = calibration_plan(sizes, read, source, lm.tokenizer, probe_requests(), MOST_TRIALS)
-    plan = checked(needed, shown=not as_json)
-    result = search(lm, layers=chosen, template=template, source=source, minutes=budget)
+    plan = checked(_calibration_plan(lm, config, chosen), shown=not as_json)
+    result = search(
+        lm,
+        readout=config.readout,
+        layers=chosen,
+        template=template,
+        source=source,
+        minutes=budget,
+    )
     path = output or profiles.default_path(result.profile.identity)
     profiles.save(result.profile, path)
     if not result.took:
@@ -96,12 +118,44 @@ def calibrate(
         )
     document = {
         "model": model,
+        "readout": config.readout,
         "profile": str(path),
         "plan": plan,
+        **_calibration_entries(result),
+    }
+    show(document, VIEWS[config.readout], as_json=as_json)
+
+
+def _calibration_plan(
+    lm: LanguageModel, config: EditConfig, layers: tuple[int, ...] | None
+) -> Plan:
+    """What a search under the readout of `config` will need."""
+    from coachhook.calibration import memory_search, search
+    from coachhook.calibration.probe_edits import probe_requests
+    from coachhook.editor import SITES, architecture_of, placed
+    from coachhook.memory_plan import memory_calibration_plan
+    from coachhook.plan import Sizes, calibration_plan
+
+    architecture, source = architecture_of(lm.model, config), config.statistics
+    sizes = Sizes.of(lm.model, architecture, SITES[config.readout])
+    probes = probe_requests()
+    if config.readout == "memory":
+        gates = memory_search.gates_to_read(lm.model, architecture, layers, source)
+        given = (placed(config, lm.model), lm.tokenizer, probes, memory_search.MOST_TRIALS)
+        return memory_calibration_plan(sizes, gates, *given)
+    read = search.layers_to_read(lm.model, architecture, layers, source)
+    return calibration_plan(sizes, read, source, lm.tokenizer, probes, search.MOST_TRIALS)
+
+
+def _calibration_entries(result: Calibration[Any]) -> dict[str, Any]:
+    """What a search saw and chose."""
+    from dataclasses import asdict
+
+    return {
         "settings": result.profile.to_dict()["settings"],
+        "figures": dict(result.profile.figures),
         "layers": [asdict(layer) for layer in result.layers],
         "trials": [asdict(trial) for trial in result.trials],
         "seconds": result.seconds,
         "cut_short": result.cut_short,
     }
-    show(document, calibration_view, as_json=as_json)

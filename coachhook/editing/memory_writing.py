@@ -233,11 +233,11 @@ class MemoryWriting:
                 (_between(fingerprints, owner, subjects), config.neighbours),
             ):
                 if scores is not None:
-                    least = max(least, _ceiling(scores, share))
+                    least = max(least, ceiling(scores, share))
         return Threshold(0.0, 1.0, least)
 
 
-def _ceiling(scores: Tensor, share: float) -> float:
+def ceiling(scores: Tensor, share: float) -> float:
     """Just above the score that at most this share of `scores` `(n,)` exceeds."""
     ordered = scores.sort(descending=True).values
     return float(ordered[int(share * len(ordered))]) + 1e-4

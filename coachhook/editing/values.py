@@ -78,7 +78,7 @@ def optimise_shifts(
     return every shift. Raises `NotEnoughMemoryError` if what is joined does not fit, `ModelError`
     for a shift that is not finite.
     """
-    _check_attention(architecture.blocks(lm.model))
+    check_attention(architecture.blocks(lm.model))
     groups = contexts_of(lm.tokenizer, requests, config)
     members: list[list[int]] = [[] for _ in range(max(joined) + 1)]
     for request, number in enumerate(joined):
@@ -120,7 +120,7 @@ def optimise_shifts(
     return Shifts(stacked("origin"), stacked("shift"), stacked("loss"))
 
 
-def _check_attention(blocks: nn.ModuleList) -> None:
+def check_attention(blocks: nn.ModuleList) -> None:
     """Raise `ModelError` for state-space blocks, whose states cannot be kept as keys and values."""
     for number, block in enumerate(blocks):
         # What all of their kinds have, and no block of attention.

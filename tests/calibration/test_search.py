@@ -15,14 +15,13 @@ from coachhook.calibration.profiles import Profile, Settings
 from coachhook.calibration.search import (
     _FINE,
     _FREEDOM,
-    Calibration,
-    Trial,
     _Choice,
     _search,
     calibrate,
     candidate_layers,
 )
 from coachhook.calibration.separability import Cosines, separation
+from coachhook.calibration.trials import Calibration, Trial
 from coachhook.cli.app import app
 from coachhook.config import EditConfig, ValueConfig
 from coachhook.errors import ConfigError, ContextLengthError, ProfileError

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from coachhook import EditConfig, Editor, EditRequest, StatisticsSource, ValueConfig
 from coachhook.config import MemoryConfig
 from coachhook.editing.forms import forms_of, rivals_of
-from coachhook.editing.memory_writing import _between, _ceiling
+from coachhook.editing.memory_writing import _between, ceiling
 from coachhook.errors import ConfigError, RequestError
 from coachhook.journal.journal import Verdict
 from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
@@ -96,8 +96,8 @@ def test_rivals_stand_in_mid_sentence() -> None:
 
 def test_the_ceiling_is_above_all_but_the_stated_share() -> None:
     scores = torch.arange(100) / 100
-    assert _ceiling(scores, 0.05) == pytest.approx(0.94, abs=1e-3)
-    assert _ceiling(scores, 1e-9) > 0.99
+    assert ceiling(scores, 0.05) == pytest.approx(0.94, abs=1e-3)
+    assert ceiling(scores, 1e-9) > 0.99
 
 
 def test_edits_of_one_subject_are_no_neighbours_of_each_other() -> None:

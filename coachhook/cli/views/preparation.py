@@ -1,4 +1,4 @@
-"""The preparation of edits: plans, key statistics, calibration."""
+"""The preparation of edits: plans, key statistics."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coachhook.cli.views.console import (
     Document,
     console,
-    layer_span,
     new_table,
-    percent,
-    say,
     tell,
 )
 from coachhook.system.progress import console as progress_console
@@ -63,53 +60,3 @@ def statistics_view(document: Document) -> None:
             f"{layer['first_key_norm']:.4g}",
         )
     console.print(table)
-
-
-def calibration_view(document: Document) -> None:
-    """The figures of the keys, the trials, and in green the chosen settings."""
-    columns = ("layer", "recall", "firing", "floor", "ceiling", "sinks", "leverage")
-    keys = new_table("keys of the probes, before any edit", *columns, numeric=7)
-    for layer in document["layers"]:
-        found = layer["separation"]
-        keys.add_row(
-            str(layer["layer"]),
-            percent(found["recall"]),
-            percent(found["firing"]),
-            f"{found['floor']:.2f}",
-            f"{found['ceiling']:.2f}",
-            percent(layer["sinks"]),
-            f"{layer['leverage']:.3g}",
-        )
-    console.print(keys)
-    headings = (
-        "layers",
-        "λ",
-        "clamp",
-        "floor",
-        "reliability",
-        "generality",
-        "locality",
-        "forced",
-        "s",
-    )
-    tried = new_table(f"{len(document['trials'])} trials", *headings, numeric=8)
-    for trial in document["trials"]:
-        settings, scores = trial["settings"], trial["scores"]
-        chosen = settings == document["settings"]
-        tried.add_row(
-            layer_span(settings["layers"]),
-            f"{settings['preservation']:g}",
-            f"{settings['clamp']:g}",
-            f"{settings['resemblance']:.2f}",
-            *(percent(scores[name]) for name in ("reliability", "generality", "locality")),
-            " ".join(map(percent, scores["teacher_forced"])),
-            f"{trial['seconds']:.0f}",
-            style="green" if chosen else "",
-        )
-    console.print(tried)
-    say(
-        f"fingerprints of {document['settings']['fingerprint_size']} numbers; "
-        f"{document['seconds']:.0f} seconds"
-        + (", when the time was over" if document["cut_short"] else "")
-    )
-    say(f"saved in {document['profile']}")
