@@ -26,21 +26,20 @@ from bench.editing.consecutive import edit_all
 from bench.harness.facts import chosen_facts
 from bench.harness.script import Count, Facts, First, Json, Run, run_script
 from coachhook.evaluation.evaluate import Evaluation, evaluate
+from coachhook.evaluation.memory_forms import (
+    LOCALITY,
+    PARAPHRASE,
+    Text,
+    own_texts,
+    texts_beside,
+)
 from coachhook.evaluation.ordinary_text import compare_text, ordinary_text
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
-from coachhook.models.tokens import Row, encode
+from coachhook.models.tokens import Row
 from coachhook.session import Options
 
 FIRST_EDITS = 100
-FORMS = {
-    "text start": "{}",
-    "possessive at the start": "{}'s",
-    "after a newline": "\n{}",
-    "after a quote": 'She said: "{}',
-    "mid-sentence": "We went to see {}",
-    "upper case": "We went to see {}",
-}
 
 
 def main(
@@ -137,33 +136,19 @@ def openings(
     subject_of = {
         edit.id: numbers.setdefault(edit.request.subject, len(numbers)) for edit in hooks.edits
     }
-    subjects = set(numbers)
-    reworded = [(r, text) for r in live for text in r.paraphrases if r.subject in text]
-    rows = [_ending(lm, text, text.rfind(r.subject) + len(r.subject)) for r, text in reworded]
-    own = [numbers[r.subject] for r, _ in reworded]
-    beside = [
-        item.prompt
-        for request in live
-        for item in request.locality
-        if not any(subject in item.prompt for subject in subjects)
-    ]
-    found = {"paraphrases that open their own": _own(lm, hooks, rows, own, subject_of)}
-    whole = [encode(lm.tokenizer, prompt) for prompt in beside]
-    found["neighbours that open any"] = _any(lm, hooks, whole)
-    for name, form in FORMS.items():
-        rows, own = [], []
-        for request in live:
-            shown = request.subject.upper() if name == "upper case" else request.subject
-            before = form.split("{}")[0]
-            text = form.replace("{}", shown)
-            rows.append(_ending(lm, text, len(before + shown)))
-            own.append(numbers[request.subject])
-        found[f"opens: {name}"] = _own(lm, hooks, rows, own, subject_of)
-    return found
-
-
-def _ending(lm: LanguageModel, text: str, end: int) -> Row:
-    return encode(lm.tokenizer, text, subject_end=end)
+    of_kind: dict[str, list[Text]] = {PARAPHRASE: []}
+    for text in own_texts(lm, live):
+        of_kind.setdefault(text.kind, []).append(text)
+    shares = {}
+    for kind, texts in of_kind.items():
+        own = [numbers[live[text.request].subject] for text in texts]
+        shares[kind] = _own(lm, hooks, [text.row for text in texts], own, subject_of)
+    beside = [text.row for text in texts_beside(lm, live, live) if text.kind == LOCALITY]
+    return {
+        "paraphrases that open their own": shares.pop(PARAPHRASE),
+        "neighbours that open any": _any(lm, hooks, beside),
+        **{f"opens: {kind}": share for kind, share in shares.items()},
+    }
 
 
 def _own(

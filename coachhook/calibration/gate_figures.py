@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coachhook.calibration.gate_probes import GateProbes
 from coachhook.config import EditConfig, MemoryConfig
-from coachhook.editing.forms import Form, forms_of
+from coachhook.editing.forms import Form, Rival, forms_of, rivals_of
 from coachhook.editing.layer_writer import KeySketches, layer_sketch
 from coachhook.editing.memory_writing import ceiling
 from coachhook.models.architecture import Architecture
@@ -55,10 +55,11 @@ class GateFigures:
 
 @dataclass(frozen=True)
 class GateKeys:
-    """One block's keys of the gate probes, float32. forms `(r, d)`: of all rows of the forms;
+    """One block's keys of the gate probes, float32. forms, rivals `(r, d)`: of all their rows;
     reworded `(p, d)`; neighbours `(t, d)`: of all tokens; alike `(a, d)`."""
 
     forms: Tensor
+    rivals: Tensor
     reworded: Tensor
     neighbours: Tensor
     alike: Tensor
@@ -73,6 +74,8 @@ def gate_figures(
 ) -> list[GateFigures]:
     """The figures of every block of `statistics`, read in one pass over each text."""
     forms = forms_of(lm, probes.requests, config.memory)
+    subjects = [request.subject for request in probes.requests]
+    rivals = rivals_of(lm, probes.requests, subjects, config.memory)
     modules = [architecture.ffn(lm.model, block) for block in statistics]
 
     def read(rows: Sequence[Row], *, every: bool = False) -> list[Tensor]:
@@ -81,6 +84,7 @@ def gate_figures(
 
     keys = zip(
         read([row for form in forms for row in form.rows]),
+        read([row for rival in rivals for row in rival.rows]),
         read(probes.reworded),
         read(probes.neighbours, every=True),
         read(probes.alike),
@@ -90,31 +94,38 @@ def gate_figures(
     for (block, measured), at_block in zip(statistics.items(), keys, strict=True):
         sketch = layer_sketch(measured, config, measured.moment.device)
         sketches = KeySketches.of_keys(measured, sketch)
-        found.append(_figures(block, sketches, forms, GateKeys(*at_block), probes, config.memory))
+        found.append(
+            _figures(block, sketches, (forms, rivals), GateKeys(*at_block), probes, config.memory)
+        )
     return found
 
 
 def _figures(
     block: int,
     sketches: KeySketches,
-    forms: Sequence[Form],
+    made: tuple[Sequence[Form], Sequence[Rival]],
     keys: GateKeys,
     probes: GateProbes,
     config: MemoryConfig,
 ) -> GateFigures:
+    forms, rivals = made
     groups = [len(form.rows) for form in forms]
     of_form = torch.tensor([form.request for form in forms])
-    means = torch.stack([part.mean(0) for part in keys.forms.split(groups)])
-    marks = sketches.fingerprint(means)
+    marks = _marks(sketches, keys.forms, groups)
+    against = _marks(sketches, keys.rivals, [len(rival.rows) for rival in rivals])
     kept = sketches.distinct(marks, config.ordinary)
     # An entry without a fingerprint of its own has cosine -1 to everything.
     n = len(probes.requests)
 
     def nearest(marked: Tensor) -> Tensor:
-        """The largest cosine of each sketch to a fingerprint of each entry, `(…, n)`."""
+        """The largest cosine of each sketch to a fingerprint of each entry, `(…, n)`; -1 for those
+        that resemble a rival more."""
         cosines = marked @ marks[kept].T
         entry = of_form[kept].expand(len(marked), -1)
-        return cosines.new_full((len(marked), n), -1.0).scatter_reduce(1, entry, cosines, "amax")
+        of_entry = cosines.new_full((len(marked), n), -1.0)
+        of_entry = of_entry.scatter_reduce(1, entry, cosines, "amax")
+        closed = (marked @ against.T).amax(1) > of_entry.amax(1)
+        return of_entry.masked_fill(closed[:, None], -1.0)
 
     tokens = nearest(sketches.fingerprint(keys.neighbours))
     about = torch.tensor(probes.about)
@@ -123,7 +134,7 @@ def _figures(
     prompts = others.masked_fill(about[:, None] == torch.arange(n), -1.0).amax(1)
     alike = nearest(sketches.fingerprint(keys.alike)).amax(1)
     ordinary = torch.cat([nearest(part).amax(1) for part in sketches.sketched.split(4096)])
-    stated = ((ordinary, config.ordinary), (prompts, config.neighbours), (alike, config.alike))
+    stated = ((ordinary, config.ordinary), (prompts, config.neighbours))
     threshold = min(1.0, max(ceiling(scores, share) for scores, share in stated))
     owner = torch.tensor(probes.owner)
     reworded = nearest(sketches.fingerprint(keys.reworded))
@@ -140,6 +151,11 @@ def _figures(
         need=float(reworded.gather(1, owner[:, None]).quantile(0.05)),
         reach=float(prompts.quantile(0.99)),
     )
+
+
+def _marks(sketches: KeySketches, keys: Tensor, groups: Sequence[int]) -> Tensor:
+    """The fingerprints of the mean keys of groups of rows."""
+    return sketches.fingerprint(torch.stack([part.mean(0) for part in keys.split(list(groups))]))
 
 
 def _opening_own(scores: Tensor, owner: Tensor, threshold: float) -> float:

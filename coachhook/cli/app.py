@@ -89,6 +89,8 @@ def report_page(
     ] = None,
 ) -> None:
     """Write what a run found as one HTML file to look at, and name it."""
+    from coachhook.cli.views.console import tell
+    from coachhook.cli.views.evaluation import memory_lines
     from coachhook.report.page import write_report
     from coachhook.report.runs import load_run
 
@@ -96,7 +98,12 @@ def report_page(
     place = target.resolve()
     if place == run.resolve() or (place.suffix != ".html" and place.parent == run.resolve()):
         raise ConfigError(f"{target} is what the page is made of; name another file with --output")
-    write_report(load_run(run), target)
+    found = load_run(run)
+    write_report(found, target)
+    for name, result in found.editors.items():
+        for point in result["points"][-1:]:
+            for line in memory_lines(point.get("memory")):
+                tell(f"{name}: {line}")
     typer.echo(str(target))
 
 

@@ -103,3 +103,21 @@ def rivals_of(
             for form in _form(lm, number, None, name, config.contexts):
                 found.append(Rival(number, name, form.rows))
     return found
+
+
+def neighbours_of(lm: LanguageModel, requests: Sequence[EditRequest]) -> list[Row]:
+    """To look at a gate: prompts whose subject is replaced by a name that ends alike and begins as
+    another's, up to that name's last token."""
+    subjects = [request.subject for request in requests]
+    taken, rows = set(subjects), []
+    for number, request in enumerate(requests):
+        *own, last = request.subject.split(" ")
+        others = (s.split(" ")[:-1] for s in [*subjects[number + 1 :], *subjects[:number]])
+        other = next((words for words in others if words and words != own), None)
+        if not own or other is None:
+            continue
+        name = " ".join([*other, last])
+        if name not in taken:
+            before = request.prompt[: request.subject_span[0]]
+            rows.append(encode(lm.tokenizer, before + name, subject_end=len(before + name)))
+    return rows

@@ -11,6 +11,7 @@ from torch import nn
 from coachhook.errors import ConfigError
 from coachhook.evaluation.bootstrap import harmonic_of
 from coachhook.evaluation.gate_scores import GateScores, gate_scores
+from coachhook.evaluation.memory_scores import MemoryScores, memory_scores
 from coachhook.evaluation.metrics import (
     Answer,
     Metrics,
@@ -74,10 +75,10 @@ class Evaluation:
     """The scores of one model with edits on one list of requests.
 
     before_reliability (teacher-forced), before_preferences: of the unedited model; already_true:
-    requests whose whole target was its first choice; gate: None for edits without hooks;
-    perplexities and divergence (nats a token): over the same ordinary text; retention:
-    teacher-forced reliability by batch; harmonic_mean: of the three greedy scores; preferences:
-    CounterFact's scores.
+    requests whose whole target was its first choice; gate: None for edits without hooks; memory:
+    None but under that readout; perplexities and divergence (nats a token): over the same ordinary
+    text; retention: teacher-forced reliability by batch; harmonic_mean: of the three greedy scores;
+    preferences: CounterFact's scores.
     """
 
     n_requests: int
@@ -90,6 +91,7 @@ class Evaluation:
     before_preferences: Preferences
     already_true: int
     gate: GateScores | None
+    memory: MemoryScores | None
     perplexity_before: float
     perplexity_after: float
     divergence: float
@@ -161,9 +163,10 @@ def evaluate(
         answers = step(ask(lm, asked, _NEW_TOKENS))
         preferred = step(preferences(lm, requests))
         words = step(compare_text(lm, text, edits.off))
-        gate = None
+        gate = memory = None
         if isinstance(edits, HookSet):
             gate = gate_scores(lm, edits, requests, text)
+            memory = memory_scores(lm, edits, requests)
 
     plain = [answer for b in before for answer in b.beside]
     metrics = score(asked, answers, plain, len(requests))
@@ -182,6 +185,7 @@ def evaluate(
         before_preferences=mean_preferences([b.preferences for b in before]),
         already_true=sum(record.before == 1 for record in records),
         gate=gate,
+        memory=memory,
         perplexity_before=words.perplexity_before,
         perplexity_after=words.perplexity_after,
         divergence=words.divergence,

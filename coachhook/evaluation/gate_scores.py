@@ -23,10 +23,10 @@ _SHOWN, _SHOWN_TOKENS = 4, 160
 
 @dataclass(frozen=True)
 class LayerScores:
-    """One layer's gate. z: by population, the `QUANTILES` of its tokens' z-scores, or None where no
-    token has a finite z. The populations: last tokens of `edited` and of `paraphrased` subjects,
-    all tokens of locality prompts (`beside`) and of `ordinary` text. alpha: the lowest z that opens
-    the gate; None where none does."""
+    """One layer's gate. z: by population, the `QUANTILES` of its tokens' z-scores (under the memory
+    readout of their cosines), or None where no token has a finite one. The populations: last tokens
+    of `edited` and of `paraphrased` subjects, all tokens of locality prompts (`beside`) and of
+    `ordinary` text. alpha: the lowest z that opens the gate; None where none does."""
 
     layer: int
     alpha: float | None
@@ -47,12 +47,14 @@ class Sample:
 class GateScores:
     """Shares, 0 to 1, of tokens that open a gate.
 
-    recall, paraphrase_recall: of subjects' last tokens, over all layers; ordinary: of tokens of
-    ordinary text, at any layer; by_layer: the same at each layer; locality: of tokens of locality
-    prompts, at any layer; precision: of all openings in prompts, paraphrases and locality prompts,
-    those at subjects' last tokens. layers, samples: to look at.
+    gate: its name, "memory" under that readout. recall, paraphrase_recall: of subjects' last
+    tokens, over all layers; ordinary: of tokens of ordinary text, at any layer; by_layer: the same
+    at each layer; locality: of tokens of locality prompts, at any layer; precision: of all openings
+    in prompts, paraphrases and locality prompts, those at subjects' last tokens. layers, samples:
+    to look at.
     """
 
+    gate: str
     recall: float
     paraphrase_recall: float | None
     precision: float | None
@@ -91,6 +93,7 @@ def gate_scores(
     right = float(opened["edited"].sum() + opened["paraphrased"].sum())
     alphas = [hook.alpha for hook in hooks.modules(lm.model).values()]
     return GateScores(
+        gate="memory" if hooks.config.readout == "memory" else hooks.config.gate,
         recall=float(opened["edited"].float().mean()),
         paraphrase_recall=float(opened["paraphrased"].float().mean()) if reworded else None,
         precision=right / total if total else None,
@@ -101,7 +104,7 @@ def gate_scores(
             LayerScores(
                 layer,
                 alpha if math.isfinite(alpha) else None,
-                {name: _spread(r.z[i : i + 1]) for name, r in readings.items()},
+                {name: spread(r.z[i : i + 1]) for name, r in readings.items()},
             )
             for i, (layer, alpha) in enumerate(zip(hooks.layers, alphas, strict=True))
         ],
@@ -133,7 +136,8 @@ def _joined(readings: Sequence[_Reading]) -> _Reading:
     )
 
 
-def _spread(z: Tensor) -> list[float] | None:
+def spread(z: Tensor) -> list[float] | None:
+    """The `QUANTILES` of the finite ones of `z` `(n,)`; None where there are none."""
     z = z[z.isfinite()]
     if not len(z):
         return None

@@ -21,7 +21,20 @@ _VARIABLES = {
     _HEAT: "var(--heat)",
     **{colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)},
 }
-_POPULATIONS = ("edited", "paraphrased", "beside", "ordinary")
+# As `gate_scores.LayerScores` names them, and as the page does.
+_POPULATIONS = {
+    "edited": "edited subjects",
+    "paraphrased": "in paraphrases",
+    "beside": "locality prompts",
+    "ordinary": "ordinary text",
+}
+# By gate: what it scores a token by, and what it compares this with.
+_UNITS = {
+    "keyed": "z-score of the largest cosine, among ordinary tokens",
+    "calibrated": "z-score of the difference norm, among ordinary tokens",
+    "sequence": "z-score of the difference norm, within its sequence",
+    "memory": "largest cosine to a fingerprint",
+}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "coachhook",
@@ -102,11 +115,13 @@ def heat_map(title: str, rows: Sequence[tuple[int, Mapping[int, float]]]) -> str
         return _svg(figure, title)
 
 
-def populations(title: str, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> str:
-    """The z-scores of four populations at each layer, and the gate's α, as edits accumulate.
+def populations(
+    title: str, gate: str | None, points: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]
+) -> str:
+    """The scores of four populations at each layer's gate, and its threshold, as edits accumulate.
 
-    points: `(edits so far, layers)`, each layer as `gate_scores.LayerScores` has it. The
-    thin line spans a population, the thick one its middle 90 %, the dot is its median.
+    gate: see `gate_scores.GateScores`, None if not known; points: `(edits so far, layers)`, each
+    layer as `gate_scores.LayerScores` has it.
     """
     with rc_context(_STYLE):
         layers = [layer["layer"] for layer in points[0][1]]
@@ -117,28 +132,59 @@ def populations(title: str, points: Sequence[tuple[int, Sequence[Mapping[str, An
             for y, (_, found) in enumerate(points):
                 layer = found[row]
                 for i, name in enumerate(_POPULATIONS):
-                    quantiles = layer["z"].get(name)
-                    if quantiles is None:
-                        continue
-                    at, colour = y + 0.19 * (i - 1.5), _SERIES[i]
-                    axes.plot([quantiles[0], quantiles[-1]], [at, at], color=colour, lw=0.7)
-                    axes.plot([quantiles[2], quantiles[-3]], [at, at], color=colour, lw=4)
-                    middle = quantiles[len(quantiles) // 2]
-                    axes.plot(middle, at, "o", color=_INK, markersize=3)
+                    if layer["z"].get(name) is not None:
+                        _span(axes, layer["z"][name], y + 0.19 * (i - 1.5), _SERIES[i])
                 if layer["alpha"] is not None:
                     across = [layer["alpha"]] * 2
                     axes.plot(across, [y - 0.45, y + 0.45], color=_INK, lw=1.2, ls="--")
             axes.set_yticks(range(len(points)), [f"{edits} edits" for edits, _ in points])
             axes.set_ylim(len(points) - 0.5, -0.5)
-            axes.set_title(f"layer {number}", loc="left", fontsize=9)
-        grid[-1].set_xlabel("z-score; dashed: α, the gate opens to its right")
+            place = f"input of block {number}'s FFN" if gate == "memory" else f"layer {number}"
+            axes.set_title(place, loc="left", fontsize=9)
+        grid[-1].set_xlabel(
+            f"{_UNITS.get(gate or '', 'z-score')}\nthe gate opens from the dashed line on"
+        )
         handles = [
             grid[0].plot([], [], color=_SERIES[i], lw=4, label=name)[0]
-            for i, name in enumerate(_POPULATIONS)
+            for i, name in enumerate(_POPULATIONS.values())
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
+        narrow: Any = {"ncols": 4, "fontsize": 8, "handlelength": 1.2, "columnspacing": 1.2}
+        figure.legend(handles=handles, loc="outside lower center", **narrow)
         figure.suptitle(title, fontsize=10)
         return _svg(figure, title)
+
+
+def memory_texts(title: str, scores: Mapping[str, Any]) -> str:
+    """How close texts of each kind come to an edit of a memory, against what opens it. scores: as
+    `memory_scores.MemoryScores` has them."""
+    with rc_context(_STYLE):
+        own, kinds = scores["own"], [*scores["own"], *scores["beside"]]
+        figure = Figure(figsize=(_WIDTH, 1.2 + 0.24 * len(kinds)))
+        axes = figure.subplots()
+        for y, found in enumerate(kinds):
+            _span(axes, found["cosines"], y, _SERIES[0 if y < len(own) else 1])
+        axes.axvline(scores["threshold"], color=_INK, lw=1.2, ls="--")
+        axes.set_yticks(range(len(kinds)), [f"{found['kind']} ({found['n']})" for found in kinds])
+        axes.set_ylim(len(kinds) - 0.5, -0.5)
+        axes.grid(axis="x")
+        unit = f"largest cosine at the input of block {scores['block']}'s FFN"
+        axes.set(title=title, xlabel=f"{unit}\nthe gate opens from the dashed line on")
+        names = ("to its own edit", "to another edit")
+        handles = [
+            axes.plot([], [], color=_SERIES[i], lw=4, label=name)[0] for i, name in enumerate(names)
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
+        return _svg(figure, title)
+
+
+def _span(axes: Any, quantiles: Sequence[float], y: float, colour: str) -> None:
+    """One population, by its `gate_scores.QUANTILES`: the thin line spans it, the thick one its
+    middle 90 %, the dot is its median."""
+    axes.plot([quantiles[0], quantiles[-1]], [y, y], color=colour, lw=0.7)
+    axes.plot([quantiles[2], quantiles[-3]], [y, y], color=colour, lw=4)
+    # A ring of the same colour, for a population that is all in one place.
+    dot: Any = {"color": _INK, "markersize": 4, "markeredgecolor": colour}
+    axes.plot(quantiles[len(quantiles) // 2], y, "o", **dot)
 
 
 def _svg(figure: Figure, title: str) -> str:

@@ -15,6 +15,8 @@ from coachhook.system.tensor_file import write
 
 Point = Mapping[str, Any]
 _MOST_POINTS = 6
+# Edits of a memory that are shown one by one.
+_MOST_ENTRIES = 50
 # Control characters and halves of surrogate pairs.
 _NO_TEXT = dict.fromkeys({*range(32), *range(0xD800, 0xE000)} - set(b"\t\n\r"), "\ufffd")
 
@@ -81,14 +83,18 @@ def _contents(run: Run, figures: Any) -> dict[str, Any]:
             for name, points in finished.items()
             if points[-1]["retention"]
         },
-        "gates": {
-            name: figures.populations(
-                f"z-scores: {name}", [(p["edits"], p["gate"]["layers"]) for p in _some(points)]
-            )
-            for name, points in gates.items()
-        },
+        "gates": {name: _populations(figures, name, points) for name, points in gates.items()},
         "samples": {name: points[-1]["gate"]["samples"] for name, points in gates.items()},
         "n_layers": {name: len(points[-1]["gate"]["layers"]) for name, points in gates.items()},
+        "memories": {
+            name: {
+                **point["memory"],
+                "picture": figures.memory_texts(f"Forms and neighbours: {name}", point["memory"]),
+                "worst": sorted(point["memory"]["entries"], key=_badly_told)[:_MOST_ENTRIES],
+            }
+            for name, point in last.items()
+            if point.get("memory")
+        },
         "overhead": _overhead(figures, {name: run.editors[name] for name in finished}),
         "records": {name: point["records"] for name, point in last.items()},
     }
@@ -101,6 +107,14 @@ def _some(points: Sequence[Point]) -> Sequence[Point]:
 
 def _merit(point: Point) -> tuple[float, float]:
     return point["harmonic_mean"] or 0.0, point["reliability"]["greedy"] or 0.0
+
+
+def _badly_told(entry: Point) -> tuple[bool, int, float]:
+    """The order of a memory's edits: those first that are met without opening, and then those that
+    a neighbour comes closest to, of edits in force."""
+    closed = sum(not form["opens"] for form in entry["forms"])
+    beside = entry["nearest"]["cosine"] if entry["nearest"] else -1.0
+    return not entry["enabled"], -closed, -beside
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -162,6 +176,14 @@ def _greedy(point: Point, metric: str) -> float | None:
         point["harmonic_mean"] if metric == "harmonic mean" else point[metric]["greedy"]
     )
     return score
+
+
+def _populations(figures: Any, name: str, points: Sequence[Point]) -> str:
+    gate = points[-1]["gate"].get("gate")
+    layers = [(point["edits"], point["gate"]["layers"]) for point in _some(points)]
+    title = "Cosines" if gate == "memory" else "z-scores"
+    drawn: str = figures.populations(f"{title}: {name}", gate, layers)
+    return drawn
 
 
 def _overhead(figures: Any, results: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,8 @@ from typing_extensions import TypedDict
 
 from coachhook.system.json_shapes import Count, MisshapenError, Number, Share, checked
 
+# Figures draw the outermost ones, the third from each end, and the median.
+_QUANTILES = 5
 Positive = Annotated[float, Field(ge=sys.float_info.min)]
 
 
@@ -49,6 +51,7 @@ class Sample(TypedDict):
 
 
 class Gate(TypedDict):
+    gate: NotRequired[str]
     recall: Share
     paraphrase_recall: Share | None
     precision: Share | None
@@ -56,6 +59,43 @@ class Gate(TypedDict):
     locality: Share | None
     layers: list[Layer]
     samples: list[Sample]
+
+
+class Population(TypedDict):
+    """cosines: quantiles."""
+
+    kind: str
+    n: Count
+    cosines: list[float]
+    opens: Share
+
+
+class Close(TypedDict):
+    """A text that names an edit's subject, or comes close to it."""
+
+    kind: str
+    text: str
+    cosine: float
+    opens: bool
+
+
+class Entry(TypedDict):
+    """One edit of a memory."""
+
+    edit: Count
+    prompt: str
+    subject: str
+    enabled: bool
+    forms: list[Close]
+    nearest: Close | None
+
+
+class Memory(TypedDict):
+    block: Count
+    threshold: float
+    own: list[Population]
+    beside: list[Population]
+    entries: list[Entry]
 
 
 class Point(TypedDict):
@@ -71,6 +111,7 @@ class Point(TypedDict):
     before_reliability: Share
     already_true: Count
     gate: Gate | None
+    memory: NotRequired[Memory | None]
     perplexity_before: Positive
     perplexity_after: float
     divergence: float
@@ -104,6 +145,8 @@ def check_results(editors: Mapping[str, Any]) -> None:
         gates = [point["gate"] for point in result["points"]]
         for gate in gates:
             _check_gate(name, gate, gates[-1])
+        for point in result["points"]:
+            _check_memory(name, point.get("memory"))
 
 
 def _check_gate(name: str, gate: Gate | None, last: Gate | None) -> None:
@@ -114,8 +157,21 @@ def _check_gate(name: str, gate: Gate | None, last: Gate | None) -> None:
     layers = [layer["layer"] for layer in gate["layers"]]
     if not layers or layers != [layer["layer"] for layer in last["layers"]]:
         raise MisshapenError(f"the gates of {name} are not of the same layers at every point")
-    # The figure draws the outermost quantiles, the third from each end, and the median.
-    if any(z is not None and len(z) < 5 for layer in gate["layers"] for z in layer["z"].values()):
+    if any(
+        z is not None and len(z) < _QUANTILES
+        for layer in gate["layers"]
+        for z in layer["z"].values()
+    ):
         raise MisshapenError(f"the gates of {name} tell too few quantiles")
     if any(len(sample["tokens"]) != len(sample["n_open"]) for sample in gate["samples"]):
         raise MisshapenError(f"the samples of {name} do not count every token")
+
+
+def _check_memory(name: str, memory: Memory | None) -> None:
+    if memory is None:
+        return
+    kinds = [*memory["own"], *memory["beside"]]
+    if any(len(found["cosines"]) < _QUANTILES for found in kinds):
+        raise MisshapenError(f"the memory of {name} tells too few quantiles")
+    if any(not entry["forms"] for entry in memory["entries"]):
+        raise MisshapenError(f"an edit in the memory of {name} has no form")

@@ -299,7 +299,13 @@ def test_whatever_stands_in_its_place_a_run_is_shown_or_refused(
 ) -> None:
     # Drawing takes long; writing the drawing down is what takes longest.
     monkeypatch.setattr(figures, "_svg", lambda *_: "")
-    run = {"a@1": result("a@1", point(1, gate=gate()), point(2, gate=gate()))}
+    closest = {"kind": "alias", "text": "a", "cosine": 0.9, "opens": True}
+    entry = {"edit": 0, "prompt": "a", "subject": "a", "enabled": True}
+    kind = {"kind": "alias", "n": 1, "cosines": Z, "opens": 1.0}
+    memory = {"block": 5, "threshold": 0.9, "own": [kind], "beside": [kind]}
+    memory |= {"entries": [entry | {"forms": [closest], "nearest": closest}]}
+    last = point(2, gate=gate(), memory=memory)
+    run = {"a@1": result("a@1", point(1, gate=gate()), last)}
     everything = [(place, other) for place in places(run) if place for other in OTHERS]
     # All of them have passed; they take a minute and a half.
     for (*parents, last), other in random.Random(0).sample(everything, 150):

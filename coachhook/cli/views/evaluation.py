@@ -40,6 +40,8 @@ def evaluation_view(document: Document) -> None:
     ):
         gates.add_row(label, percent(gate[key]))
     console.print(gates)
+    for line in memory_lines(document["memory"]):
+        say(line)
     before, after = document["perplexity_before"], document["perplexity_after"]
     say(
         f"perplexity of ordinary text {before:.3f} → {after:.3f} ({after / before - 1:+.2%}), "
@@ -51,6 +53,26 @@ def evaluation_view(document: Document) -> None:
         say(f"the likelier of two answers: {', '.join(told)}")
     kept = ", ".join(f"{n}: {percent(score)} %" for n, score in document["retention"].items())
     say(f"reliability by batch (retention) {kept or '–'}")
+
+
+def memory_lines(memory: Document | None) -> list[str]:
+    """The least cosines that paraphrases need, and the greatest that other texts reach; none for
+    edits without a memory."""
+    if memory is None:
+        return []
+    told = "no paraphrase names its subject"
+    for found in memory["own"]:
+        if found["kind"] == "paraphrase":
+            least, of_99, of_95 = found["cosines"][:3]
+            told = f"95 % of paraphrases have {of_95:.3f}, 99 % {of_99:.3f}, all {least:.3f}"
+    reached = "; ".join(
+        f"{found['kind']} {found['cosines'][-2]:.3f} (99 %), {found['cosines'][-1]:.3f} (all)"
+        for found in memory["beside"]
+    )
+    return [
+        f"an edit opens at a cosine of {memory['threshold']:.3f}; {told}",
+        f"what else comes close, at most: {reached or 'nothing'}",
+    ]
 
 
 def completion_view(document: Document) -> None:
