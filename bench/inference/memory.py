@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils.hooks import RemovableHandle
 
 from bench.inference.shapes import Opening, Synthetic
 from bench.ops.layers import SKETCH
@@ -33,6 +34,7 @@ class SyntheticMemory(Synthetic):
         self.rows = {
             number: MemoryRows(self.memory, d, is_last=number == written[-1]) for number in written
         }
+        self._handles: list[RemovableHandle] = []
         self._blocks = {number: blocks[number] for number in written}
         for part in (self.memory, *self.rows.values()):
             part.to(device, model.dtype)
@@ -44,14 +46,14 @@ class SyntheticMemory(Synthetic):
             part.hold(torch.randn(entries, d, device=device))
 
     def set(self, on: bool) -> None:
-        for part in (self.memory, *self.rows.values()):
-            if part.handle is not None:
-                part.handle.remove()
-                part.handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         if on:
-            self.memory.handle = self.memory.site.register_forward_pre_hook(self.memory.watch)
+            watch = self.memory.site.register_forward_pre_hook(self.memory.watch)
+            self._handles.append(watch)
             for number, part in self.rows.items():
-                part.handle = self._blocks[number].register_forward_hook(part.add)
+                self._handles.append(self._blocks[number].register_forward_hook(part.add))
 
     def opening(self) -> Opening:
         memory = self.memory

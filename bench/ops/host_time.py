@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 from bench.harness.output import put
 from bench.harness.script import JsonTo, run_script
 from bench.ops.layers import SKETCH, random_delta, random_gate
+from coachhook.hooks import memory as memory_hooks
 from coachhook.hooks.gates import Gate, SequenceGate, SequenceMask, Threshold
 from coachhook.hooks.layer import HookLinear
 from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
@@ -85,6 +86,7 @@ def launching_nothing() -> Iterator[None]:
         patch.object(triton.runtime.driver, "_active", Driver()),
         patch.object(runtime, "triton_runs", lambda *_: True),
         patch.object(sequence_op, "triton_runs", lambda *_: True),
+        patch.object(memory_hooks, "_is_seen", lambda tensor: False),
         patch.object(triton.runtime.jit.JITFunction, "_do_compile", compiled),
         patch.dict(prepared._variants, clear=True),
     ):

@@ -15,6 +15,7 @@ import torch
 from bench.harness.rounds import CALLS, DEVICE, GPU, time_rounds
 from bench.ops import memory
 from bench.ops.cases import FFN, WIDTHS, Case, contenders
+from bench.ops.layers import SKETCH
 
 ROWS = [1, 16, 128, 1024, 4096] if GPU else [1, 16, 128]
 ENTRIES = [1000, 10_000, 100_000] if GPU else [1000]
@@ -46,7 +47,7 @@ def measure(benchmark: Any, case: Case, contender: str) -> None:
 def test_gate(
     benchmark: Any, contender: str, d: int, entries: int, rows: int, dtype: torch.dtype
 ) -> None:
-    case = Case(f"{entries:,} entries", memory.GATE, d, memory.SKETCH, rows, edits=entries,
+    case = Case(f"{entries:,} entries", memory.GATE, d, SKETCH, rows, edits=entries,
                 dtype=dtype)  # fmt: skip
     measure(benchmark, case, contender)
 

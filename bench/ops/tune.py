@@ -26,6 +26,7 @@ from bench.harness.timing import Step, captured, take_turns
 from bench.ops import memory
 from bench.ops.cases import Case, all_cases, contenders
 from bench.ops.compiling import NOT_IN_TIME, Compilers, Variant, forced, own_name
+from bench.ops.layers import SKETCH
 from bench.ops.lines import key_of, missed_cases, one_of_each_first
 from coachhook.system.files import write
 from coachhook_kernels.launch import runtime, tuning
@@ -58,7 +59,7 @@ def problems_of(case: Case, device: torch.device) -> list[Problem]:
     """What the case looks up, from running it once."""
     if case.op == memory.LAYER:
         # It looks up what its gate does, whose time would drown in the layer's.
-        case = replace(case, op=memory.GATE, d_out=memory.SKETCH)
+        case = replace(case, op=memory.GATE, d_out=SKETCH)
     found: list[Problem] = []
     measured = tuning._measured
 
