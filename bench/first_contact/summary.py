@@ -85,8 +85,8 @@ def text_of(found: dict[str, Any]) -> str:
         ]
     told += ["", "Whole model, speed against unhooked"]
     told += [
-        f"  {line['model']} {line['gate']} {line['delta']}: {row['case']}, batch {row['batch']}: "
-        f"{row['ratio']:.3f}"
+        f"  {line['model']} {line['gate']}, {line['edits']} edits, Δ {line['delta']}: "
+        f"{row['case']}, batch {row['batch']}: {row['ratio']:.3f}"
         for line in found["models"]
         for row in line.get("rows", ())
     ]

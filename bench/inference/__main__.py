@@ -1,13 +1,13 @@
 """Generation with and without edits: time to first token, tokens a second, peak memory.
 
-    python -m bench.inference [--gate keyed] [--edits 1000] [--json PATH or -]
+    python -m bench.inference [--gate keyed|calibrated|memory] [--edits 1000] [--json PATH or -]
     python -m bench.inference --shape llama-3-8b      # random weights, on a GPU
 
 Hooked and unhooked passes alternate, token by token, on the same weights; ratios are medians over
-the pairs. The edits are synthetic: a random Δ and random fingerprints behind a gate that no token
-of the run opens. Before any timing it is checked that closed hooks leave the model's output
-unchanged and that an open one changes it; if not, the exit code is 1. On a GPU decoding replays a
-CUDA graph over a static cache.
+the pairs. The edits are synthetic: a random Δ, or rows of a memory, and random fingerprints behind
+a gate that no token of the run opens. Before any timing it is checked that closed hooks leave the
+model's output unchanged and that an open one changes it; if not, the exit code is 1. On a GPU
+decoding replays a CUDA graph over a static cache.
 """
 
 import os
@@ -24,17 +24,27 @@ from bench.harness.memory import peak_memory
 from bench.harness.output import put
 from bench.harness.script import JsonTo, Threads, only_right_results, run_script
 from bench.harness.timing import Timings, copy_bandwidth, take_turns
+from bench.inference.memory import SyntheticMemory
 from bench.inference.sessions import Session, check, check_steps, prefill, random_prompt
-from bench.inference.shapes import LOADED, SHAPES, Shape, SyntheticHooks, build, bytes_read
+from bench.inference.shapes import (
+    LOADED,
+    SHAPES,
+    Shape,
+    Synthetic,
+    SyntheticHooks,
+    build,
+    bytes_read,
+)
 
 VARIANTS = ("unhooked", "hooked")
+GATES = ("keyed", "calibrated", "memory")
 Row = dict[str, Any]
 
 
 class Run:
     """The measurements of one model, after its checks."""
 
-    def __init__(self, model: Any, shape: Shape, hooks: SyntheticHooks, progress: Progress) -> None:
+    def __init__(self, model: Any, shape: Shape, hooks: Synthetic, progress: Progress) -> None:
         self.model = model
         self.shape = shape
         self.hooks = hooks
@@ -68,7 +78,7 @@ class Run:
             self.hooks.set(name == "hooked")
             sessions[name] = Session(self.model, prompt, tokens)
             steps[name] = sessions[name].captured()
-        same = check_steps(self.model, steps, sessions)
+        same = check_steps(self.model, self.hooks, steps, sessions)
         timings = self._turns(steps, tokens, f"decoding, batch {batch}")
         found = row(f"decode after {self.shape.decode_prompt}", batch, batch, timings)
         read = bytes_read(self.model)
@@ -91,6 +101,13 @@ def row(case: str, batch: int, tokens: int, timings: dict[str, Timings]) -> Row:
         found[f"{name}_tokens_s"] = tokens / timings[name].median
     best = timings["unhooked"].best / timings["hooked"].best
     return found | {"ratio": ratio, "ratio_spread": spread, "ratio_of_best": best}
+
+
+def synthetic(model: Any, shape: Shape, gate: str, edits: int, rank: int | None) -> Synthetic:
+    """Edits of a gate; rank None: a dense Δ."""
+    if gate == "memory":
+        return SyntheticMemory(model, edits)
+    return SyntheticHooks(model, shape.hooked_layers, gate, edits, rank)
 
 
 def table_of(result: dict[str, Any]) -> Table:
@@ -125,7 +142,7 @@ def table_of(result: dict[str, Any]) -> Table:
 def main(
     model: str = "smollm2",
     shape: Annotated[str | None, typer.Option(help=f"random weights: {', '.join(SHAPES)}")] = None,
-    gate: Annotated[str, typer.Option(help="keyed or calibrated")] = "keyed",
+    gate: Annotated[str, typer.Option(help=", ".join(GATES))] = "keyed",
     edits: int = 1000,
     dense: Annotated[bool, typer.Option("--dense/--factored")] = True,
     rank: Annotated[int, typer.Option(help="rank of a factored Δ")] = 128,
@@ -135,7 +152,7 @@ def main(
     json_to: JsonTo = None,
 ) -> None:
     """Measure a model with and without synthetic edits."""
-    if gate not in ("keyed", "calibrated") or (shape is not None and shape not in SHAPES):
+    if gate not in GATES or (shape is not None and shape not in SHAPES):
         raise typer.BadParameter(f"gate {gate!r} or shape {shape!r} is not one of those offered")
     use_threads(threads)
     torch.manual_seed(0)
@@ -147,7 +164,7 @@ def main(
         longest = random_prompt(built, 1, max(chosen.prompts))
         prefill(built, longest)
         memory = {"unhooked": peak_memory(device) / 1e9}
-        hooks = SyntheticHooks(built, chosen.hooked_layers, gate, edits, None if dense else rank)
+        hooks = synthetic(built, chosen, gate, edits, None if dense else rank)
         with hooks.attached():
             prefill(built, longest)
         memory["hooked"] = peak_memory(device) / 1e9
@@ -165,8 +182,8 @@ def main(
         "dtype": str(built.dtype).removeprefix("torch."),
         "gate": gate,
         "edits": edits,
-        "delta": "dense" if dense else f"rank {rank}",
-        "layers": ", ".join(name.split(".")[-3] for name in hooks.hooks),
+        "delta": "none" if gate == "memory" else "dense" if dense else f"rank {rank}",
+        "layers": ", ".join(map(str, hooks.layers)),
         "hook_bytes": hooks.bytes_held(),
         "peak_memory_gb": memory,
         "copy_gb_s": run.bandwidth / 1e9,

@@ -1,16 +1,18 @@
 """Models to generate with, and synthetic edits to put on them."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.ops.layers import random_delta, random_gate
 from coachhook.hooks.gates import KeyedGate
+from coachhook.hooks.gates.gate import GateReading
 from coachhook.hooks.layer import HookLinear
 from coachhook.models.architecture import Architecture, default_layers
 from coachhook.models.loading import load_model
@@ -73,16 +75,64 @@ def build(name: str, shape: Shape, device: torch.device) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-class SyntheticHooks:
+class Opening(NamedTuple):
+    """What opens a gate: read: of the input of `site`, keys `(..., d)`; parts: the gate's tensors,
+    `threshold` among them."""
+
+    site: nn.Module
+    read: Callable[[Tensor], GateReading]
+    parts: dict[str, Tensor]
+    threshold: Tensor
+
+
+class Synthetic(ABC):
+    """Synthetic edits behind closed gates, on a model and off it."""
+
+    exact: bool
+    """Whether closed gates leave the logits alone bit for bit on a GPU, too."""
+    layers: list[int]
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @abstractmethod
+    def set(self, on: bool) -> None:
+        """Put the edits on the model, or take them off."""
+
+    @abstractmethod
+    def opening(self) -> Opening:
+        """Of the last gate."""
+
+    @abstractmethod
+    def bytes_held(self) -> int:
+        """Bytes that the edits add to memory."""
+
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """Bytes of them that a pass reads while every gate is closed."""
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        self.set(True)
+        try:
+            yield
+        finally:
+            self.set(False)
+
+
+class SyntheticHooks(Synthetic):
     """Random edits behind closed gates, at `count` layers up to the last one hooked by default."""
 
+    exact = False
+
     def __init__(self, model: Any, count: int, gate: str, edits: int, rank: int | None) -> None:
-        self.model = model
+        super().__init__(model)
         architecture = Architecture.of(model)
         last = default_layers(len(architecture.blocks(model)))[-1]
+        self.layers = list(range(max(0, last + 1 - count), last + 1))
         self.bases: dict[str, nn.Module] = {}
         self.hooks: dict[str, HookLinear] = {}
-        for layer in range(max(0, last + 1 - count), last + 1):
+        for layer in self.layers:
             base = architecture.down_projection(model, layer)
             weight = base.weight.detach()
             # Llama's layout, (d_out, d_in): Conv1D keeps the transpose.
@@ -94,24 +144,15 @@ class SyntheticHooks:
             self.bases[name] = base
             self.hooks[name] = HookLinear(base, delta, random_gate(gate, d_in, edits, weight))
 
-    @property
-    def last(self) -> HookLinear:
-        return list(self.hooks.values())[-1]
-
     def set(self, on: bool) -> None:
         for name in self.hooks:
             self.model.set_submodule(name, self.hooks[name] if on else self.bases[name])
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        self.set(True)
-        try:
-            yield
-        finally:
-            self.set(False)
+    def opening(self) -> Opening:
+        hook = list(self.hooks.values())[-1]
+        return Opening(hook, hook.read, dict(hook.gate.named_buffers()), hook.gate.alpha)
 
     def bytes_held(self) -> int:
-        """Bytes that the hooks add to memory."""
         return sum(
             int(tensor.nbytes)
             for hook in self.hooks.values()
@@ -120,7 +161,6 @@ class SyntheticHooks:
         )
 
     def bytes_read(self) -> int:
-        """Bytes of the hooks that a pass reads while every gate is closed."""
         total = 0
         for hook in self.hooks.values():
             if isinstance(hook.gate, KeyedGate):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench.harness.script import WrongResultError
+from bench.ops import memory
 from bench.ops.layers import (
     SKETCH,
     Layer,
@@ -36,6 +37,14 @@ from coachhook_kernels.key_covariance import reference as covariance_reference
 EDITS, RANK, ALPHA = 1000, 128, 2.2
 LARGE = [(16384, 4096), (14336, 4096), (28672, 8192)]
 SMALL = [(1536, 576), (6400, 1600)]
+WIDTHS = (576, 2048, 4096, 8192)
+FFN = (4096, 14336)
+BASELINES = {
+    "key_covariance_": "cuBLAS KᵀK",
+    memory.GATE: memory.PLAIN,
+    memory.ADD: memory.PLAIN,
+    memory.LAYER: "FFN",
+}
 UNCAPTURED = ("published", "published, compiled")
 """Contenders that no CUDA graph can hold, because in them the host waits for the device."""
 
@@ -64,42 +73,59 @@ class Case:
 
     @property
     def baseline(self) -> str:
-        return "cuBLAS KᵀK" if self.op == "key_covariance_" else "F.linear"
+        return BASELINES.get(self.op, "F.linear")
 
     @property
-    def bytes_moved(self) -> int:
-        """Bytes that the operation itself must read and write, each counted once."""
+    def work(self) -> tuple[int, int]:
+        """Bytes that it must read and write, each counted once, and operations."""
+        if self.op in memory.OPERATIONS:
+            return self._memory_work
         size = self.dtype.itemsize
         if self.op == "key_covariance_":
-            return self.rows * self.d_in * size + 2 * 4 * self.d_in**2
-        score = (SKETCH + (self.d_out if self.n_open else 0)) * self.d_in + self.edits * SKETCH
-        if self.gate != "keyed":
-            score = self.d_in * (self.rank or self.d_out)
-        return size * (self.d_in * self.d_out + score + self.rows * (self.d_in + self.d_out))
-
-    @property
-    def operations(self) -> int:
-        if self.op == "key_covariance_":
-            return self.rows * self.d_in * (self.d_in + 1)
-        score = self.d_in * SKETCH + SKETCH * self.edits
-        if self.gate != "keyed":
-            score = self.d_in * (self.rank or self.d_out)
-        corrected = self.n_open * self.d_in * self.d_out if self.gate == "keyed" else 0
-        return 2 * (self.rows * (self.d_in * self.d_out + score) + corrected)
+            moved = self.rows * self.d_in * size + 2 * 4 * self.d_in**2
+            return moved, self.rows * self.d_in * (self.d_in + 1)
+        if self.gate == "keyed":
+            read = (SKETCH + (self.d_out if self.n_open else 0)) * self.d_in + self.edits * SKETCH
+            score = self.d_in * SKETCH + SKETCH * self.edits
+            corrected = self.n_open * self.d_in * self.d_out
+        else:
+            read = score = self.d_in * (self.rank or self.d_out)
+            corrected = 0
+        base = self.d_in * self.d_out
+        moved = size * (base + read + self.rows * (self.d_in + self.d_out))
+        return moved, 2 * (self.rows * (base + score) + corrected)
 
     @property
     def baseline_work(self) -> tuple[int, int]:
         """Bytes and operations of the baseline."""
         size = self.dtype.itemsize
         if self.op == "key_covariance_":
-            return self.bytes_moved, 2 * self.rows * self.d_in**2
+            return self.work[0], 2 * self.rows * self.d_in**2
+        if self.op == memory.LAYER:
+            return memory.ffn_work(self.d_in, self.rows, self.d_out, size)
+        if self.op in memory.OPERATIONS:
+            return self.work
         elements = self.d_in * self.d_out + self.rows * (self.d_in + self.d_out)
         return size * elements, 2 * self.rows * self.d_in * self.d_out
+
+    @property
+    def _memory_work(self) -> tuple[int, int]:
+        d, rows, size = self.d_in, self.rows, self.dtype.itemsize
+        parts = []
+        if self.op in (memory.GATE, memory.LAYER):
+            parts.append(memory.gate_work(d, rows, self.edits, size))
+        if self.op in (memory.ADD, memory.LAYER):
+            parts.append(memory.add_work(d, rows, self.n_open, size))
+        if self.op == memory.LAYER:
+            parts.append(memory.ffn_work(d, rows, self.d_out, size))
+        moved, operations = (sum(one) for one in zip(*parts, strict=True))
+        return moved, operations
 
 
 def all_cases() -> Iterator[Case]:
     """Every case with a speed target, and the same operations in other forms without one."""
     yield from _keyed_cases()
+    yield from _memory_cases()
     for shape in LARGE:
         for rows in (1, 4, 16, 4096):
             yield Case("calibrated, rank 128", "hook_linear", *shape, rows, "calibrated", RANK,
@@ -144,14 +170,44 @@ def _keyed_cases() -> Iterator[Case]:
             yield Case(closed, "hook_linear", *shape, rows, must=1.5, aim=1.2)
 
 
-def compiled() -> Callable[..., Tensor]:
-    return torch.compile(published, dynamic=False)
+def _memory_cases() -> Iterator[Case]:
+    """The memory readout: its two operations, and an FFN of Llama-3-8B's with both of them."""
+    half, wide = torch.bfloat16, FFN[0]
+    for d in WIDTHS:
+        for rows in (1, 16, 128, 1024, 4096):
+            kinds = [(half, 10_000)]
+            if d == wide:
+                kinds += [(half, 1000), (half, 100_000), (torch.float16, 10_000)]
+                kinds += [(torch.float32, 10_000)]
+            for dtype, edits in kinds:
+                name = f"{edits:,} entries" + ("" if dtype == half else f", {str(dtype)[6:]}")
+                yield Case(name, memory.GATE, d, SKETCH, rows, edits=edits, dtype=dtype, must=1.0,
+                           aim=0.5)  # fmt: skip
+            yield Case("all closed", memory.ADD, d, d, rows, must=1.0, aim=0.5)
+            if rows >= 16:
+                yield Case("one in 16 open", memory.ADD, d, d, rows, n_open=rows // 16, must=1.0,
+                           aim=0.5)  # fmt: skip
+    for dtype in (torch.float16, torch.float32):
+        yield Case(f"one in 16 open, {str(dtype)[6:]}", memory.ADD, wide, wide, 4096, n_open=256,
+                   dtype=dtype, must=1.0, aim=0.5)  # fmt: skip
+    for edits in (10_000, 100_000):
+        for rows in (1, 16, 4096):
+            # A step has 32 such layers and one memory: 1.3 is 0.995 of its speed, 1.13 is 0.998.
+            must, aim = (1.3, 1.13) if rows <= 16 else (1.05, 1.01)
+            yield Case(f"layer, {edits:,} entries, closed", memory.LAYER, *FFN, rows, edits=edits,
+                       must=must, aim=aim)  # fmt: skip
+
+
+def compiled(form: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(form, dynamic=False)
 
 
 def contenders(case: Case, device: torch.device, check: bool) -> Contenders:
     """Every contender on fresh tensors. check: raise WrongResultError if a result is wrong."""
     if case.op == "key_covariance_":
         return _covariance(case, device, check)
+    if case.op in memory.OPERATIONS:
+        return _memory(case, device, check)
     if case.op == "hook_linear_sequence":
         return _sequence(case, device, check)
     layer = random_layer(
@@ -198,7 +254,7 @@ def _sequence(case: Case, device: torch.device, check: bool) -> Contenders:
         # Past a number of shapes torch gives up compiling, and would be timed in eager mode.
         torch.compiler.reset()
     hook_weight = weight + delta.down
-    compiled_form = compiled()
+    compiled_form = compiled(published)
     return {
         "F.linear": lambda: linear(keys, weight),
         case.op: lambda: hook_linear_sequence(keys, weight, None, delta, None, alpha),
@@ -241,3 +297,18 @@ def _covariance(case: Case, device: torch.device, check: bool) -> Contenders:
         case.baseline: lambda: torch.mm(keys.mT, keys),
         case.op: lambda: key_covariance_(moment, keys, mirror=False),
     }
+
+
+def _memory(case: Case, device: torch.device, check: bool) -> Contenders:
+    made = memory.random_memory(
+        case.d_in, case.rows, case.edits, n_open=case.n_open, dtype=case.dtype, device=device
+    )
+    if check:
+        memory.check_memory(made)
+        # As in `_sequence`.
+        torch.compiler.reset()
+    if case.op == memory.LAYER:
+        return memory.layer_contenders(made, case.d_out, compiled)
+    if case.op == memory.GATE:
+        return memory.gate_contenders(made, compiled)
+    return memory.add_contenders(made, compiled)

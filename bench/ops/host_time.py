@@ -1,13 +1,15 @@
-"""What the host spends on one hooked layer, on a machine without a GPU.
+"""What the host spends on one hooked layer, or on a memory, on a machine without a GPU.
 
     python -m bench.ops.host_time [--rounds N] [--json PATH or -]
 
 Layers are tiny, so that hardly anything but overhead is left. *kernels*: the way to the Triton
 kernels up to and with Triton's own preparation of each launch; nothing is compiled or launched, so
 what the driver's launch itself takes is not in it. *plain torch*: the same layer on the CPU, whose
-arithmetic is in it.
+arithmetic is in it. A memory's *hook* is the gate at one block and the addition at another, every
+token closed; it has no layer of its own.
 """
 
+import itertools
 import timeit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,13 +20,16 @@ from unittest.mock import patch
 import torch
 import typer
 from rich.table import Table
+from torch.nn.functional import normalize
 
 from bench.harness.output import put
 from bench.harness.script import JsonTo, run_script
-from bench.ops.layers import random_delta, random_gate
+from bench.ops.layers import SKETCH, random_delta, random_gate
+from coachhook.hooks import memory as memory_hooks
 from coachhook.hooks.gates import Gate, SequenceGate, SequenceMask, Threshold
 from coachhook.hooks.layer import HookLinear
-from coachhook_kernels import hook_linear, hook_linear_sequence
+from coachhook.hooks.memory import Entries, MemoryHook, MemoryRows
+from coachhook_kernels import hook_linear, hook_linear_sequence, memory_add_, memory_gate
 from coachhook_kernels.hook_linear_sequence import op as sequence_op
 from coachhook_kernels.launch import runtime
 
@@ -33,6 +38,7 @@ CALLS = 20
 # Decoding, and a prompt.
 ROWS = (1, 128)
 GATES = ("keyed", "calibrated", "sequence")
+MEMORY = "memory"
 
 
 class Compiled:
@@ -80,6 +86,7 @@ def launching_nothing() -> Iterator[None]:
         patch.object(triton.runtime.driver, "_active", Driver()),
         patch.object(runtime, "triton_runs", lambda *_: True),
         patch.object(sequence_op, "triton_runs", lambda *_: True),
+        patch.object(memory_hooks, "_is_seen", lambda tensor: False),
         patch.object(triton.runtime.jit.JITFunction, "_do_compile", compiled),
         patch.dict(prepared._variants, clear=True),
     ):
@@ -98,8 +105,34 @@ def hook_of(gate: str, rank: int | None) -> HookLinear:
     return HookLinear(base, random_delta(D_IN, D_OUT, rank, like), made)
 
 
+def memory_steps(rows: int) -> dict[str, Callable[[], object]]:
+    """The two operations of a memory alone, and its two hooks."""
+    like = torch.empty(0, dtype=torch.bfloat16)
+    memory = MemoryHook(like.new_ones(SKETCH, D_IN), like.new_zeros(SKETCH), torch.nn.Identity())
+    marks = normalize(torch.randn(EDITS, SKETCH), dim=-1)
+    memory.hold(Entries(marks, torch.arange(EDITS), torch.arange(EDITS)), torch.inf)
+    part = MemoryRows(memory, D_IN, is_last=True)
+    part.to(like.dtype)
+    part.hold(torch.randn(EDITS, D_IN))
+    keys, output = (torch.randn(1, rows, D_IN, dtype=like.dtype) for _ in range(2))
+    gate = memory.gate(memory.row)
+
+    def operations() -> object:
+        seen = memory_gate(keys, gate)
+        return memory_add_(output, *seen, gate.threshold, part.rows)
+
+    def hooks() -> object:
+        memory.watch(memory.site, (keys,))
+        return part.add(memory.site, (keys,), output)
+
+    return {"operation": operations, "hook": hooks}
+
+
 def steps(gate: str, rank: int | None, rows: int) -> dict[str, Callable[[], object]]:
-    """The unhooked layer, the operation alone, and the hook in place of the layer."""
+    """The unhooked layer, the operation alone, and the hook in place of the layer; of a memory, the
+    latter two."""
+    if gate == MEMORY:
+        return memory_steps(rows)
     hook = hook_of(gate, rank)
     keys = torch.randn(1, rows, D_IN, dtype=hook.weight.dtype)
     weight, delta, tokens = hook.weight, hook.delta, hook.gate.per_token()
@@ -119,21 +152,21 @@ def microseconds(step: Callable[[], object], rounds: int) -> float:
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    lines = []
-    for gate in GATES:
-        for rank in (None, RANK):
-            for rows in ROWS:
-                line: dict[str, Any] = {"gate": gate, "rank": rank, "rows": rows}
-                found = steps(gate, rank, rows)
-                line |= {f"{k}, plain torch": microseconds(v, rounds) for k, v in found.items()}
-                del found["layer"]
-                with launching_nothing():
-                    before = Compiled.launches
-                    found["operation"]()
-                    line["launches of Triton"] = Compiled.launches - before
-                    line |= {f"{k}, kernels": microseconds(v, rounds) for k, v in found.items()}
-                lines.append(line)
-    return lines
+    layers = [*itertools.product(GATES, (None, RANK)), (MEMORY, None)]
+    return [measure_one(gate, rank, rows, rounds) for gate, rank in layers for rows in ROWS]
+
+
+def measure_one(gate: str, rank: int | None, rows: int, rounds: int) -> dict[str, Any]:
+    line: dict[str, Any] = {"gate": gate, "rank": rank, "rows": rows}
+    found = steps(gate, rank, rows)
+    line |= {f"{k}, plain torch": microseconds(v, rounds) for k, v in found.items()}
+    found.pop("layer", None)
+    with launching_nothing():
+        before = Compiled.launches
+        found["operation"]()
+        line["launches of Triton"] = Compiled.launches - before
+        line |= {f"{k}, kernels": microseconds(v, rounds) for k, v in found.items()}
+    return line
 
 
 def main(
@@ -148,11 +181,10 @@ def main(
     for name in lines[0]:
         table.add_column(name)
     for line in lines:
-        cells = (
-            f"{v:.1f}" if isinstance(v, float) else "dense" if v is None else str(v)
-            for v in line.values()
-        )
-        table.add_row(*cells)
+        cells = {k: f"{v:.1f}" if isinstance(v, float) else str(v) for k, v in line.items()}
+        if line["rank"] is None:
+            cells["rank"] = "" if line["gate"] == MEMORY else "dense"
+        table.add_row(*(cells.get(name, "") for name in lines[0]))
     put({"rows": lines}, table, json_to)
 
 

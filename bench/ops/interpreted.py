@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 
+from bench.ops import memory
 from bench.ops.cases import Case
 from coachhook_kernels.launch import runtime
 
@@ -18,6 +19,10 @@ TINY = (
     Case("calibrated, rank 8", "hook_linear", 128, 32, 2, "calibrated", 8, must=9999),
     Case("sequence, dense", "hook_linear_sequence", 64, 32, 34, "sequence", must=2.1, faster=2.0),
     Case("second moment", "key_covariance_", 64, 64, 128, must=9999),
+    Case("entries", memory.GATE, 128, 64, 18, edits=14, must=9999),
+    Case("entries, float32", memory.GATE, 40, 64, 2, edits=3, must=9999, dtype=torch.float32),
+    Case("one in 16 open", memory.ADD, LONG, LONG, 33, n_open=2, edits=14, must=9999),
+    Case("layer, closed", memory.LAYER, 128, 32, 2, edits=14, must=9999),
 )
 
 

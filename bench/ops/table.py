@@ -42,7 +42,7 @@ def sets_of(case: Case, device: torch.device) -> int:
     """Number of sets of tensors that together hold some five times the last cache of a GPU."""
     if device.type != "cuda":
         return 1
-    return max(2, min(MOST_SETS, -(-ROTATED_BYTES // case.bytes_moved)))
+    return max(2, min(MOST_SETS, -(-ROTATED_BYTES // case.work[0])))
 
 
 def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]:
@@ -67,7 +67,7 @@ def measure(case: Case, device: torch.device, rounds: int) -> dict[str, Timings]
 def rows_of(case: Case, timings: dict[str, Timings], bandwidth: float, rate: float) -> list[Row]:
     """A line for each contender; those of the operation carry the verdict."""
     baseline = timings[case.baseline]
-    moved, operations = case.bytes_moved, case.operations
+    moved, operations = case.work
     floor = max(moved / bandwidth, operations / rate)
     lines = []
     for name, found in timings.items():

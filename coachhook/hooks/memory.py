@@ -107,6 +107,7 @@ class MemoryHook(nn.Module):
         self._site = [site]
         self.written: list[MemoryRows] = []
         self.passing = _Passing()
+        self._held = 0
         size = projection.shape[0]
         tensors = {
             "projection": projection,
@@ -127,7 +128,7 @@ class MemoryHook(nn.Module):
 
     def hold(self, entries: Entries, threshold: float) -> None:
         """Put these fingerprints in place of the present ones."""
-        n = len(entries.fingerprints)
+        n = self._held = len(entries.fingerprints)
         if n > len(self.fingerprints):
             room = _room(n)
             self.fingerprints = self.fingerprints.new_zeros(room, self.projection.shape[0])
@@ -147,16 +148,20 @@ class MemoryHook(nn.Module):
 
     def gate(self, of: Tensor) -> MemoryGate:
         """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`."""
-        return MemoryGate(
-            self.projection, self.offset, self.fingerprints, of, self.enabled, self.threshold
-        )
+        fingerprints, enabled = self.fingerprints, self.enabled
+        if _is_seen(enabled):
+            # No graph holds them: what there is room for beyond them need not be read.
+            held = slice(self._held)
+            fingerprints, of, enabled = fingerprints[held], of[held], enabled[held]
+        return MemoryGate(self.projection, self.offset, fingerprints, of, enabled, self.threshold)
 
     def watch(self, site: nn.Module, args: tuple[Any, ...]) -> None:
         """A forward pre-hook of `site`."""
         if self.state is HookState.OFF or len(self.fingerprints) == 0:
             self.passing.put(None)
             return
-        self.passing.put(memory_gate(args[0], self.gate(self.row)))
+        seen = memory_gate(args[0], self.gate(self.row))
+        self.passing.put(None if _all_closed(seen[0], self.threshold) else seen)
 
     @torch.no_grad()
     def read(self, keys: Tensor) -> GateReading:
@@ -259,6 +264,18 @@ def _may_run_again(given: Any) -> bool:
         return False
     # Under torch.func a tensor has no storage to know it by.
     return given.requires_grad and not is_functorch_wrapped_tensor(given)
+
+
+def _is_seen(tensor: Tensor) -> bool:
+    """Whether a pass may decide by what this tensor holds: on a GPU it would wait for it, and what
+    is traced or compiled is run for other tokens and edits, too."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not traced
+
+
+def _all_closed(score: Tensor, threshold: Tensor) -> bool:
+    """Whether no later block has anything to add, as far as that can be told."""
+    return _is_seen(score) and not bool((score >= threshold).any())
 
 
 def _room(n: int) -> int:

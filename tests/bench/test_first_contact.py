@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.first_contact import __main__ as first_contact
 from bench.first_contact import summary
@@ -37,10 +38,22 @@ def test_from_end_to_end_without_a_gpu(tmp_path: Path) -> None:
     assert keys == {lines.key_of(case) for case in TINY}
     [missed] = found["missed"]
     assert "sequence" in missed["key"]
-    assert len(found["models"][0]["rows"]) == 4
+    assert [line["gate"] for line in found["models"]] == ["keyed", "memory"]
+    assert [len(line["rows"]) for line in found["models"]] == [4, 4]
     [tuned] = found["tuned"]
     [kept] = (tmp_path / "configs").rglob("*.json")
     assert kept.stem == tuned["kernel"]
+
+
+def test_models_are_measured_once_each(tmp_path: Path) -> None:
+    path = tmp_path / "inference.jsonl"
+    lines.append(path, {"gate": "keyed", "edits": 1000, "dense": True})
+    for _ in range(2):
+        with torch.inference_mode():
+            first_contact.phases._inference(path, time.monotonic() + 100)
+    seen = [(line["gate"], line["edits"]) for line in lines.read(path)]
+    assert seen == [("keyed", 1000), ("memory", 10_000)]
+    assert "tiny memory, 10000 edits, Δ none: decode" in summary.text_of(summary.collect(tmp_path))
 
 
 WITHOUT = """

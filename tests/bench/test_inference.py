@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from bench.inference import __main__ as inference
-from bench.inference import shapes
+from bench.inference import memory, shapes
 from bench.ops import layers
 from coachhook.hooks import gates
 from tests.support.bench import called
 
 
 @pytest.mark.parametrize(
-    ("gate", "form"), [("keyed", ["--dense"]), ("calibrated", ["--factored", "--rank", "8"])]
+    ("gate", "form"),
+    [("keyed", ["--dense"]), ("calibrated", ["--factored", "--rank", "8"]), ("memory", [])],
 )
 def test_inference_prints_its_measurements(
     monkeypatch: pytest.MonkeyPatch, gate: str, form: list[str]
@@ -25,6 +26,7 @@ def test_inference_prints_its_measurements(
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     assert result["model"] == "tiny"
+    assert result["gate"] == gate
     assert result["threads"] == torch.get_num_threads()
     assert result["hook_bytes"] > 0
     cases = [(row["case"], row["batch"], row["pairs"]) for row in result["rows"]]
@@ -50,5 +52,21 @@ def test_inference_stops_on_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shapes, "random_gate", always_open)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     done = called(inference, "--shape", "tiny", "--edits", "5", "--rounds", "1")
+    assert done.exit_code == 1
+    assert "nothing timed" in done.output
+
+
+@pytest.mark.parametrize("fault", ["always open", "never open"])
+def test_a_memory_that_opens_wrongly_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    hook = memory.MemoryHook
+    if fault == "always open":
+        hold = hook.hold
+        monkeypatch.setattr(hook, "hold", lambda self, entries, _: hold(self, entries, -1.0))
+    else:
+        monkeypatch.setattr(memory.MemoryRows, "add", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = called(inference, "--shape", "tiny", "--gate", "memory", "--edits", "5")
     assert done.exit_code == 1
     assert "nothing timed" in done.output

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import timing
-from bench.ops import cases, layers, lines, published, table, tensor_core
+from bench.ops import cases, layers, lines, memory, published, table, tensor_core
 from tests.support.bench import called
 
 CPU = torch.device("cpu")
@@ -24,12 +24,18 @@ def test_ops_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.stdout == ""
 
 
-OPS = ("hook_linear", "hook_correction_", "hook_linear_sequence", "key_covariance_")
+OPS = (
+    "hook_linear",
+    "hook_correction_",
+    "hook_linear_sequence",
+    "key_covariance_",
+    *memory.OPERATIONS,
+)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_case_is_checked_timed_and_judged(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
-    monkeypatch.setattr(cases, "compiled", lambda: cases.published)
+    monkeypatch.setattr(cases, "compiled", lambda form: form)
     faster = 0.0 if op == "hook_linear_sequence" else None
     case = cases.Case("tiny", op, 40, 24, 130, must=1e9, faster=faster, dtype=torch.float32)
     with torch.inference_mode():
@@ -47,7 +53,7 @@ def test_a_case_is_checked_timed_and_judged(monkeypatch: pytest.MonkeyPatch, op:
 def test_a_missed_promise_is_said() -> None:
     case = cases.Case("tiny", "hook_linear", 40, 24, 1, must=1.1, aim=1.05, share=0.8)
     timings = {"F.linear": timing.Timings([1.0, 2.0]), "hook_linear": timing.Timings([1.2, 2.4])}
-    _, own = table.rows_of(case, timings, bandwidth=case.bytes_moved / 1.8, rate=1e18)
+    _, own = table.rows_of(case, timings, bandwidth=case.work[0] / 1.8, rate=1e18)
     assert own["ratio"] == pytest.approx(1.2)
     assert own["floor_ratio"] == pytest.approx(1.0)
     assert own["verdict"] == "×1.10 MISSED; 80% of copy reached"

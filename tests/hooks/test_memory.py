@@ -329,3 +329,53 @@ def test_rows_that_cannot_be_read_leave_no_hook_behind(tmp_path: Path) -> None:
         hooks.attach(model)
     assert not any(isinstance(m, MemoryHook | MemoryRows) for m in model.modules())
     assert torch.equal(logits(model, OTHER)[0], logits(tiny_model("llama"), OTHER)[0])
+
+
+def two_hooks() -> tuple[MemoryHook, MemoryRows, Tensor]:
+    """A gate of three entries and their rows, and keys of which the second opens the last entry."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 16)
+    memory = MemoryHook(torch.eye(8, 16), torch.zeros(8), torch.nn.Identity())
+    part = MemoryRows(memory, 16, is_last=True)
+    marks = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    marks[2] = torch.nn.functional.normalize(keys[0, 1, :8], dim=-1)
+    memory.hold(Entries(marks, torch.arange(3), torch.arange(3)), 0.95)
+    part.hold(torch.randn(3, 16))
+    return memory, part, keys
+
+
+def run_two_hooks(memory: MemoryHook, part: MemoryRows, keys: Tensor) -> Tensor:
+    output = keys.clone()
+    memory.watch(memory.site, (keys,))
+    part.add(memory.site, (keys,), output)
+    return output
+
+
+@torch.no_grad()
+def test_on_a_cpu_closed_tokens_leave_nothing_for_later_blocks_and_room_is_not_read() -> None:
+    memory, part, keys = two_hooks()
+    memory.watch(memory.site, (keys[:, :1],))
+    assert memory.passing.get() is None
+    memory.watch(memory.site, (keys,))
+    assert memory.passing.get() is not None
+    wanted = keys.clone()
+    wanted[0, 1] += part.rows[2]
+    assert torch.equal(run_two_hooks(memory, part, keys), wanted)
+    assert len(memory.fingerprints) == LEAST_ROOM
+    gate = memory.gate(memory.row)
+    assert [len(gate.fingerprints), len(gate.owner), len(gate.enabled)] == [3, 3, 3]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_on_closed_tokens_it_holds_for_open_ones_and_later_edits() -> None:
+    memory, part, keys = two_hooks()
+    closed = keys[:, :1].expand(1, 2, 16).contiguous()
+    traced = torch.jit.trace(
+        lambda given: run_two_hooks(memory, part, given), (closed,), check_trace=False
+    )
+    assert torch.equal(traced(keys), run_two_hooks(memory, part, keys))
+    marks = torch.cat([memory.fingerprints[:2].flip(0).repeat(2, 1), memory.fingerprints[2:3]])
+    memory.hold(Entries(marks, torch.arange(5), torch.tensor([0, 1, 0, 1, 2])), 0.95)
+    assert not torch.equal(traced(keys), keys)
+    assert torch.equal(traced(keys), run_two_hooks(memory, part, keys))

@@ -52,30 +52,26 @@ def _gate(
     owner: Tensor,
     enabled: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    leading = keys.shape[:-1]
-    rows = keys.reshape(math.prod(leading), keys.shape[-1])
     # Only the score is wanted here; the threshold is applied where rows are added.
     gate = MemoryGate(projection, offset, fingerprints, owner, enabled, offset)
-    score, entry = _nearest(rows, gate)
-    return score.view(leading), entry.view(leading)
-
-
-def _nearest(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
-    given = (keys, gate.projection, gate.offset, gate.fingerprints)
-    known = keys.dtype == gate.projection.dtype and runtime.triton_runs(*given)
-    known = known and gate.projection.shape[0] <= WIDEST_SKETCH
+    given = (keys, projection, offset, fingerprints)
+    known = keys.dtype == projection.dtype and runtime.triton_runs(*given)
+    known = known and projection.shape[0] <= WIDEST_SKETCH
     if not known or any(tensor.numel() == 0 for tensor in given):
         return reference.memory_gate(keys, gate)
 
     def launch() -> tuple[Tensor, Tensor]:
         from coachhook_kernels.memory import kernel
 
-        rows = keys if keys.stride(-1) == 1 else keys.contiguous()
+        leading = keys.shape[:-1]
+        rows = keys.reshape(math.prod(leading), keys.shape[-1])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         parts = (part.contiguous() for part in gate[1:])
         with torch.cuda.device_of(keys):
-            return kernel.gate(rows, MemoryGate(gate.projection, *parts))
+            score, entry = kernel.gate(rows, MemoryGate(projection, *parts))
+        return score.view(leading), entry.view(leading)
 
-    name = runtime.scope("memory_gate", keys, gate.projection.shape[0])
+    name = runtime.scope("memory_gate", keys, projection.shape[0])
     return runtime.with_fallback(name, launch, lambda: reference.memory_gate(keys, gate))
 
 

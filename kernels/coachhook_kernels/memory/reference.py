@@ -15,7 +15,7 @@ def memory_gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
     )
     if gate.owner.numel() == 0:
         return score, index
-    return score, torch.where(index < 0, -1, gate.owner[index])
+    return score, gate.owner.take(index).masked_fill(index < 0, -1)
 
 
 def memory_add(
