@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from coachhook.calibration import profiles
-from coachhook.calibration.gate_figures import GateFigures, chosen_gate, gate_figures
+from coachhook.calibration.gate_figures import GateFigures, _opening_own, chosen_gate, gate_figures
 from coachhook.calibration.gate_probes import GateProbes, named_entries
 from coachhook.calibration.memory_search import (
     MOST_TRIALS,
@@ -124,21 +124,24 @@ class TestGate:
         assert figures(1, 0.9, need=0.86).least == 0.86
         assert figures(1, 0.9, need=0.7).least == 0.8
 
-    def test_the_stated_shares_hold_and_set_the_threshold(self) -> None:
+    @pytest.mark.parametrize(
+        ("name", "stated"), [("ordinary", 0.005), ("neighbours", 0.2), ("alike", 0.2)]
+    )
+    def test_each_stated_share_sets_the_threshold_where_the_others_do_not(
+        self, name: str, stated: float
+    ) -> None:
         lm = tiny_lm(tiny_model("llama"))
         architecture = Architecture.of_blocks(lm.model)
         statistics = key_statistics(lm, architecture, (0, 3), LITTLE, site="ffn")
         probes = GateProbes.of(lm, probe_requests())
-        config = EditConfig(memory=MemoryConfig(ordinary=0.01, neighbours=0.1, alike=0.7))
+        shares = dict.fromkeys(("ordinary", "neighbours", "alike"), 0.999) | {name: stated}
+        config = EditConfig(memory=MemoryConfig(**shares))
         for at_block in gate_figures(lm, architecture, statistics, probes, config):
-            assert at_block.ordinary <= 0.01
-            assert at_block.neighbours <= 0.1
-            assert at_block.alike <= 0.7
-            # One of the three sets the threshold: a lower one would let in more.
-            assert (
-                max(at_block.ordinary / 0.01, at_block.neighbours / 0.1, at_block.alike / 0.7) > 0.8
-            )
-            assert 0 <= at_block.recall <= at_block.forms
+            assert stated / 3 < getattr(at_block, name) <= stated
+
+    def test_opening_anothers_entry_is_no_recall(self) -> None:
+        scores = torch.tensor([[0.9, 0.2], [0.8, 0.85], [0.5, 0.1]])
+        assert _opening_own(scores, torch.tensor([0, 0, 0]), 0.7) == pytest.approx(1 / 3)
 
     def test_a_prompt_is_no_neighbour_of_its_own_entry(self) -> None:
         lm = tiny_lm(tiny_model("llama"))

@@ -25,7 +25,8 @@ def test_calibrate_for_the_memory_readout_then_edit(tmp_path: Path) -> None:
     shown = run(*command)
     assert f"of {document['figures']['paraphrases']} paraphrases" in shown
     assert f"least threshold {settings['least']:g}" in shown
-    edit = ("edit", "tiny", "facts.jsonl", "--hooks", str(tmp_path / "hooks"), "--profile", file)
+    hooks = ("--hooks", str(tmp_path / "hooks"), "--batch-size", "2")
+    edit = ("edit", "tiny", "facts.jsonl", *hooks, "--profile", file)
     assert "give --readout memory" in error_of(*edit)
     run(*edit, "--readout", "memory")
     told = run_json("inspect", str(tmp_path / "hooks"))
