@@ -22,6 +22,7 @@ from coachhook.calibration.profiles import MemorySettings, Profile, Settings
 from coachhook.calibration.search import calibrate
 from coachhook.calibration.trials import Calibration, Trial
 from coachhook.config import EditConfig, MemoryConfig
+from coachhook.editing.forms import rivals_of
 from coachhook.errors import ConfigError, ModelError, ProfileError
 from coachhook.models.architecture import Architecture, memory_blocks
 from coachhook.session import Options, opened
@@ -124,9 +125,7 @@ class TestGate:
         assert figures(1, 0.9, need=0.86).least == 0.86
         assert figures(1, 0.9, need=0.7).least == 0.8
 
-    @pytest.mark.parametrize(
-        ("name", "stated"), [("ordinary", 0.005), ("neighbours", 0.2), ("alike", 0.2)]
-    )
+    @pytest.mark.parametrize(("name", "stated"), [("ordinary", 0.005), ("neighbours", 0.2)])
     def test_each_stated_share_sets_the_threshold_where_the_others_do_not(
         self, name: str, stated: float
     ) -> None:
@@ -134,10 +133,23 @@ class TestGate:
         architecture = Architecture.of_blocks(lm.model)
         statistics = key_statistics(lm, architecture, (0, 3), LITTLE, site="ffn")
         probes = GateProbes.of(lm, probe_requests())
-        shares = dict.fromkeys(("ordinary", "neighbours", "alike"), 0.999) | {name: stated}
+        shares = dict.fromkeys(("ordinary", "neighbours"), 0.999) | {name: stated}
         config = EditConfig(memory=MemoryConfig(**shares))
         for at_block in gate_figures(lm, architecture, statistics, probes, config):
             assert stated / 3 < getattr(at_block, name) <= stated
+
+    def test_rivals_keep_made_up_names_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lm = tiny_lm(tiny_model("llama"))
+        architecture = Architecture.of_blocks(lm.model)
+        statistics = key_statistics(lm, architecture, (1,), LITTLE, site="ffn")
+        probes = GateProbes.of(lm, probe_requests())
+        config = EditConfig(memory=MemoryConfig(ordinary=0.999, neighbours=0.999))
+        (kept,) = gate_figures(lm, architecture, statistics, probes, config)
+        monkeypatch.setattr(
+            "coachhook.calibration.gate_figures.rivals_of", lambda *given: rivals_of(*given)[:1]
+        )
+        (opened,) = gate_figures(lm, architecture, statistics, probes, config)
+        assert kept.alike < opened.alike
 
     def test_opening_anothers_entry_is_no_recall(self) -> None:
         scores = torch.tensor([[0.9, 0.2], [0.8, 0.85], [0.5, 0.1]])

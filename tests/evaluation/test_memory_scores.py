@@ -133,8 +133,13 @@ def found_in(editor: Editor, *facts: EditRequest) -> MemoryScores:
     return found
 
 
-def opening_at(editor: Editor, threshold: float) -> None:
-    editor.hooks.modules(editor.model)[GATE].threshold.fill_(threshold)
+def opening_at(editor: Editor, threshold: float, *, rivals: bool = False) -> None:
+    """rivals: whether they keep closed what resembles them."""
+    editor.hooks.refresh()
+    hook = editor.hooks.modules(editor.model)[GATE]
+    hook.threshold.fill_(threshold)
+    if not rivals:
+        hook.enabled &= hook.edit >= 0
 
 
 @torch.no_grad()
@@ -224,6 +229,10 @@ def test_what_reaches_other_edits_is_counted_once_a_text(edited: Editor) -> None
         assert beside[LOCALITY].opens == beside[MADE_UP].opens == share
         # The prompts open their own edits, which is no mistake.
         assert beside[SUBJECT].opens == 0
+    opening_at(edited, -1.0, rivals=True)
+    (made_up,) = [p for p in found_in(edited, *FACTS).beside if p.kind == MADE_UP]
+    # A random model tells few names apart.
+    assert made_up.opens < 1
     every = [beside_one_by_one(edited, edit) for edit in range(3)]
     weather = max(float(c["The weather stayed dry"].max()) for c in every)
     assert beside[LOCALITY].cosines[-1] == pytest.approx(weather, abs=1e-4)

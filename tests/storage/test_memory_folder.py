@@ -101,9 +101,7 @@ def test_damage_while_editing_leaves_the_edits_that_are_in_force(
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         want = logits(editor.model, *TEXTS)
-        another = EditRequest("The year was {}", "1984", TARGETS[2])
         for run in (
-            lambda: editor.edit([another], values=torch.ones(1, len(WRITES), HIDDEN)),
             lambda: editor.rollback(1),
             lambda: editor.save_pretrained(tmp_path / "elsewhere"),
         ):
