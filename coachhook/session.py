@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coachhook.calibration import profiles
-from coachhook.config import EditConfig
+from coachhook.config import EditConfig, MemoryConfig
 from coachhook.editor import SITES, BatchReport, Editor, architecture_of, placed
 from coachhook.errors import ConfigError
 from coachhook.facts.remaining import remaining
@@ -55,9 +55,15 @@ class Options:
         self.config()
 
     def config(self) -> EditConfig:
-        """The settings of a new folder, before any profile."""
+        """The settings of a new folder, before any profile. Under the memory readout the first of
+        `layers` is the gate's block, and the others are written to."""
+        memory, layers = MemoryConfig(), self.layers
+        if self.readout == "memory" and layers is not None:
+            memory = MemoryConfig(gate_block=layers[0], write_blocks=layers[1:] or None)
+            layers = None
         return EditConfig(
-            layers=self.layers,
+            layers=layers,
+            memory=memory,
             template=self.template,
             gate=self.gate or EditConfig.gate,
             readout=self.readout or EditConfig.readout,
@@ -198,7 +204,7 @@ def _check_options(options: Options, held: HookSet, directory: Path) -> None:
     pairs = {
         "readout": (options.readout, held.config.readout),
         "gate": (options.gate, held.config.gate),
-        "layers": (options.layers, held.layers),
+        "layers": (options.layers, _blocks(held.config) or held.layers),
         "template": (options.template, held.base.template),
         "text": (options.text, held.config.statistics.path),
     }
@@ -215,6 +221,14 @@ def _check_options(options: Options, held: HookSet, directory: Path) -> None:
                 f"{directory} was made with other settings than those of {options.profile}; "
                 "leave --profile out, or use another folder"
             )
+
+
+def _blocks(config: EditConfig) -> tuple[int, ...]:
+    """The blocks of the memory readout, as `Options.layers` has them."""
+    memory = config.memory
+    if config.readout != "memory" or memory.gate_block is None:
+        return ()
+    return memory.gate_block, *(memory.write_blocks or ())
 
 
 def _shown(value: Any) -> str:

@@ -48,9 +48,10 @@ class GateFigures:
 
     @property
     def least(self) -> float:
-        """The lowest threshold to edit with: a few edits would set it lower than any paraphrase
-        needs, and open for names that more edits show to be too near."""
-        return max(self.threshold, self.need)
+        """The lowest threshold to edit with, half-way from the threshold here to what paraphrases
+        need: few edits would set it lower than that, and open for names that more edits show to be
+        too near."""
+        return (self.threshold + max(self.threshold, self.need)) / 2
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,13 @@ def _share(scores: Tensor, threshold: float) -> float:
     return float((scores >= threshold).float().mean())
 
 
-def chosen_gate(figures: Sequence[GateFigures], n: int) -> GateFigures:
+def chosen_gate(figures: Sequence[GateFigures], n: int, usual: int) -> GateFigures:
     """Of the blocks whose recall is within a standard error of the best, as n entries tell it, the
-    one with the widest margin; of equals, the earliest."""
+    `usual` one if it is among them; else the one with the widest margin; of equals, the
+    earliest."""
     best = max(found.recall for found in figures)
     # Of the share with one success and one failure more, which does not end at 0 and 1.
     likely = (best * n + 1) / (n + 2)
     noise = math.sqrt(likely * (1 - likely) / n)
     within = [found for found in figures if found.recall >= best - noise]
-    return max(within, key=lambda found: found.margin)
+    return max(within, key=lambda found: (found.block == usual, found.margin))

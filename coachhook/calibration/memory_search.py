@@ -129,7 +129,8 @@ def calibrate_memory(
         statistics = key_statistics(lm, architecture, candidates, source, site="ffn")
         gate_probes = GateProbes.of(lm, probes.requests)
         figures = gate_figures(lm, architecture, statistics, gate_probes, config)
-        gate = chosen_gate(figures, len(gate_probes.requests))
+        usual, _ = memory_blocks(len(blocks))
+        gate = chosen_gate(figures, len(gate_probes.requests), usual)
         own = {gate.block: statistics[gate.block]}
         trials: list[Trial] = []
         choices = iter([written]) if written else write_candidates(len(blocks), gate.block, trials)

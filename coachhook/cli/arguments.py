@@ -22,7 +22,12 @@ Readout = Annotated[
     str | None,
     typer.Option(help="delta (the paper's), or memory (a row of its own for every subject)."),
 ]
-Layers = Annotated[str | None, typer.Option(help="Blocks to hook: 8,9,10 or 8-12.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(
+        help="Blocks to hook: 8,9,10 or 8-12. With memory: the gate's, and those written to."
+    ),
+]
 Template = Annotated[
     str | None,
     typer.Option(help="Name of the down-projections, as in 'model.layers.{}.mlp.down_proj'."),

@@ -114,15 +114,20 @@ class TestGate:
 
     def test_recall_decides_then_the_margin_then_the_earlier(self) -> None:
         low, best = figures(1, 0.5, need=0.99), figures(3, 0.99)
-        assert chosen_gate([low, best], 142) is best
+        assert chosen_gate([low, best], 142, 0) is best
         # 0.98 of 142 is within a standard error of 0.99; of 10,000 it is not.
         wide = figures(5, 0.985, need=0.95)
-        assert chosen_gate([best, wide], 142) is wide
-        assert chosen_gate([best, wide], 10_000) is best
-        assert chosen_gate([best, figures(4, 0.99)], 142) is best
+        assert chosen_gate([best, wide], 142, 0) is wide
+        assert chosen_gate([best, wide], 10_000, 0) is best
+        assert chosen_gate([best, figures(4, 0.99)], 142, 0) is best
 
-    def test_the_least_threshold_is_what_paraphrases_need(self) -> None:
-        assert figures(1, 0.9, need=0.86).least == 0.86
+    def test_a_usual_block_that_is_as_good_is_taken(self) -> None:
+        wide, usual = figures(2, 0.98, need=0.9), figures(5, 0.98)
+        assert chosen_gate([wide, usual], 142, 5) is usual
+        assert chosen_gate([wide, figures(5, 0.9)], 142, 5) is wide
+
+    def test_the_least_threshold_is_half_way_to_what_paraphrases_need(self) -> None:
+        assert figures(1, 0.9, need=0.86).least == pytest.approx(0.83)
         assert figures(1, 0.9, need=0.7).least == 0.8
 
     @pytest.mark.parametrize(("name", "stated"), [("ordinary", 0.005), ("neighbours", 0.2)])

@@ -36,6 +36,20 @@ def test_a_folder_of_rows_from_the_first_edit_to_the_last(place: Path, tmp_path:
     assert json.dumps(after) == json.dumps(before)
 
 
+def test_layers_are_the_gates_block_and_those_written_to(place: Path, tmp_path: Path) -> None:
+    hooks = str(tmp_path / "hooks")
+    given = ("edit", "tiny", "facts.jsonl", "--hooks", hooks, *MEMORY)
+    run_json(*given, "--layers", "0,2,3")
+    told = run_json("inspect", hooks)
+    assert (told["layers"], told["write_blocks"]) == ([0], [2, 3])
+    run_json(*given, "--layers", "0,2,3")
+    assert "made with 0,2,3" in error_of(*given, "--layers", "1,2")
+    other = str(tmp_path / "other")
+    assert "do not fit a model of 4 blocks" in error_of(
+        "edit", "tiny", "facts.jsonl", "--hooks", other, *MEMORY, "--layers", "1,9"
+    )
+
+
 def test_a_readout_that_is_not_known(tmp_path: Path) -> None:
     line = error_of("edit", "tiny", "facts.jsonl", "--hooks", str(tmp_path / "h"), "--readout", "x")
     assert "choose one of delta, memory" in line
