@@ -126,17 +126,18 @@ class MemoryConfig:
 class EditConfig:
     """How facts are edited into a model.
 
-    readout: how an open token is changed: "delta", by the paper's Δ of the hooked layers, or
-    "memory", by rows of its edit's own (settings in `memory`).
-    layers: hooked blocks, or None for the default share of the model's depth. template: module
-    name of the down-projection, for architectures outside the registry. gate: "keyed",
-    "calibrated" or "sequence". preservation: λ, weight of ordinary text against one edited key.
-    context_weight: weight of an edit's keys under the contexts, where the key of its bare prompt
-    has 1, in solves and in what later batches preserve. A layer is full after `d_in` keys of weight
-    1. fit: weight of a batch's own keys in its solve; larger values leave less of the residual.
-    With context_weight and fit at 1 the solve is the paper's closed form. false_alarms: largest
-    share of background tokens that may open a gate. fingerprint_size: s; a GPU's kernels take up to
-    128, wider ones are left to plain torch. resemblance: lowest cosine that opens the keyed gate.
+    readout: how an open token is changed: "memory", by rows of its edit's own (settings in
+    `memory`), or "delta", by the paper's Δ of the hooked layers, with one of its gates.
+    layers: blocks that the delta readout hooks, or None for the default share of the model's
+    depth. template: module name of the down-projection, for architectures outside the registry.
+    gate: of the delta readout, "keyed", "calibrated" or "sequence". preservation: λ, weight of
+    ordinary text against one edited key. context_weight: weight of an edit's keys under the
+    contexts, where the key of its bare prompt has 1, in solves and in what later batches
+    preserve. A layer is full after `d_in` keys of weight 1. fit: weight of a batch's own keys
+    in its solve; larger values leave less of the residual. With context_weight and fit at 1 the
+    solve is the paper's closed form. false_alarms: largest share of background tokens that may
+    open a gate. fingerprint_size: s; a GPU's kernels take up to 128, wider ones are left to
+    plain torch. resemblance: lowest cosine that opens the keyed gate.
     calibrated_alpha: lowest α of the calibrated gate; sequence_alpha: where the paper's α rule
     starts. inverse_dtype: dtype in which the `d_in² / 2` numbers of each layer's inverse are
     stored: "float64", or "float32" for half the memory and an error of Δ that is kept near 1 % at
@@ -147,7 +148,7 @@ class EditConfig:
     layers: tuple[int, ...] | None = None
     template: str | None = None
     gate: str = "keyed"
-    readout: str = "delta"
+    readout: str = "memory"
     preservation: float = 15.0
     context_weight: float = 0.003
     fit: float = 10.0
@@ -167,6 +168,8 @@ class EditConfig:
             raise ConfigError(f"gate {self.gate!r} is not known; choose one of {', '.join(GATES)}")
         if self.readout not in ("delta", "memory"):
             raise ConfigError(f"readout {self.readout!r} is not known; choose one of delta, memory")
+        if self.readout == "memory":
+            self._check_memory()
         _check_positive(self, "preservation", "context_weight", "fit")
         _check_positive(self, "false_alarms", "fingerprint_size")
         if self.false_alarms >= 1:
@@ -187,6 +190,16 @@ class EditConfig:
             not self.layers or not all(isinstance(layer, int) for layer in self.layers)
         ):
             raise ConfigError(f"layers must be block numbers such as (9, 10), not {self.layers!r}")
+
+    def _check_memory(self) -> None:
+        """Settings that this readout would ignore are not meant for it."""
+        for name, given, usual in (("gate", self.gate, "keyed"), ("layers", self.layers, None)):
+            if given != usual:
+                raise ConfigError(
+                    f"{name} {given!r} is a setting of the delta readout, and this is the memory "
+                    'readout; add readout="delta", or name blocks by MemoryConfig(gate_block=…, '
+                    "write_blocks=…)"
+                )
 
     @classmethod
     def paper(cls, **changed: Any) -> "EditConfig":
@@ -210,6 +223,8 @@ class EditConfig:
             **{
                 # Folders without this setting were written with equal weights for an edit's keys.
                 "context_weight": 1.0,
+                # And those without this one when there was no other.
+                "readout": "delta",
                 **data,
                 "layers": None if layers is None else tuple(layers),
                 "values": ValueConfig(**values),

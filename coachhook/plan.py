@@ -279,7 +279,7 @@ def calibration_plan(
     trials: int,
 ) -> Plan:
     """What reading the keys of `layers` and `trials` edits of all probes will need."""
-    config = EditConfig(statistics=source)
+    config = EditConfig(readout="delta", statistics=source)
     reading = statistics_plan(sizes, layers, source)
     one = edit_plan(sizes, layers[-MOST_HOOKED:], config, tokenizer, probes, len(probes))
     trial = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +55,13 @@ class Options:
         self.config()
 
     def config(self) -> EditConfig:
-        """The settings of a new folder, before any profile. Under the memory readout the first of
-        `layers` is the gate's block, and the others are written to."""
+        """The settings of a new folder, before any profile. A gate or layers without a readout are
+        those of `delta`; of layers under the memory readout the first is the gate's block, and the
+        others are written to."""
+        of_delta = self.gate is not None or self.layers is not None
+        readout = self.readout or ("delta" if of_delta else EditConfig.readout)
         memory, layers = MemoryConfig(), self.layers
-        if self.readout == "memory" and layers is not None:
+        if readout == "memory" and layers is not None:
             memory = MemoryConfig(gate_block=layers[0], write_blocks=layers[1:] or None)
             layers = None
         return EditConfig(
@@ -66,7 +69,7 @@ class Options:
             memory=memory,
             template=self.template,
             gate=self.gate or EditConfig.gate,
-            readout=self.readout or EditConfig.readout,
+            readout=readout,
             statistics=StatisticsSource(self.text),
         )
 
@@ -112,7 +115,10 @@ class Session:
         if self.held is not None:
             self.held.check_base(model)
             return Settings(self.held.config)
-        config, given = self.options.config(), self.options.profile
+        options, given = self.options, self.options.profile
+        if given is not None and options.readout is None:
+            options = replace(options, readout=profiles.load(given).readout)
+        config = options.config()
         identify = profiles.identity
         if config.readout == "memory":
             identify = profiles.identity_of_blocks

@@ -49,7 +49,12 @@ def planned(**changes: Any) -> Plan:
     sizes = Sizes.of(model, Architecture.of(model))
     requests = asked.get("requests", REQUESTS[: asked["edits"]])
     return edit_plan(
-        sizes, asked["layers"], EditConfig(), tiny_tokenizer(), requests, asked["batch"]
+        sizes,
+        asked["layers"],
+        EditConfig(readout="delta"),
+        tiny_tokenizer(),
+        requests,
+        asked["batch"],
     )
 
 

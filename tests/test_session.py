@@ -99,7 +99,7 @@ def test_settings_come_from_a_profile(tmp_path: Path) -> None:
     profiles.save(profiles.Profile("of another", "other", found, {}), file)
     with opened(tmp_path / "hooks", FACTS, 2, Options(profile=file)) as session:
         settings = session.settings(model)
-        assert settings.config == found.applied(EditConfig())
+        assert settings.config == found.applied(EditConfig(readout="delta"))
         assert (settings.path, settings.is_of_model) == (file, False)
     with opened(tmp_path / "hooks", FACTS, 2) as session:
         assert session.settings(model).profile is None

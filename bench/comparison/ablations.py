@@ -61,7 +61,7 @@ class Variant:
 
 def variants(n_blocks: int, text: Path | None) -> list[Variant]:
     """All variants, the default first."""
-    default = ch.EditConfig()
+    default = ch.EditConfig(readout="delta")
     layers = default_layers(n_blocks)
     last = layers[-1]
     found = [Variant("default", "", default)]
@@ -198,7 +198,7 @@ def main(
         "edits": len(requests),
         "model": model,
         "text": text and hashlib.sha256(text.read_bytes()).hexdigest(),
-        "config": ch.EditConfig().to_dict(),
+        "config": ch.EditConfig(readout="delta").to_dict(),
     }
     values = Values(requests)
     rows = []

@@ -112,7 +112,7 @@ def protocol_of(
         "batch_size": batch_size,
         "every": every,
         "model": model,
-        "config": ch.EditConfig().to_dict(),
+        "config": ch.EditConfig(readout="delta").to_dict(),
         "editors": EDITORS_VERSION,
         "device": device_name(),
     }

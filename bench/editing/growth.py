@@ -77,7 +77,7 @@ def request(number: int, distinct: int) -> EditRequest:
 
 def empty_hooks(gate: str) -> tuple[HookSet, dict[int, LayerWriter]]:
     """A hook set without edits, and the writers of its layers, without an inverse."""
-    config = EditConfig(layers=LAYERS, gate=gate)
+    config = EditConfig(readout="delta", layers=LAYERS, gate=gate)
     rng = torch.Generator().manual_seed(0)
     sketches, writers = {}, {}
     for layer in LAYERS:

@@ -209,7 +209,7 @@ def load(path: Path) -> Profile:
         }
         settings = _SETTINGS[readout](**values)
         # Only to raise ConfigError for values out of range.
-        settings.applied(EditConfig())
+        settings.applied(EditConfig(readout=readout))
     except OSError as error:
         raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
     except (MisshapenError, ConfigError) as error:

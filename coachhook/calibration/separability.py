@@ -69,7 +69,7 @@ def probe_sketches(
     subjects = _read(lm, modules, [*prompts, *reworded], every=False)
     tokens = _read(lm, modules, local, every=True)
     others_prompt = torch.tensor([i for i, row in enumerate(local) for _ in row.ids])
-    largest = EditConfig(fingerprint_size=max(SIZES))
+    largest = EditConfig(readout="delta", fingerprint_size=max(SIZES))
     sketches = {}
     for i, (layer, measured) in enumerate(statistics.items()):
         projection, offset = layer_sketch(measured, largest, measured.moment.device)

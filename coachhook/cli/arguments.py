@@ -20,12 +20,13 @@ Facts = Annotated[Path, typer.Argument(help="A .jsonl, .json or .csv file of fac
 Hooks = Annotated[Path, typer.Option("--hooks", file_okay=False, help="The folder of edits.")]
 Readout = Annotated[
     str | None,
-    typer.Option(help="delta (the paper's), or memory (a row of its own for every subject)."),
+    typer.Option(help="memory (a row of its own for every subject), or delta (the paper's)."),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
-        help="Blocks to hook: 8,9,10 or 8-12. With memory: the gate's, and those written to."
+        help="Blocks to hook, which means --readout delta: 8,9,10 or 8-12. "
+        "With --readout memory: the gate's, and those written to."
     ),
 ]
 Template = Annotated[

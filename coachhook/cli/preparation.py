@@ -98,7 +98,9 @@ def calibrate(
 
     chosen = parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))
-    config = EditConfig(readout=readout or EditConfig.readout, template=template, statistics=source)
+    # Layers alone are those of delta, as in `edit`.
+    readout = readout or (EditConfig.readout if chosen is None else "delta")
+    config = EditConfig(readout=readout, template=template, statistics=source)
     check_weights(model)
     lm = load_model(model)
     plan = checked(_calibration_plan(lm, config, chosen), shown=not as_json)

@@ -29,7 +29,7 @@ compared at all."""
 
 class Entries(NamedTuple):
     """What the gate holds. fingerprints `(f, s)`: unit rows; edit int64 `(f,)`: the edit of each,
-    -1 for a rival's; row int64 `(f,)`: the row that it opens, `RIVAL` or `OFF`."""
+    and last the rivals', -1; row int64 `(f,)`: the row that it opens, `RIVAL` or `OFF`."""
 
     fingerprints: Tensor
     edit: Tensor
@@ -107,7 +107,7 @@ class MemoryHook(nn.Module):
         self._site = [site]
         self.written: list[MemoryRows] = []
         self.passing = _Passing()
-        self._held = 0
+        self._held = self._own = 0
         size = projection.shape[0]
         tensors = {
             "projection": projection,
@@ -129,6 +129,7 @@ class MemoryHook(nn.Module):
     def hold(self, entries: Entries, threshold: float) -> None:
         """Put these fingerprints in place of the present ones."""
         n = self._held = len(entries.fingerprints)
+        self._own = int((entries.edit >= 0).sum())
         if n > len(self.fingerprints):
             room = _room(n)
             self.fingerprints = self.fingerprints.new_zeros(room, self.projection.shape[0])
@@ -146,12 +147,13 @@ class MemoryHook(nn.Module):
         self.row[:n].copy_(row.clamp_min(RIVAL))
         self.enabled[:n].copy_(row > OFF)
 
-    def gate(self, of: Tensor) -> MemoryGate:
-        """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`."""
+    def gate(self, of: Tensor, n: int | None = None) -> MemoryGate:
+        """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`; n: only the
+        first fingerprints."""
         fingerprints, enabled = self.fingerprints, self.enabled
         if _is_seen(enabled):
             # No graph holds them: what there is room for beyond them need not be read.
-            held = slice(self._held)
+            held = slice(self._held if n is None else n)
             fingerprints, of, enabled = fingerprints[held], of[held], enabled[held]
         return MemoryGate(self.projection, self.offset, fingerprints, of, enabled, self.threshold)
 
@@ -160,8 +162,14 @@ class MemoryHook(nn.Module):
         if self.state is HookState.OFF or len(self.fingerprints) == 0:
             self.passing.put(None)
             return
-        seen = memory_gate(args[0], self.gate(self.row))
-        self.passing.put(None if _all_closed(seen[0], self.threshold) else seen)
+        # Rivals only close: where no edit is near, they need not be asked.
+        seen = memory_gate(args[0], self.gate(self.row, self._own))
+        if _all_closed(seen[0], self.threshold):
+            self.passing.put(None)
+            return
+        if _is_seen(self.enabled) and self._held > self._own:
+            seen = memory_gate(args[0], self.gate(self.row))
+        self.passing.put(seen)
 
     @torch.no_grad()
     def read(self, keys: Tensor) -> GateReading:

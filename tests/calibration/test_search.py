@@ -199,7 +199,7 @@ class TestRandomModel:
 
     def test_settings_are_in_range(self, found: Calibration) -> None:
         settings = found.profile.settings
-        config = settings.applied(EditConfig(values=ValueConfig(steps=5)))
+        config = settings.applied(EditConfig(readout="delta", values=ValueConfig(steps=5)))
         assert config.layers == settings.layers
         assert (config.values.clamp, config.values.steps) == (settings.clamp, 5)
         assert 0 < config.preservation < found.layers[0].leverage
@@ -299,7 +299,7 @@ class TestCommands:
     def test_without_a_profile_the_defaults_hold(self, tmp_path: Path) -> None:
         hooks, said = edited(tmp_path / "hooks")
         assert "'coachhook calibrate MODEL'" in said
-        assert hooks.config == EditConfig()
+        assert hooks.config == EditConfig(readout="delta")
 
     def test_an_explicit_option_wins(self, tmp_path: Path) -> None:
         profile = own_profile()

@@ -187,11 +187,11 @@ class TestSettings:
     )
     def test_what_cannot_hold_an_inverse_is_refused(self, settings: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=next(iter(settings))):
-            EditConfig(**settings)
+            EditConfig(readout="delta", **settings)
 
     @pytest.mark.parametrize("device", [None, "cpu", "cuda", "cuda:1"])
     def test_they_come_back_from_json(self, device: str | None) -> None:
-        config = EditConfig(inverse_dtype="float32", inverse_device=device)
+        config = EditConfig(readout="delta", inverse_dtype="float32", inverse_device=device)
         assert EditConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -204,6 +204,7 @@ LATER = [EditRequest("The year was {}", "1984", TARGETS[2])]
 
 def editor(**settings: Any) -> Editor:
     config = EditConfig(
+        readout="delta",
         layers=(1, 2),
         preservation=1.0,
         false_alarms=0.02,

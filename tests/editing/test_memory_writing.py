@@ -222,6 +222,6 @@ def test_the_papers_settings_are_the_papers() -> None:
 
 
 def test_settings_written_before_this_readout_are_those_of_delta() -> None:
-    data = EditConfig(layers=(1,)).to_dict()
+    data = EditConfig(readout="delta", layers=(1,)).to_dict()
     del data["readout"], data["memory"]
-    assert EditConfig.from_dict(data) == EditConfig(layers=(1,))
+    assert EditConfig.from_dict(data) == EditConfig(readout="delta", layers=(1,))

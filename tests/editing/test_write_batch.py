@@ -20,6 +20,7 @@ from tests.support.tiny import TARGETS, tiny_lm, tiny_model
 LAYER = 1
 WEIGHT = 0.09
 CONFIG = EditConfig(
+    readout="delta",
     layers=(LAYER,),
     preservation=1.0,
     context_weight=WEIGHT,

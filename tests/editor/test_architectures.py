@@ -34,6 +34,7 @@ HOOKED = (1, 2)
 # A random model has no facts to move along, so the shift may be large and is not held back; and
 # with 64 channels any key is like some ordinary one, so more of those may open a gate.
 CONFIG = EditConfig(
+    readout="delta",
     layers=HOOKED,
     preservation=1.0,
     false_alarms=0.02,
@@ -352,7 +353,7 @@ def test_unknown_architecture_names_the_known_ones_and_takes_a_template(tmp_path
     ["model.layers.{}.mlp.nothing", "model.layers.mlp", "nowhere.{}.mlp.down_proj", "{}.down_proj"],
 )
 def test_wrong_template_is_named(template: str) -> None:
-    config = EditConfig(template=template)
+    config = EditConfig(readout="delta", template=template)
     with pytest.raises(ArchitectureError, match="template"):
         Editor.from_pretrained(tiny_model("llama"), tiny_tokenizer(), config=config)
 

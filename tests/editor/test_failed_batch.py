@@ -30,6 +30,7 @@ LAST = [fact(PLACES[3], TARGETS[3]), fact(PLACES[1], TARGETS[0])]
 
 def new_editor(gate: str) -> Editor:
     config = EditConfig(
+        readout="delta",
         layers=(1, 2),
         gate=gate,
         preservation=1.0,

@@ -30,6 +30,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def config(gate: str) -> EditConfig:
     return EditConfig(
+        readout="delta",
         layers=LAYERS,
         gate=gate,
         preservation=1.0,

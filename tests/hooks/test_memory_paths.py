@@ -228,6 +228,8 @@ def test_a_second_set_of_either_readout_is_refused(edited: Editor, tmp_path: Pat
     source = StatisticsSource(n_tokens=512)
     with pytest.raises(CoachhookError, match=r"has hooks attached.*; detach the hooks first"):
         Editor.from_pretrained(
-            edited.model, tiny_tokenizer(), config=EditConfig(layers=(1,), statistics=source)
+            edited.model,
+            tiny_tokenizer(),
+            config=EditConfig(readout="delta", layers=(1,), statistics=source),
         )
     assert torch.equal(logits(edited.model, PROMPTS[0])[0], want)

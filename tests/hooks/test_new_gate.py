@@ -80,6 +80,7 @@ def test_edits_are_made_switched_saved_and_loaded_under_a_gate_of_ones_own(
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(GATES, DistanceGate.name, DistanceGate)
     config = EditConfig(
+        readout="delta",
         layers=(1, 2),
         gate="distance",
         preservation=1.0,
@@ -116,4 +117,4 @@ def test_edits_are_made_switched_saved_and_loaded_under_a_gate_of_ones_own(
 
 def test_a_gate_that_is_not_registered_is_refused() -> None:
     with pytest.raises(ConfigError, match="choose one of keyed, calibrated, sequence"):
-        EditConfig(gate="distance")
+        EditConfig(readout="delta", gate="distance")

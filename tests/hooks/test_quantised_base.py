@@ -43,7 +43,7 @@ def hook_set(model: Any) -> HookSet:
     )
     sketch = torch.randn(SKETCH, d_in), torch.zeros(SKETCH)
     batch = Batch([record], {1: factors}, {1: Threshold(alpha=0.5)})
-    return HookSet(base, EditConfig(layers=(1,)), {1: sketch}, Journal([batch]))
+    return HookSet(base, EditConfig(readout="delta", layers=(1,)), {1: sketch}, Journal([batch]))
 
 
 class TestQuantisedBase:

@@ -27,7 +27,7 @@ FORK = multiprocessing.get_context("fork")
 
 def hook_set(n_batches: int, gate: str = "keyed") -> HookSet:
     given = contents(n_batches)
-    config = EditConfig(layers=(1, 3), gate=gate)
+    config = EditConfig(readout="delta", layers=(1, 3), gate=gate)
     return HookSet(given.base, config, given.sketches, given.journal)
 
 
@@ -232,6 +232,7 @@ def compact_folder(folder: Path) -> None:
 
 
 CONFIG = EditConfig(
+    readout="delta",
     layers=(1, 2),
     preservation=1.0,
     false_alarms=0.02,

@@ -115,6 +115,7 @@ def test_editing_under_inference_mode(tmp_path: Path, monkeypatch: pytest.Monkey
         tiny_model("llama", seed=1),
         tiny_tokenizer(),
         config=ch.EditConfig(
+            readout="delta",
             layers=(1, 2),
             preservation=1.0,
             false_alarms=0.02,
@@ -139,7 +140,7 @@ def test_editing_under_inference_mode(tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_settings_out_of_range(settings: dict[str, object]) -> None:
     with pytest.raises(ch.CoachhookError):
-        ch.EditConfig(**settings)  # type: ignore[arg-type]
+        ch.EditConfig(readout="delta", **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from coachhook.plan import Sizes, edit_plan
 from tests.support.tiny import LAYERS, TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
 CONFIG = EditConfig(
+    readout="delta",
     layers=(1, 2),
     preservation=1.0,
     false_alarms=0.02,

@@ -54,7 +54,11 @@ def statistics(tmp_path_factory: pytest.TempPathFactory) -> KeyStatistics:
 @pytest.fixture(scope="module", params=["keyed", "sequence"])
 def editor(request: pytest.FixtureRequest, statistics: KeyStatistics) -> Iterator[Editor]:
     config = EditConfig(
-        layers=LAYERS, gate=request.param, preservation=1.0, values=ValueConfig(steps=3)
+        readout="delta",
+        layers=LAYERS,
+        gate=request.param,
+        preservation=1.0,
+        values=ValueConfig(steps=3),
     )
     with Editor.from_pretrained(
         tiny_model("llama"), tiny_tokenizer(), config=config, statistics=statistics
@@ -141,7 +145,7 @@ class TestHalves:
     ) -> None:
         monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path))
         model = tiny_model("llama")
-        config = EditConfig(layers=LAYERS, statistics=SOURCE)
+        config = EditConfig(readout="delta", layers=LAYERS, statistics=SOURCE)
         setting = editors.Setting.of(tiny_lm(model), config)
         contexts = setting.contexts(FACTS)
         whole, parts = halving(monkeypatch, model, lambda: setting.read(contexts, LAYERS[0]))

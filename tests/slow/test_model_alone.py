@@ -63,7 +63,7 @@ def test_the_last_of_three_corrections_wins() -> None:
 
 @pytest.mark.parametrize("gate", ["calibrated", "sequence"])
 def test_other_gates(gate: str) -> None:
-    editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(gate=gate))
+    editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(readout="delta", gate=gate))
     for first in (0, 2):
         editor.edit(FACTS[first : first + 2])
     lm = LanguageModel(editor.model, editor.tokenizer)

@@ -50,7 +50,7 @@ def batch(number: int, subject: str = "Zürich 東京", rows: int = 2) -> Batch:
 def contents(n_batches: int, **options: Any) -> Contents:
     return Contents(
         base=BaseModel("tiny", {"bfloat16": "a" * 64, "float16": "b" * 64}, "h.{}.down", LAYERS),
-        config=EditConfig(layers=(1, 3), values=ValueConfig(steps=3)),
+        config=EditConfig(readout="delta", layers=(1, 3), values=ValueConfig(steps=3)),
         sketches={
             layer: (tensor(SKETCH, 12, seed=layer), tensor(SKETCH, seed=layer)) for layer in LAYERS
         },

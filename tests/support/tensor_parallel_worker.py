@@ -107,7 +107,7 @@ def prepare(case: Case, folder: Path) -> None:
         layer: (torch.randn(SKETCH, case.d_in, generator=random), torch.zeros(SKETCH))
         for layer in LAYERS
     }
-    config = EditConfig(layers=LAYERS, gate=case.gate, fingerprint_size=SKETCH)
+    config = EditConfig(readout="delta", layers=LAYERS, gate=case.gate, fingerprint_size=SKETCH)
     requests = [EditRequest("{} is in", f"S{i}", "Lyon") for i in range(2 * case.n_edits)]
     journal = Journal()
     for half in range(2):

@@ -77,7 +77,7 @@ def test_sinks_are_given_to_no_editor_that_solves_at_keys(
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     for name, kept in (("memit", 1), ("grace", 1), ("constrained", 2)):
         lm = load_model(str(tiny_folder))
-        setting = editors.Setting.of(lm, EditConfig(), frozenset(FACTS[:1]))
+        setting = editors.Setting.of(lm, EditConfig(readout="delta"), frozenset(FACTS[:1]))
         editor = editors.make_editor(editors.named(name), setting)
         values = torch.ones(2, lm.model.config.hidden_size)
         editor.edit(FACTS[:2], values)
@@ -95,7 +95,7 @@ def test_a_codebook_forgets_a_corrected_fact(
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     lm = load_model(str(tiny_folder))
-    editor = editors.make_editor("grace@0.01", editors.Setting.of(lm, EditConfig()))
+    editor = editors.make_editor("grace@0.01", editors.Setting.of(lm, EditConfig(readout="delta")))
     hidden = lm.model.config.hidden_size
     editor.edit(FACTS[:2], torch.ones(2, hidden))
     corrected = FACTS[3]
@@ -110,7 +110,7 @@ def test_values_of_one_gradient(
     """Shifts of one length, each against its gradient in every feature."""
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
     lm = load_model(str(tiny_folder))
-    setting = editors.Setting.of(lm, EditConfig())
+    setting = editors.Setting.of(lm, EditConfig(readout="delta"))
     editor = editors.make_editor("onegradient@0.25", setting)
     given: list[torch.Tensor] = []
     monkeypatch.setattr(
