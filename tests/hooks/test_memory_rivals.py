@@ -65,13 +65,15 @@ def test_what_resembles_a_rival_more_than_the_subject_stays_closed(editor: Edito
     assert all(name.endswith(" France") and name != SUBJECT for name in names)
     assert [edit_at_end(editor, text) for text in rival_texts(editor)] == [-1] * len(names)
     assert edit_at_end(editor, FACT.prompt) == 0
-    hook = editor.hooks.modules(editor.model)[GATE]
-    # Of the other tokens, which have nothing to do with it, none is to open.
-    hook.threshold.fill_(0.999)
-    for text in rival_texts(editor):
-        edited = logits(editor.model, text)
-        with editor.hooks.off(editor.model):
-            assert torch.equal(edited[0], logits(editor.model, text)[0])
+    hook, keys = editor.hooks.modules(editor.model)[GATE], []
+    handle = hook.site.register_forward_pre_hook(lambda _, args: keys.append(args[0][:, -1:]))
+    logits(editor.model, *rival_texts(editor), FACT.prompt)
+    handle.remove()
+    for key, row in zip(keys, [-1] * len(names) + [0], strict=True):
+        hook.watch(hook.site, (key,))
+        seen = hook.passing.get()
+        assert seen is not None
+        assert seen[1].item() == row
     closed = editor_of(0)
     closed.edit([FACT, FACTS[1]], values=rows(closed, 2))
     assert closed.hooks.edits[0].rivals == ()
