@@ -101,7 +101,7 @@ def test_settings_come_from_a_profile(tmp_path: Path) -> None:
         settings = session.settings(model)
         assert settings.config == found.applied(EditConfig(readout="delta"))
         assert (settings.path, settings.is_of_model) == (file, False)
-    with opened(tmp_path / "hooks", FACTS, 2) as session:
+    with opened(tmp_path / "hooks", FACTS, 2, Options(readout="delta")) as session:
         assert session.settings(model).profile is None
         profiles.save(
             profiles.Profile(identity, "tiny", found, {}), profiles.default_path(identity)
@@ -111,3 +111,28 @@ def test_settings_come_from_a_profile(tmp_path: Path) -> None:
         assert settings.config.layers == (0, 1)
         plan = session.plan(tiny_lm(model), settings.config)
         assert {part.name for part in plan.parts} >= {"moments", "target values"}
+
+
+@pytest.mark.parametrize(
+    ("options", "readout", "layers"),
+    [
+        (Options(), "memory", None),
+        (Options(gate="calibrated"), "delta", None),
+        (Options(layers=(1, 2)), "delta", (1, 2)),
+        (Options(layers=(1, 2), readout="memory"), "memory", None),
+    ],
+)
+def test_a_gate_or_layers_alone_are_those_of_delta(
+    options: Options, readout: str, layers: tuple[int, ...] | None
+) -> None:
+    config = options.config()
+    assert (config.readout, config.layers) == (readout, layers)
+    if options.readout == "memory":
+        assert (config.memory.gate_block, config.memory.write_blocks) == (1, (2,))
+
+
+@pytest.mark.parametrize("settings", [{"gate": "calibrated"}, {"layers": (1, 2)}])
+def test_settings_that_the_memory_readout_would_ignore_are_refused(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=r'setting of the delta readout.*add readout="delta"'):
+        EditConfig(**settings)
+    assert EditConfig(readout="delta", **settings).readout == "delta"

@@ -46,7 +46,7 @@ def main(
     path = facts or demo_facts()
     requests = part_of(path, latest(ch.load_requests(path).requests), first, edits)
     with (
-        ch.Editor.from_pretrained(model) as editor,
+        ch.Editor.from_pretrained(model, config=ch.EditConfig(readout="delta")) as editor,
         track("published values", len(requests)) as advance,
     ):
         values = measure_values(editor, requests, steps, advance)

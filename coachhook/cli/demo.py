@@ -39,7 +39,7 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
     """Run the demo with `directory` (a new temporary one if None) for its edits.
 
     Returns whether the fresh process generates the edited target. Raises `FolderError` if
-    `directory` holds edits already.
+    `directory` holds edits already, `CoachhookError` if every edit is refused.
     """
 
     def tell(view: Callable[[Any], None], what: Any) -> None:
@@ -60,6 +60,9 @@ def run(directory: Path | None, *, as_json: bool) -> bool:
             batches.append(batch_document(report.number, report.edits))
             tell(batch_view, batches[-1])
     live = editor.hooks.journal.live()
+    if not live:
+        first = editor.hooks.edits[0].reason
+        raise CoachhookError(f"every edit was refused, the first of them because {first}")
     completions = _side_by_side(lm, editor.hooks, [edit.request for edit in live])
     tell(side_by_side_view, completions)
     metrics = evaluate(lm, editor.hooks, [edit.request for edit in live]).to_dict()

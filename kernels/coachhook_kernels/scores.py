@@ -22,10 +22,9 @@ def fingerprint_sketch(keys: Tensor, projection: Tensor) -> Tensor:
 
 
 def nearest_fingerprint(
-    sketch: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor | None
+    sketch: Tensor, offset: Tensor, fingerprints: Tensor, enabled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`fingerprint_similarity` from the sketches `F k` `(..., s)` of the keys. enabled: None for
-    all."""
+    """`fingerprint_similarity` from the sketches `F k` `(..., s)` of the keys."""
     projected = sketch.float() - offset.float()
     if fingerprints.shape[0] == 0:
         finite = projected.isfinite().all(dim=-1)
@@ -33,9 +32,7 @@ def nearest_fingerprint(
         return torch.where(finite, -1.0, torch.nan), nothing
     # A bias of -inf excludes disabled fingerprints, and only the largest product is divided by the
     # norm: both cost less than a pass over all cosines.
-    disabled = None
-    if enabled is not None:
-        disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
+    disabled = projected.new_zeros(enabled.shape).masked_fill_(~enabled, -torch.inf)
     with _no_autocast(sketch.device):
         best, index = linear(projected, fingerprints.float(), disabled).max(dim=-1)
     score = best / torch.linalg.vector_norm(projected, dim=-1).clamp_min(1e-12)

@@ -82,7 +82,7 @@ def test_a_consecutive_run_goes_on_where_it_stopped(
     tiny_folder: Path, facts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COACHHOOK_CACHE", str(tmp_path / "cache"))
-    place = ["--model", str(tiny_folder), "--run", str(tmp_path / "run")]
+    place = ["--model", str(tiny_folder), "--run", str(tmp_path / "run"), "--readout", "delta"]
     common = [*place, "--batch-size", "1", "--json"]
     first = run("bench.editing.consecutive", facts, "--edits", "2", *common)
     assert first.returncode == 0, first.stderr

@@ -23,7 +23,7 @@ from coachhook.calibration.search import (
 from coachhook.calibration.separability import Cosines, separation
 from coachhook.calibration.trials import Calibration, Trial
 from coachhook.cli.app import app
-from coachhook.config import EditConfig, ValueConfig
+from coachhook.config import EditConfig, MemoryConfig, ValueConfig
 from coachhook.errors import ConfigError, ContextLengthError, ProfileError
 from coachhook.facts.loaders import load_requests
 from coachhook.hookset import HookSet
@@ -56,7 +56,7 @@ def _own_cache(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def found() -> Calibration:
-    return calibrate(tiny_lm(tiny_model("gpt2")), source=LITTLE, minutes=0)
+    return calibrate(tiny_lm(tiny_model("gpt2")), readout="delta", source=LITTLE, minutes=0)
 
 
 def invoke(*arguments: str) -> Any:
@@ -208,7 +208,7 @@ class TestRandomModel:
     def test_layers_can_be_fixed_and_the_model_is_left_as_it_was(self) -> None:
         model = tiny_model("llama")
         before = {name: weight.clone() for name, weight in model.state_dict().items()}
-        found = calibrate(tiny_lm(model), layers=(1, 3), source=LITTLE, minutes=0)
+        found = calibrate(tiny_lm(model), readout="delta", layers=(1, 3), source=LITTLE, minutes=0)
         assert found.profile.settings.layers == (1, 3)
         after = model.state_dict()
         assert list(after) == list(before)
@@ -217,12 +217,12 @@ class TestRandomModel:
     def test_bad_wishes_are_refused(self) -> None:
         lm = tiny_lm(tiny_model("llama"))
         with pytest.raises(ConfigError, match="minutes"):
-            calibrate(lm, minutes=float("nan"))
+            calibrate(lm, readout="delta", minutes=float("nan"))
         with pytest.raises(ConfigError, match="blocks"):
-            calibrate(lm, layers=(9,))
+            calibrate(lm, readout="delta", layers=(9,))
         lm.model.config.max_position_embeddings = 8
         with pytest.raises(ContextLengthError, match="context of 8 tokens"):
-            calibrate(lm, layers=(1,), source=LITTLE)
+            calibrate(lm, readout="delta", layers=(1,), source=LITTLE)
 
 
 class TestProfileFile:
@@ -289,7 +289,7 @@ class TestCommands:
         assert document["plan"]["needed_bytes"]["cpu"] > 0
         assert document["settings"]["layers"] == [1, 2]
         assert "warning: under no settings" in result.stderr
-        hooks, said = edited(tmp_path / "hooks")
+        hooks, said = edited(tmp_path / "hooks", "--readout", "delta")
         assert f"settings from {document['profile']}" in said
         settings = hooks.config.to_dict()
         assert settings["preservation"] == document["settings"]["preservation"]
@@ -299,7 +299,10 @@ class TestCommands:
     def test_without_a_profile_the_defaults_hold(self, tmp_path: Path) -> None:
         hooks, said = edited(tmp_path / "hooks")
         assert "'coachhook calibrate MODEL'" in said
-        assert hooks.config == EditConfig(readout="delta")
+        blocks = MemoryConfig(gate_block=1, write_blocks=(2,))
+        assert hooks.config == EditConfig(memory=blocks)
+        delta, _ = edited(tmp_path / "delta", "--readout", "delta")
+        assert delta.config == EditConfig(readout="delta")
 
     def test_an_explicit_option_wins(self, tmp_path: Path) -> None:
         profile = own_profile()

@@ -27,8 +27,8 @@ def test_calibrate_for_the_memory_readout_then_edit(tmp_path: Path) -> None:
     assert f"least threshold {settings['least']:g}" in shown
     hooks = ("--hooks", str(tmp_path / "hooks"), "--batch-size", "2")
     edit = ("edit", "tiny", "facts.jsonl", *hooks, "--profile", file)
-    assert "give --readout memory" in error_of(*edit)
-    run(*edit, "--readout", "memory")
+    assert "give --readout memory" in error_of(*edit, "--readout", "delta")
+    run(*edit)
     told = run_json("inspect", str(tmp_path / "hooks"))
     assert (told["layers"], told["write_blocks"]) == ([1], [2])
 

@@ -13,7 +13,6 @@ from coachhook_kernels.launch.boundary import Operation
 from coachhook_kernels.memory import reference
 from coachhook_kernels.memory.gate import MemoryGate
 from coachhook_kernels.memory.validation import check_add, check_gate
-from coachhook_kernels.scores import fingerprint_sketch, nearest_fingerprint
 
 
 def memory_gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ def _gate(
     known = keys.dtype == projection.dtype and runtime.triton_runs(*given)
     known = known and projection.shape[0] <= WIDEST_SKETCH
     if not known or any(tensor.numel() == 0 for tensor in given):
-        return eager_gate(keys, gate)
+        return reference.memory_gate(keys, gate)
 
     def launch() -> tuple[Tensor, Tensor]:
         from coachhook_kernels.memory import kernel
@@ -73,21 +72,7 @@ def _gate(
         return score.view(leading), entry.view(leading)
 
     name = runtime.scope("memory_gate", keys, projection.shape[0])
-    return runtime.with_fallback(name, launch, lambda: eager_gate(keys, gate))
-
-
-def eager_gate(keys: Tensor, gate: MemoryGate) -> tuple[Tensor, Tensor]:
-    """`memory_gate` in plain torch."""
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if keys.device.type != "cpu" or tracing or gate.fingerprints.shape[0] == 0:
-        return reference.memory_gate(keys, gate)
-    # A CPU has no queue to wait for: to see that the nearest of all are enabled is cheaper than
-    # to leave the others out.
-    sketch = fingerprint_sketch(keys, gate.projection)
-    score, index = nearest_fingerprint(sketch, gate.offset, gate.fingerprints, None)
-    if not bool((gate.enabled.take(index) & (index >= 0)).all()):
-        score, index = nearest_fingerprint(sketch, gate.offset, gate.fingerprints, gate.enabled)
-    return score, gate.owner.take(index).masked_fill_(index < 0, -1)
+    return runtime.with_fallback(name, launch, lambda: reference.memory_gate(keys, gate))
 
 
 def _add(output: Tensor, score: Tensor, entry: Tensor, threshold: Tensor, rows: Tensor) -> None:
