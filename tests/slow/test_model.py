@@ -268,4 +268,5 @@ def test_an_interrupted_batch_leaves_no_trace(
             editor.edit([ch.EditRequest("The capital of Kenya is", "Kenya", "Bonn")])
     assert len(editor.hooks.journal.batches) == len(FACTS) // BATCH
     assert greedy_tokens(editor, FACTS[0].prompt) == before
-    assert editor.hooks.modules(editor.model)[9].state is ch.HookState.VALIDATED
+    hooks = editor.hooks.modules(editor.model).values()
+    assert all(hook.state is ch.HookState.VALIDATED for hook in hooks)

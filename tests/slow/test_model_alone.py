@@ -61,17 +61,17 @@ def test_the_last_of_three_corrections_wins() -> None:
     editor.close()
 
 
-@pytest.mark.parametrize("gate", ["calibrated", "sequence"])
-def test_other_gates(gate: str) -> None:
+@pytest.mark.parametrize("gate", ["keyed", "calibrated", "sequence"])
+def test_gates_of_delta(gate: str) -> None:
     editor = ch.Editor.from_pretrained("smollm2", config=ch.EditConfig(readout="delta", gate=gate))
     for first in (0, 2):
         editor.edit(FACTS[first : first + 2])
     lm = LanguageModel(editor.model, editor.tokenizer)
     rows = [encode_request(lm.tokenizer, fact) for fact in FACTS[:4]]
     reliability = fmean(target_hits(lm, rows))
-    if gate == "calibrated":
+    if gate != "sequence":
         # Of other subjects' tokens it promises nothing: csrc_notes/editing-gates.md has the figure.
         assert open_in_background(editor) <= 0.0005
     editor.close()
     # The paper's gate misses edits by its nature; it must not do nothing.
-    assert reliability >= (0.95 if gate == "calibrated" else 0.5)
+    assert reliability >= (0.5 if gate == "sequence" else 0.95)

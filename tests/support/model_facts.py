@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import coachhook as ch
+from coachhook.editor import SITES, architecture_of
 from coachhook.facts.request import EditRequest
-from coachhook.models.architecture import Architecture
 from coachhook.models.decoding import complete, starts_with
 from coachhook.models.language_model import LanguageModel
 from coachhook.models.loading import load_model
@@ -28,8 +28,14 @@ def answers(model: Any, tokenizer: Any, requests: list[EditRequest]) -> list[boo
 def open_in_background(editor: ch.Editor) -> float:
     """Share of background tokens that open a gate at any layer."""
     lm = load_model("smollm2")
-    layers = editor.hooks.layers
-    statistics = key_statistics(lm, Architecture.of(lm.model), layers)
+    config = editor.hooks.config
+    statistics = key_statistics(
+        lm,
+        architecture_of(lm.model, config),
+        editor.hooks.layers,
+        config.statistics,
+        site=SITES[config.readout],
+    )
     hooks = editor.hooks.modules(editor.model)
     opened = [hook.read(statistics[k].background.float()).is_open for k, hook in hooks.items()]
     return float(torch.stack(opened).any(0).float().mean())
