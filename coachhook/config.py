@@ -74,7 +74,8 @@ class MemoryConfig:
     rivals: how many made-up names that end as a subject does, and begin as another, stand beside
     each edit: a token that resembles one of them more than the subject stays closed.
     The threshold is the lowest cosine that no larger shares reach than these: ordinary, of ordinary
-    tokens; neighbours, of the other edits' subjects; but at least `least`.
+    tokens; neighbours, of the other edits' subjects; but at least `least`. Neighbours raise it
+    above that by `raised` at most: further up it shuts out more paraphrases than neighbours.
     unlikely: a request is refused if its target's mean negative log-likelihood (nats) stays above.
     """
 
@@ -92,10 +93,11 @@ class MemoryConfig:
     ordinary: float = 3e-4
     neighbours: float = 0.02
     least: float = 0.88
+    raised: float = 0.03
     unlikely: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive(self, "ordinary", "neighbours", "unlikely")
+        _check_positive(self, "ordinary", "neighbours", "raised", "unlikely")
         if not isinstance(self.rivals, int) or self.rivals < 0:
             raise ConfigError(f"rivals must be a whole number from 0, not {self.rivals!r}")
         for name in ("ordinary", "neighbours"):

@@ -1,11 +1,12 @@
 """What becomes of the first hundred edits of a memory as others follow.
 
-    python -m bench.editing.memory_growth RUN [--made 2000] [--batch-size 250] [--json]
+    python -m bench.editing.memory_growth RUN [--others FILE ...] [--edits 3000] [--json]
 
 RUN: the folder of a run of `bench.editing.memory`, which is not changed. The same hundred edits are
-asked as they were when they were alone, among all of the run, and once made-up edits have joined
-them: each new name is the first words of one edited subject and the last of another, and its row is
-one that the run found, so that it is as loud as any.
+asked as they were when they were alone, among all of the run, and once others have joined them:
+facts of the files OTHERS about subjects that have no edit yet, one each, and made-up ones for what
+they lack: the first words of one edited subject and the last of another. The row of each is one
+that the run found, so that it is as loud as any.
 """
 
 import json
@@ -28,7 +29,8 @@ FIRST = 100
 
 def main(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
-    made: Annotated[int, typer.Option(min=1)] = 2000,
+    others: Annotated[list[Path] | None, typer.Option(exists=True, dir_okay=False)] = None,
+    edits: Annotated[int, typer.Option(min=1)] = 3000,
     batch_size: Annotated[int, typer.Option(min=1)] = 250,
     as_json: Json = False,
 ) -> None:
@@ -38,14 +40,16 @@ def main(
     live = [edit.request for edit in journal.live()]
     asked = live[:FIRST]
     rows = [scores(editor, asked)]
-    more = made_up(live, made)
+    more = joining(live, others or [])[: max(0, edits - len(live))]
+    n_read = len(more)
+    more += made_up([*live, *more], edits - len(live) - n_read)
     layer = editor.hooks.layers[0]
     blocks = editor.hooks.config.memory.write_blocks
     assert blocks is not None
     width = editor.hooks.base.shapes[layer][1]
     found = journal.rows(layer, len(blocks), width).float()
     found = found[[edit.id for edit in journal.live()]]
-    with track("made-up edits", len(more)) as advance:
+    with track("edits", len(more)) as advance:
         for start in range(0, len(more), batch_size):
             batch = more[start : start + batch_size]
             places = [(start + i) % len(found) for i in range(len(batch))]
@@ -61,7 +65,8 @@ def main(
     rows.insert(0, scores(editor, asked))
     editor.close()
     if as_json:
-        print(json.dumps({"first": len(asked), "rows": rows}))
+        counts = {"first": len(asked), "of other files": n_read, "made up": len(more) - n_read}
+        print(json.dumps({**counts, "rows": rows}))
         return
     table = Table(title=f"The first {len(asked)} edits, greedy")
     for name in rows[0]:
@@ -84,6 +89,18 @@ def scores(editor: ch.Editor, asked: Sequence[ch.EditRequest]) -> dict[str, Any]
         "generality": found.generality.greedy if found.generality else None,
         "locality": found.locality.greedy if found.locality else None,
     }
+
+
+def joining(live: Sequence[ch.EditRequest], files: Sequence[Path]) -> list[ch.EditRequest]:
+    """The first fact of each subject of the files that has no edit yet."""
+    taken = {request.subject.casefold() for request in live}
+    found = []
+    for path in files:
+        for request in ch.load_requests(path).requests:
+            if request.subject and request.subject.casefold() not in taken:
+                taken.add(request.subject.casefold())
+                found.append(request)
+    return found
 
 
 def made_up(requests: Sequence[ch.EditRequest], n: int) -> list[ch.EditRequest]:

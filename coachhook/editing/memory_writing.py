@@ -228,12 +228,12 @@ class MemoryWriting:
         if len(fingerprints):
             ordinary = self._sketches.background_scores.of(journal, layer)
             subjects = [edit.request.subject for edit in journal.edits()]
-            for scores, share in (
-                (ordinary, config.ordinary),
-                (_between(fingerprints, owner, subjects), config.neighbours),
-            ):
-                if scores is not None:
-                    least = max(least, ceiling(scores, share))
+            others = _between(fingerprints, owner, subjects)
+            if others is not None:
+                raised = config.least + config.raised
+                least = max(least, min(raised, ceiling(others, config.neighbours)))
+            if ordinary is not None:
+                least = max(least, ceiling(ordinary, config.ordinary))
         return Threshold(0.0, 1.0, least)
 
 

@@ -225,3 +225,20 @@ def test_settings_written_before_this_readout_are_those_of_delta() -> None:
     data = EditConfig(readout="delta", layers=(1,)).to_dict()
     del data["readout"], data["memory"]
     assert EditConfig.from_dict(data) == EditConfig(readout="delta", layers=(1,))
+
+
+@pytest.mark.parametrize(
+    ("others", "ordinary", "threshold"),
+    [(0.5, 0.1, 0.8), (0.82, 0.1, 0.8201), (0.99, 0.1, 0.85), (0.99, 0.9, 0.9001)],
+)
+def test_edits_raise_the_threshold_so_far_and_ordinary_text_as_far_as_it_must(
+    others: float, ordinary: float, threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    editor = editor_of(least=0.8, raised=0.05)
+    monkeypatch.setattr(
+        "coachhook.editing.memory_writing._between", lambda *_: torch.full((8,), others)
+    )
+    sketches = editor._writing._sketches  # type: ignore[attr-defined]
+    monkeypatch.setattr(sketches.background_scores, "of", lambda *_: torch.full((8,), ordinary))
+    editor.edit([FACT], values=torch.ones(1, 1, 32))
+    assert editor.hooks.modules(editor.model)[1].alpha == pytest.approx(threshold, abs=1e-6)
