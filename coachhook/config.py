@@ -199,8 +199,8 @@ class EditConfig:
             if given != usual:
                 raise ConfigError(
                     f"{name} {given!r} is a setting of the delta readout, and this is the memory "
-                    'readout; add readout="delta", or name blocks by MemoryConfig(gate_block=…, '
-                    "write_blocks=…)"
+                    'readout; add readout="delta" (--readout delta), or name blocks by '
+                    "MemoryConfig(gate_block=…, write_blocks=…)"
                 )
 
     @classmethod

@@ -235,7 +235,7 @@ class Editor:
         Raises `ConfigError` for a number that is no batch, and `CompactedError` for a batch before
         the last that `compact` merged.
         """
-        if not isinstance(batch, int) or not 0 <= batch <= len(self.hooks.journal.batches):
+        if type(batch) is not int or not 0 <= batch <= len(self.hooks.journal.batches):
             raise ConfigError(
                 f"there is no batch {batch!r}; this editor has {len(self.hooks.journal.batches)}"
             )

@@ -144,7 +144,7 @@ class HookSet:
         from factors to dense; warm up again then. Each is compiled once for all models of these
         shapes. Raises `AttachError` if the hooks are not attached, `ConfigError` for a number of
         tokens below 1."""
-        if not isinstance(most_rows, int) or most_rows < 1:
+        if type(most_rows) is not int or most_rows < 1:
             raise ConfigError(f"most_rows must be a whole number from 1, not {most_rows!r}")
         for hook in self.modules(model).values():
             hook.warm_up(most_rows)
@@ -165,7 +165,7 @@ class HookSet:
 
     def _switch(self, edit: int, enabled: bool) -> None:
         edits = self.edits
-        if not isinstance(edit, int) or not 0 <= edit < len(edits):
+        if type(edit) is not int or not 0 <= edit < len(edits):
             raise ConfigError(f"there is no edit {edit!r}; this set has {len(edits)}, from 0")
         models = [model for model in (ref() for ref in self._attached) if model is not None]
         for model in models:
@@ -204,7 +204,7 @@ class HookSet:
         Raises `ConfigError` for a negative `keep`, `CorruptFolderError` if a file with factors is
         missing; nothing has changed then.
         """
-        if not isinstance(keep, int) or keep < 0:
+        if type(keep) is not int or keep < 0:
             raise ConfigError(f"cannot keep {keep!r} batches; give 0 or more")
         self.readout.merge(keep)
 

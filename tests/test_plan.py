@@ -138,7 +138,7 @@ from coachhook.facts.request import EditRequest
 from coachhook.statistics.source import StatisticsSource
 
 tokenizer = tiny_tokenizer()
-settings = EditConfig(layers=(0, 1, 2), statistics=StatisticsSource(n_tokens=1024))
+settings = EditConfig(readout="delta", layers=(0, 1, 2), statistics=StatisticsSource(n_tokens=1024))
 requests = [EditRequest("The capital of {} is", "France", "Lyon")]
 # What is imported and set up once is no part of any plan.
 with Editor.from_pretrained(tiny_model("llama"), tokenizer, config=settings) as editor:

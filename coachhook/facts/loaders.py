@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +171,8 @@ def _csv_record(header: list[str], row: list[str]) -> object:
         )
     cells = dict(zip(header, row, strict=True))
     record: dict[str, Any] = {name: cells[name] for name in ("prompt", "subject", "target")}
-    record["paraphrases"] = [
-        text for text in cells.get("paraphrases", "").split("|") if text.strip()
-    ]
+    for several in ("paraphrases", "aliases"):
+        record[several] = [text for text in cells.get(several, "").split("|") if text.strip()]
     prompt, answer = cells.get("locality_prompt", ""), cells.get("locality_answer", "")
     if prompt.strip() or answer.strip():
         record["locality"] = [{"prompt": prompt, "answer": answer}]
@@ -201,7 +200,7 @@ def _to_request(record: object) -> EditRequest:
 
 
 def _from_own(record: dict[str, Any]) -> EditRequest:
-    return _request(
+    request = _request(
         record["prompt"],
         record["subject"],
         record["target"],
@@ -209,6 +208,8 @@ def _from_own(record: dict[str, Any]) -> EditRequest:
         [_values(item, "prompt", "answer") for item in _listed(record, "locality")],
         record.get("truth"),
     )
+    aliases = tuple(_listed(record, "aliases"))
+    return replace(request, aliases=aliases) if aliases else request
 
 
 def _from_qaedit(record: dict[str, Any]) -> EditRequest:

@@ -163,15 +163,30 @@ def check_batch(requests: Sequence[EditRequest]) -> list[EditRequest]:
 def check_aliases(requests: Sequence[EditRequest], standing: Sequence[EditRequest]) -> None:
     """Raise `RequestError` for an alias of a request that names another subject: of another of the
     `requests`, or of a `standing` edit."""
-    subjects = {name: r.subject for r in (*standing, *requests) for name in r.aliases}
-    subjects |= {request.subject: request.subject for request in (*standing, *requests)}
-    for request in requests:
+    everyone = (*standing, *requests)
+    # In any letters: an edit opens for its subject's name in upper and lower case as well.
+    subjects = {request.subject.casefold(): request.subject for request in everyone}
+    named: dict[str, str] = {}
+    for request in everyone:
         for alias in request.aliases:
-            if subjects[alias] != request.subject:
-                raise RequestError(
-                    f"alias {_shown(alias)} of {_shown(request.subject)} names another subject, "
-                    f"{_shown(subjects[alias])}; leave it out, or use one subject for both"
-                )
+            named.setdefault(alias.casefold(), request.subject)
+    for request in requests:
+        own = request.subject.casefold()
+        for alias in request.aliases:
+            name = alias.casefold()
+            for other in (subjects.get(name), named.get(name)):
+                if other is not None and other.casefold() != own:
+                    raise RequestError(
+                        f"alias {_shown(alias)} of {_shown(request.subject)} names another "
+                        f"subject, {_shown(other)}; leave it out, or use one subject for both"
+                    )
+    for request in requests:
+        own = request.subject.casefold()
+        if named.get(own, request.subject).casefold() != own:
+            raise RequestError(
+                f"subject {_shown(request.subject)} is an alias of {_shown(named[own])}, which is "
+                "edited, too; use one subject for both"
+            )
 
 
 def _shown(value: object) -> str:

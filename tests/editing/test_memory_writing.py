@@ -14,6 +14,7 @@ from coachhook.config import MemoryConfig
 from coachhook.editing.forms import forms_of, rivals_of
 from coachhook.editing.memory_writing import _between, ceiling
 from coachhook.errors import ConfigError, RequestError
+from coachhook.facts.request import check_aliases
 from coachhook.journal.journal import Verdict
 from tests.support.tiny import TARGETS, tiny_lm, tiny_model, tiny_tokenizer
 
@@ -168,6 +169,50 @@ def test_an_alias_of_another_subject_is_refused_before_any_work(editor: Editor) 
         editor.edit([alias])
     assert len(editor.hooks.edits) == 1
     editor.rollback(0)
+
+
+NAMED = "alias {!r} of {!r} names another subject, {!r}"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "together", "after"),
+    [
+        (("Rome", ("Roma",)), ("Troy", ("Roma",)), *[NAMED.format("Roma", "Troy", "Rome")] * 2),
+        (("Rome", ("Roma",)), ("Troy", ("ROMA",)), *[NAMED.format("ROMA", "Troy", "Rome")] * 2),
+        (("Rome", ()), ("Troy", ("rome",)), *[NAMED.format("rome", "Troy", "Rome")] * 2),
+        *[
+            (
+                ("Rome", ("Roma",)),
+                (name, ()),
+                NAMED.format("Roma", "Rome", name),
+                f"subject {name!r} is an alias of 'Rome'",
+            )
+            for name in ("Roma", "roma")
+        ],
+    ],
+)
+def test_a_name_of_two_subjects_is_refused_in_one_batch_and_in_two(
+    first: Any, second: Any, together: str, after: str
+) -> None:
+    one, two = (
+        EditRequest("I was told of {}", subject, TARGETS[i], aliases=aliases)
+        for i, (subject, aliases) in enumerate((first, second))
+    )
+    with pytest.raises(RequestError, match=together):
+        check_aliases([one, two], [])
+    with pytest.raises(RequestError, match=after):
+        check_aliases([two], [one])
+    check_aliases([one], [one])
+
+
+def test_names_that_differ_in_letters_alone_may_be_of_two_subjects() -> None:
+    check_aliases(
+        [
+            EditRequest("We say {}", "Polish", TARGETS[0]),
+            EditRequest("We say {}", "polish", TARGETS[1]),
+        ],
+        [],
+    )
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_copy_of_a_hook_set_takes_off_its_own_hooks_alone(statistics: KeyStati
     twin.detach(editor.model)
 
 
-@pytest.mark.parametrize("number", ["1", 1.5, None, -1, 9])
+@pytest.mark.parametrize("number", ["1", 1.5, None, True, -1, 9])
 def test_numbers_of_batches_that_are_none(number: object, statistics: KeyStatistics) -> None:
     editor = editor_of("keyed")
     with pytest.raises(ConfigError):

@@ -21,7 +21,7 @@ from coachhook.system.processes import ALONE, joined
 
 def edited(processes):
     config = ch.EditConfig(
-        layers=(1, 2), preservation=1.0, false_alarms=0.02,
+        readout="delta", layers=(1, 2), preservation=1.0, false_alarms=0.02,
         statistics=ch.StatisticsSource(n_tokens=2048),
         values=ch.ValueConfig(steps=15, rate=0.3, clamp=8.0),
     )

@@ -1,6 +1,7 @@
 """Facts in CSV files: columns, quoting, and the row that a message names."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,14 @@ def test_unusable_csv(tmp_path: Path, text: str, part: str) -> None:
     with pytest.raises(RecordError) as caught:
         load_requests(path, skip_invalid=True)
     assert str(caught.value).startswith(f"{path}{part}")
+
+
+def test_aliases_are_read_in_every_form_of_file(tmp_path: Path) -> None:
+    fact = EditRequest("The capital of {} is", "France", "Lyon", aliases=("Gaul", "Frankreich"))
+    lines = write(tmp_path / "facts.jsonl", json.dumps(fact.to_dict()))
+    assert load_requests(lines).requests == [fact]
+    columns = "prompt,subject,target,aliases\nThe capital of {} is,France,Lyon,Gaul|Frankreich\n"
+    assert load_requests(write(tmp_path / "facts.csv", columns)).requests == [fact]
+    twice = json.dumps(fact.to_dict() | {"aliases": ["Gaul", "Gaul"]})
+    with pytest.raises(RecordError, match=r"twice\.jsonl:1: .*given twice"):
+        load_requests(write(tmp_path / "twice.jsonl", twice))
