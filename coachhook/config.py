@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -219,25 +220,31 @@ class EditConfig:
         unknown = set(data) - known
         if unknown:
             raise ConfigError(f"unknown settings {sorted(unknown)}; known are {sorted(known)}")
+        data = completed(data)
         values = {**data["values"], "contexts": tuple(data["values"]["contexts"])}
         layers = data["layers"]
         return cls(
             **{
-                # Folders without this setting were written with equal weights for an edit's keys.
-                "context_weight": 1.0,
-                # And those without this one when there was no other.
-                "readout": "delta",
                 **data,
                 "layers": None if layers is None else tuple(layers),
                 "values": ValueConfig(**values),
-                "memory": _memory_config(data.get("memory", {})),
+                "memory": _memory_config(data["memory"]),
                 "statistics": StatisticsSource(**data["statistics"]),
             }
         )
 
 
+def completed(data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data`, of `to_dict`, with the settings that did not exist yet when its folder was written: as
+    that folder was made, and within the memory readout as they are now."""
+    memory = data.get("memory", {})
+    if isinstance(memory, dict):
+        memory = {**asdict(MemoryConfig()), **memory}
+    # Equal weights for an edit's keys, and no other readout.
+    return {"context_weight": 1.0, "readout": "delta", **data, "memory": memory}
+
+
 def _memory_config(data: dict[str, Any]) -> MemoryConfig:
-    """Folders from before this readout have none."""
     unknown = set(data) - {f.name for f in fields(MemoryConfig)}
     if unknown:
         raise ConfigError(f"unknown settings {sorted(unknown)} of the memory readout")

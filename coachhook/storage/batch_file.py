@@ -229,14 +229,16 @@ def _batch_from_json(
                 f"threshold of layer {layer}: expected {names}, found {sorted(found)}"
             )
         thresholds[layer] = threshold.from_json(found)
-    batch = Batch([edit_from_json(edit) for edit in entry["edits"]], layers, thresholds, stored)
+    edits = [edit_from_json(edit) for edit in entry["edits"]]
+    of_rivals = [place for place, edit in enumerate(edits) for _ in edit.rivals]
     for layer, factors in layers.items():
-        if batch.n_rivals > len(factors.owner):
+        last = factors.owner[-len(of_rivals) :].tolist() if of_rivals else []
+        if last != of_rivals:
             raise MisshapenError(
-                f"the edits have {batch.n_rivals} rivals, and there are {len(factors.owner)} "
-                f"fingerprints of layer {layer}"
+                f"the last fingerprints of layer {layer} are not those of the edits' "
+                f"{len(of_rivals)} rivals"
             )
-    return batch
+    return Batch(edits, layers, thresholds, stored)
 
 
 def _of_layer(by_layer: Mapping[str, T], layer: int) -> T:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from coachhook.config import EditConfig, MemoryConfig
+from coachhook.config import EditConfig, completed
 from coachhook.errors import (
     CorruptFolderError,
     FolderError,
@@ -242,9 +242,7 @@ def read_config(folder: Path) -> ConfigEntry:
         if config.get("digest") != _digest(config):
             raise MisshapenError("it was changed after it was written")
         found: ConfigEntry = checked(config, ConfigEntry)
-        # Folders from before these settings existed are read too.
-        before = {"context_weight": 0.0, "readout": "delta", "memory": asdict(MemoryConfig())}
-        checked(before | found["settings"], EditConfig, "settings")
+        checked(completed(found["settings"]), EditConfig, "settings")
         return found
 
 

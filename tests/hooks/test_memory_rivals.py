@@ -133,13 +133,16 @@ def test_rivals_are_saved_and_compacted(editor: Editor, tmp_path: Path, compacte
     again.detach()
 
 
-def test_a_batch_with_fewer_fingerprints_than_rivals_is_damaged(editor: Editor) -> None:
+@pytest.mark.parametrize("damage", ["too few", "another edit's"])
+def test_rivals_that_are_not_the_records_are_damage(editor: Editor, damage: str) -> None:
     (batch,) = editor.hooks.journal.batches
     assert batch_from_bytes((GATE,), batch_to_bytes(batch)).edits == batch.edits
-    batch.layers[GATE] = replace(
-        batch.layers[GATE], fingerprints=torch.zeros(1, 64), owner=torch.zeros(1, dtype=torch.long)
-    )
-    with pytest.raises(MisshapenError, match="rivals, and there are 1 fingerprints"):
+    factors = batch.layers[GATE]
+    kept = slice(1) if damage == "too few" else slice(None)
+    owner = factors.owner[kept].clone()
+    owner[-1] = 1
+    batch.layers[GATE] = replace(factors, fingerprints=factors.fingerprints[kept], owner=owner)
+    with pytest.raises(MisshapenError, match=r"not those of the edits' \d rivals"):
         batch_from_bytes((GATE,), batch_to_bytes(batch))
 
 

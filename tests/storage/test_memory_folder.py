@@ -169,3 +169,12 @@ def test_a_folder_of_other_edits_is_not_written_over(folder: Path, tmp_path: Pat
     with pytest.raises(FolderError, match=r"changed by another process|holds other edits"):
         HookSet.from_pretrained(tmp_path / "fewer").save_pretrained(folder)
     assert files(folder) == before
+
+
+def test_a_folder_without_settings_that_came_later_has_todays(folder: Path) -> None:
+    before = HookSet.from_pretrained(folder)
+    rewrite(folder, lambda found: found["settings"]["memory"].pop("raised"))
+    assert HookSet.from_pretrained(folder).config == before.config
+    rewrite(folder, lambda found: found["settings"]["memory"].update(unheard_of=1))
+    with pytest.raises(CorruptFolderError, match="unheard_of"):
+        HookSet.from_pretrained(folder)
