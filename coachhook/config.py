@@ -20,6 +20,13 @@ def _check_positive(settings: Any, *names: str) -> None:
             raise ConfigError(f"{name} must be a positive number, not {value!r}")
 
 
+def readout_of(asked: str | None, *of_delta: Any) -> str:
+    """The readout that is meant: the one asked for; or `delta` where any of its own settings is
+    given; or the default."""
+    given = any(setting is not None for setting in of_delta)
+    return asked or ("delta" if given else EditConfig.readout)
+
+
 @dataclass(frozen=True)
 class ValueConfig:
     """How target values are optimised (csrc_notes/method.md, "Target values").
@@ -235,8 +242,8 @@ class EditConfig:
 
 
 def completed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data`, of `to_dict`, with the settings that did not exist yet when its folder was written: as
-    that folder was made, and within the memory readout as they are now."""
+    """`data`, of `to_dict`, with the settings that did not exist yet when its folder was written:
+    as that folder was made, and within the memory readout as they are now."""
     memory = data.get("memory", {})
     if isinstance(memory, dict):
         memory = {**asdict(MemoryConfig()), **memory}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coachhook.calibration import profiles
-from coachhook.config import EditConfig, MemoryConfig
+from coachhook.config import EditConfig, MemoryConfig, readout_of
 from coachhook.editor import SITES, BatchReport, Editor, architecture_of, placed
 from coachhook.errors import ConfigError
 from coachhook.facts.remaining import remaining
@@ -58,8 +58,7 @@ class Options:
         """The settings of a new folder, before any profile. A gate or layers without a readout are
         those of `delta`; of layers under the memory readout the first is the gate's block, and the
         others are written to."""
-        of_delta = self.gate is not None or self.layers is not None
-        readout = self.readout or ("delta" if of_delta else EditConfig.readout)
+        readout = readout_of(self.readout, self.gate, self.layers)
         memory, layers = MemoryConfig(), self.layers
         if readout == "memory" and layers is not None:
             memory = MemoryConfig(gate_block=layers[0], write_blocks=layers[1:] or None)

@@ -112,8 +112,8 @@ def _figures(
     forms, rivals = made
     groups = [len(form.rows) for form in forms]
     of_form = torch.tensor([form.request for form in forms])
-    marks = _marks(sketches, keys.forms, groups)
-    against = _marks(sketches, keys.rivals, [len(rival.rows) for rival in rivals])
+    marks = sketches.of_groups(keys.forms, groups)
+    against = sketches.of_groups(keys.rivals, [len(rival.rows) for rival in rivals])
     kept = sketches.distinct(marks, config.ordinary)
     # An entry without a fingerprint of its own has cosine -1 to everything.
     n = len(probes.requests)
@@ -152,11 +152,6 @@ def _figures(
         need=float(reworded.gather(1, owner[:, None]).quantile(0.05)),
         reach=float(prompts.quantile(0.99)),
     )
-
-
-def _marks(sketches: KeySketches, keys: Tensor, groups: Sequence[int]) -> Tensor:
-    """The fingerprints of the mean keys of groups of rows."""
-    return sketches.fingerprint(torch.stack([part.mean(0) for part in keys.split(list(groups))]))
 
 
 def _opening_own(scores: Tensor, owner: Tensor, threshold: float) -> float:

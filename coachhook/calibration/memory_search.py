@@ -23,6 +23,7 @@ from coachhook.calibration.trials import (
     check_minutes,
     profile_of,
     try_out,
+    untried,
 )
 from coachhook.config import EditConfig
 from coachhook.editing.values import check_attention, optimise_shifts
@@ -98,13 +99,7 @@ def write_candidates(
         several = (last - i * step for i in reversed(range(_SEVERAL)))
         yield [tuple(block for block in several if block >= gate)]
 
-    for choices in rounds():
-        for choice in choices:
-            if any(trial.scores.perfect for trial in trials):
-                return
-            if choice not in tried:
-                tried.append(choice)
-                yield choice
+    return untried(rounds(), tried, trials)
 
 
 def calibrate_memory(

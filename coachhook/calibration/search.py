@@ -36,6 +36,7 @@ from coachhook.calibration.trials import (
     check_minutes,
     profile_of,
     try_out,
+    untried,
 )
 from coachhook.config import EditConfig
 from coachhook.editing.values import optimise_values
@@ -182,13 +183,7 @@ def _search(bench: _Bench, fixed: tuple[int, ...] | None, trials: list[Trial]) -
             yield [replace(best(), layers=_ending_at(i, count)) for i in near]
         yield [replace(best(), clamp=clamp) for clamp in _CLAMPS]
 
-    for choices in rounds():
-        for choice in choices:
-            if any(trial.scores.perfect for trial in trials):
-                return
-            if choice not in tried:
-                tried.append(choice)
-                yield choice
+    return untried(rounds(), tried, trials)
 
 
 def _ending_at(last: int, count: int) -> tuple[int, ...]:

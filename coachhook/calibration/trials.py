@@ -1,7 +1,7 @@
 """Trials of settings by probe edits, whatever the readout: made while there is time, and judged."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +52,20 @@ def check_minutes(minutes: float) -> None:
     """Raise `ConfigError` for a budget below 0."""
     if not minutes >= 0:
         raise ConfigError(f"the budget is a number of minutes from 0 on, not {minutes}")
+
+
+def untried(
+    rounds: Iterable[Sequence[Choice]], tried: list[Choice], trials: Sequence[Trial]
+) -> Iterator[Choice]:
+    """Each choice of the rounds once, until a trial is perfect; `tried` is added to before it is
+    given. The caller must add the trial of each to `trials` before it asks for the next."""
+    for choices in rounds:
+        for choice in choices:
+            if any(trial.scores.perfect for trial in trials):
+                return
+            if choice not in tried:
+                tried.append(choice)
+                yield choice
 
 
 def try_out(

@@ -91,16 +91,14 @@ def calibrate(
     """Find the settings that suit a model by probe edits; 'edit' uses them from then on."""
     from coachhook.calibration import profiles
     from coachhook.calibration.search import calibrate as search
-    from coachhook.config import EditConfig
+    from coachhook.config import EditConfig, readout_of
     from coachhook.models.loading import load_model
     from coachhook.plan import check_weights
     from coachhook.statistics.source import StatisticsSource
 
     chosen = parse_layers(layers)
     source = StatisticsSource(None if text is None else str(text.resolve()))
-    # Layers alone are those of delta, as in `edit`.
-    readout = readout or (EditConfig.readout if chosen is None else "delta")
-    config = EditConfig(readout=readout, template=template, statistics=source)
+    config = EditConfig(readout=readout_of(readout, chosen), template=template, statistics=source)
     check_weights(model)
     lm = load_model(model)
     plan = checked(_calibration_plan(lm, config, chosen), shown=not as_json)

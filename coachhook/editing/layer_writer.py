@@ -1,6 +1,7 @@
 """What writing to one layer needs: its inverse, its sketch, and keys of ordinary text."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,13 @@ class KeySketches:
     def fingerprint(self, keys: Tensor) -> Tensor:
         """Unit-norm sketches `(n, s)` of keys `(n, d_in)`."""
         return _fingerprint(keys, self.projection, self.offset)
+
+    def of_groups(self, keys: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The fingerprint of the mean of each group of keys `(n, d_in)`, `(len(sizes), s)`."""
+        if not sizes:
+            return torch.zeros(0, self.projection.shape[0])
+        groups = keys.float().split(list(sizes))
+        return self.fingerprint(torch.stack([group.mean(0) for group in groups]))
 
     def sinks(self, fingerprints: Tensor) -> Tensor:
         """Which fingerprints `(n, s)` belong to attention sinks, bool `(n,)`: they match first

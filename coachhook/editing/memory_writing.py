@@ -158,8 +158,10 @@ class MemoryWriting:
         aliases does not; their numbers."""
         shares = self._sketches.share_alike(marks).tolist()
         refused = set()
-        for number, edit in enumerate(edits):
-            own = [place for place, form in enumerate(forms) if form.request == number]
+        places: list[list[int]] = [[] for _ in edits]
+        for place, form in enumerate(forms):
+            places[form.request].append(place)
+        for number, (edit, own) in enumerate(zip(edits, places, strict=True)):
             common = [p for p in own if forms[p].alias is not None and not distinct[p]]
             if not common and any(distinct[p] for p in own):
                 continue
@@ -181,8 +183,7 @@ class MemoryWriting:
             return torch.zeros(0, self._sketches.projection.shape[0])
         hook = self._hooks.modules(self._lm.model)[self._gate_block]
         ((keys,),) = read_rows(self._lm, rows, [hook], lambda _, keys, __: [keys], every=False)
-        parts = keys.float().split([len(group) for group in groups])
-        return self._sketches.fingerprint(torch.stack([part.mean(0) for part in parts]))
+        return self._sketches.of_groups(keys, [len(group) for group in groups])
 
     def _rivals(
         self, edits: Sequence[EditRecord], refused: set[int], marks: Tensor, owner: Tensor
@@ -201,8 +202,10 @@ class MemoryWriting:
             if rival.request not in refused
             and not (marks[owner == rival.request] @ found[place] >= _TWIN).any()
         ]
-        for number, edit in enumerate(edits):
-            edit.rivals = tuple(rivals[i].name for i in kept if rivals[i].request == number)
+        for edit in edits:
+            edit.rivals = ()
+        for rival in (rivals[place] for place in kept):
+            edits[rival.request].rivals += (rival.name,)
         whose = torch.tensor([rivals[place].request for place in kept], dtype=torch.long)
         return found[kept], whose
 

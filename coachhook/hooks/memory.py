@@ -149,7 +149,7 @@ class MemoryHook(nn.Module):
 
     def gate(self, of: Tensor, n: int | None = None) -> MemoryGate:
         """For the kernels. of: what a fingerprint belongs to, its `row` or its `edit`; n: only the
-        first fingerprints."""
+        first fingerprints, where a pass may decide by what it holds (elsewhere all that fit)."""
         fingerprints, enabled = self.fingerprints, self.enabled
         if _is_seen(enabled):
             # No graph holds them: what there is room for beyond them need not be read.

@@ -12,7 +12,7 @@ from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.gates import GATES, Gate, LayerEdits, Threshold
 from coachhook.hooks.gates.gate import PassWatcher
 from coachhook.hooks.layer import HookLinear
-from coachhook.hooks.tensor_parallel import RowParallel, check_agreement, gathered
+from coachhook.hooks.tensor_parallel import RowParallel, gathered
 from coachhook.journal.compaction import merge
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.readout import Readout
@@ -34,9 +34,7 @@ class DeltaReadout(Readout):
         bases = [self.architecture.down_projection(model, layer) for layer in self.base.layers]
         shared = [split for split in map(RowParallel.of, bases) if split is not None]
         if shared:
-            thresholds = [batch.thresholds for batch in self.journal.batches]
-            state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
-            check_agreement(shared[0].mesh, repr(state))
+            self.agree(shared[0].mesh)
 
     def attach(self, model: nn.Module, owner: str) -> None:
         architecture = self.architecture

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.memory import OFF, RIVAL, Entries, MemoryHook, MemoryRows
-from coachhook.hooks.tensor_parallel import check_agreement, gathered, shared_by
+from coachhook.hooks.tensor_parallel import gathered, shared_by
 from coachhook.journal.compaction import merge_rows
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.delta import compute_dtype
@@ -49,9 +49,7 @@ class MemoryReadout(Readout):
                 )
         mesh = shared_by(model)
         if mesh is not None:
-            thresholds = [batch.thresholds for batch in self.journal.batches]
-            state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
-            check_agreement(mesh, repr(state))
+            self.agree(mesh)
 
     def attach(self, model: nn.Module, owner: str) -> None:
         site = self.architecture.ffn(model, self.gate_block)

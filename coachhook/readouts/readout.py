@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from coachhook.config import EditConfig
 from coachhook.hooks.gates import GateReading
 from coachhook.hooks.layer import HookState
+from coachhook.hooks.tensor_parallel import check_agreement
 from coachhook.journal.journal import Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel
@@ -63,6 +65,12 @@ class Readout:
     def tells_edits_apart(self) -> bool:
         """Whether an edit is switched by its gate alone, and stays where it is written."""
         raise NotImplementedError
+
+    def agree(self, mesh: DeviceMesh) -> None:
+        """Raise `AttachError`, in every process of `mesh`, unless all of them attach the same."""
+        thresholds = [batch.thresholds for batch in self.journal.batches]
+        state = (self.base.checksums, self.config, self.journal.edits(), thresholds)
+        check_agreement(mesh, repr(state))
 
     def check(self, model: nn.Module) -> None:
         """Raise `AttachError` if hooks cannot follow how processes share `model`, or if these are
