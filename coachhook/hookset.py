@@ -1,5 +1,6 @@
 """`HookSet`: all hooks of one edited model; attaching, detaching, switching and saving them."""
 
+import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from coachhook.models.language_model import LanguageModel
 from coachhook.models.passes import plainly
 from coachhook.readouts import READOUTS
 from coachhook.storage import folder
+
+logger = logging.getLogger(__name__)
 
 
 class HookSet:
@@ -173,9 +176,20 @@ class HookSet:
         if not self.readout.tells_edits_apart:
             self._take_in_or_out(edits[edit], enabled)
             return
+        before = self._unsaid()
         edits[edit].enabled = enabled
         for model in models:
             self.readout.switch(model)
+        for silent in sorted(self._unsaid() - before):
+            logger.warning(
+                "edit %d (%r) is not said any more: facts of one subject share a row, and no row "
+                "says just those that are now in force; edit it again",
+                silent,
+                edits[silent].request.prompt[:80],
+            )
+
+    def _unsaid(self) -> set[int]:
+        return {edit.id for edit in self.readout.unsaid()}
 
     def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
         """Add an edit's own share to Δ or take it out. Raises `CompactedError` if it is merged."""

@@ -21,7 +21,7 @@ from coachhook.models.language_model import LanguageModel
 from coachhook.models.reading import read_rows
 from coachhook.models.tokens import Row
 from coachhook.statistics.measure import KeyStatistics
-from coachhook.system.processes import Processes
+from coachhook.system.processes import ALONE, Processes
 from coachhook.system.progress import track
 
 # Most edits, the latest, that a threshold is chosen by.
@@ -54,6 +54,9 @@ class MemoryWriting:
         refuse_sinks(self._lm, self._hooks, {self._gate_block: self._sketches}, edits)
 
     def values(self, requests: Sequence[EditRequest]) -> Wanted:
+        return self._optimised(requests, self._processes)
+
+    def _optimised(self, requests: Sequence[EditRequest], processes: Processes) -> Wanted:
         together = [*requests, *[edit.request for edit in self._standing_beside(requests)]]
         numbers: dict[str, int] = {}
         joined = [numbers.setdefault(request.subject, len(numbers)) for request in together]
@@ -61,7 +64,7 @@ class MemoryWriting:
         config = replace(self._hooks.config.values, gain=1.0)
         with (
             self._hooks.off(self._lm.model),
-            track("target values", len(together), shown=self._processes.is_first) as advance,
+            track("target values", len(together), shown=processes.is_first) as advance,
         ):
             found = optimise_shifts(
                 self._lm,
@@ -71,40 +74,40 @@ class MemoryWriting:
                 joined,
                 config,
                 advance,
-                self._processes,
+                processes,
             )
         return Wanted(found.shift[: len(requests)], found.loss[: len(requests)])
 
     def write(self, batch: Batch, wanted: Wanted) -> None:
         accepted = [i for i, edit in enumerate(batch.edits) if edit.verdict is not Verdict.REFUSED]
         # Half the memory; the error is a four-hundredth of a row at most.
-        values = wanted.values.to("cpu", torch.bfloat16)
+        values = dict(zip(accepted, wanted.values.to("cpu", torch.bfloat16), strict=True))
         if wanted.loss is not None:
-            likely = self._refuse_unlikely([batch.edits[i] for i in accepted], wanted.loss)
-            accepted = [i for i, kept in zip(accepted, likely, strict=True) if kept]
-            values = values[torch.tensor(likely)]
+            self._refuse_unlikely([batch.edits[i] for i in accepted], wanted.loss)
         requests = [batch.edits[i].request for i in accepted]
         forms = forms_of(self._lm, requests, self._hooks.config.memory)
         marks = self._fingerprints([form.rows for form in forms])
         distinct = self._sketches.distinct(marks, self._hooks.config.memory.ordinary).tolist()
-        refused = self._refuse_common([batch.edits[i] for i in accepted], forms, marks, distinct)
+        self._refuse_common([batch.edits[i] for i in accepted], forms, marks, distinct)
+        if wanted.loss is not None:
+            self._say_without_refused(batch, accepted, values)
         kept = [
             place
             for place, form in enumerate(forms)
-            if distinct[place] and form.request not in refused
+            if distinct[place]
+            and batch.edits[accepted[form.request]].verdict is not Verdict.REFUSED
         ]
-        values[sorted(refused)] = 0.0
         owner = torch.tensor([forms[place].request for place in kept], dtype=torch.long)
-        rivals, beside = self._rivals(
-            [batch.edits[i] for i in accepted], refused, marks[kept], owner
-        )
-        factors = MemoryFactors(
-            rows=values,
+        rivals, beside = self._rivals([batch.edits[i] for i in accepted], marks[kept], owner)
+        rows = torch.zeros(self.shape(len(batch.edits)), dtype=torch.bfloat16)
+        for i in accepted:
+            if batch.edits[i].verdict is not Verdict.REFUSED:
+                rows[i] = values[i]
+        of = torch.tensor(accepted, dtype=torch.long)
+        batch.layers[self._gate_block] = MemoryFactors(
+            rows=rows,
             fingerprints=torch.cat([marks[kept], rivals]),
-            owner=torch.cat([owner, beside]),
-        )
-        batch.layers[self._gate_block] = factors.spread(
-            torch.tensor(accepted, dtype=torch.long), len(batch.edits)
+            owner=of[torch.cat([owner, beside])],
         )
         self._share_rows(batch)
         batch.thresholds[self._gate_block] = self._threshold()
@@ -134,18 +137,39 @@ class MemoryWriting:
             if edit.request.subject in subjects and edit.request.fact not in facts
         ]
 
-    def _refuse_unlikely(self, edits: Sequence[EditRecord], loss: Tensor) -> list[bool]:
-        """Refuse edits whose value did not converge; which of them are kept."""
+    def _say_without_refused(
+        self, batch: Batch, accepted: Sequence[int], values: dict[int, Tensor]
+    ) -> None:
+        """Optimise again the rows that were to say a refused fact besides others of its subject,
+        until none is among them."""
+        known: set[int] = set()
+        while True:
+            refused = {i for i in accepted if batch.edits[i].verdict is Verdict.REFUSED}
+            subjects = {batch.edits[i].request.subject for i in refused - known}
+            again = [
+                i
+                for i in accepted
+                if i not in refused and batch.edits[i].request.subject in subjects
+            ]
+            if not again:
+                return
+            known = refused
+            # The first process writes alone.
+            wanted = self._optimised([batch.edits[i].request for i in again], ALONE)
+            assert wanted.loss is not None
+            values.update(zip(again, wanted.values.to("cpu", torch.bfloat16), strict=True))
+            self._refuse_unlikely([batch.edits[i] for i in again], wanted.loss)
+
+    def _refuse_unlikely(self, edits: Sequence[EditRecord], loss: Tensor) -> None:
+        """Refuse edits whose value did not converge."""
         most = self._hooks.config.memory.unlikely
-        kept = [bool(one <= most) for one in loss.tolist()]
-        for edit, keep, nats in zip(edits, kept, loss.tolist(), strict=True):
-            if not keep:
+        for edit, nats in zip(edits, loss.tolist(), strict=True):
+            if not nats <= most:
                 edit.verdict = Verdict.REFUSED
                 edit.reason = (
                     f"no value makes the target likely: {nats:.1f} nats a token are left, more "
                     f"than {most:g}"
                 )
-        return kept
 
     def _refuse_common(
         self,
@@ -153,19 +177,17 @@ class MemoryWriting:
         forms: Sequence[Form],
         marks: Tensor,
         distinct: Sequence[bool],
-    ) -> set[int]:
+    ) -> None:
         """Refuse edits none of whose fingerprints differs from ordinary tokens, or one of whose
-        aliases does not; their numbers."""
+        aliases does not."""
         shares = self._sketches.share_alike(marks).tolist()
-        refused = set()
         places: list[list[int]] = [[] for _ in edits]
         for place, form in enumerate(forms):
             places[form.request].append(place)
-        for number, (edit, own) in enumerate(zip(edits, places, strict=True)):
+        for edit, own in zip(edits, places, strict=True):
             common = [p for p in own if forms[p].alias is not None and not distinct[p]]
-            if not common and any(distinct[p] for p in own):
+            if edit.verdict is Verdict.REFUSED or (not common and any(distinct[p] for p in own)):
                 continue
-            refused.add(number)
             worst = max(common or own, key=lambda place: shares[place])
             name = forms[worst].alias or edit.request.subject
             kind = "alias" if common else "subject"
@@ -174,7 +196,6 @@ class MemoryWriting:
                 f"the {kind} {name!r} cannot be told from ordinary text: it would open on "
                 f"{100 * shares[worst]:.2g} % of its tokens"
             )
-        return refused
 
     def _fingerprints(self, groups: Sequence[Sequence[Row]]) -> Tensor:
         """The mean key of each group of texts at their ends, as unit sketches `(n, s)`."""
@@ -186,7 +207,7 @@ class MemoryWriting:
         return self._sketches.of_groups(keys, [len(group) for group in groups])
 
     def _rivals(
-        self, edits: Sequence[EditRecord], refused: set[int], marks: Tensor, owner: Tensor
+        self, edits: Sequence[EditRecord], marks: Tensor, owner: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Fingerprints `(r, s)` of names that `edits` are not to be taken for, and whose they are
         `(r,)`; their names go into the records. marks, owner: the edits' own fingerprints."""
@@ -199,7 +220,7 @@ class MemoryWriting:
         kept = [
             place
             for place, rival in enumerate(rivals)
-            if rival.request not in refused
+            if edits[rival.request].verdict is not Verdict.REFUSED
             and not (marks[owner == rival.request] @ found[place] >= _TWIN).any()
         ]
         for edit in edits:

@@ -250,15 +250,24 @@ class Journal:
 
     def served(self) -> Tensor:
         """Under the memory readout, by id int64 `(e,)`: the edit whose row a token receives that
-        resembles this one's key, -1 for none. It is the latest row in force that says this edit's
-        fact; a row is in force if all edits are whose facts it says."""
+        resembles this one's key, -1 for none. Of a subject's rows the latest is in force of which
+        all edits are whose facts it says; two at once would vie for the same tokens."""
         edits, in_force = self.edits(), self.in_force().tolist()
-        served = torch.full((len(edits),), -1)
+        rows: dict[str, EditRecord] = {}
         for edit in edits:
-            said = (edit.id, *edit.shares)
-            if all(in_force[i] for i in said):
-                served[list(said)] = edit.id
+            if all(in_force[i] for i in (edit.id, *edit.shares)):
+                rows[edit.request.subject] = edit
+        served = torch.full((len(edits),), -1)
+        for edit in rows.values():
+            served[[edit.id, *edit.shares]] = edit.id
         return served
+
+    def unsaid(self) -> list[EditRecord]:
+        """Under the memory readout, edits in force that no row in force says: the only ones that do
+        say another fact of their subject as well, which is not in force; or, with that enabled
+        again, a later row of the subject was written without it."""
+        served = self.served().tolist()
+        return [edit for edit in self.live() if served[edit.id] < 0]
 
     def keys(self, layer: int) -> Iterator[Tensor]:
         """The keys `K'` of all batches, in pieces `(c, d_in)`, except those summed up in `gram`. A

@@ -1,6 +1,6 @@
 """What one batch adds under the `memory` readout: rows and fingerprints of its edits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -19,11 +19,6 @@ class MemoryFactors:
     rows: Tensor
     fingerprints: Tensor
     owner: Tensor
-
-    def spread(self, rows: Tensor, n: int) -> "MemoryFactors":
-        """These factors as the rows `rows` of a batch of `n` edits; the other rows are zero."""
-        spread = self.rows.new_zeros(n, *self.rows.shape[1:]).index_copy(0, rows, self.rows)
-        return replace(self, rows=spread, owner=rows[self.owner])
 
     def stored(self, file: TensorFile, layer: int) -> "StoredMemory":
         """The same, read from the file that holds it."""

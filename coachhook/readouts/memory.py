@@ -12,6 +12,7 @@ from coachhook.errors import BaseModelMismatchError
 from coachhook.hooks.memory import OFF, RIVAL, Entries, MemoryHook, MemoryRows
 from coachhook.hooks.tensor_parallel import gathered, shared_by
 from coachhook.journal.compaction import merge_rows
+from coachhook.journal.journal import EditRecord
 from coachhook.models.placement import device_of, fetched
 from coachhook.readouts.delta import compute_dtype
 from coachhook.readouts.readout import Readout
@@ -29,6 +30,9 @@ class MemoryReadout(Readout):
     @property
     def tells_edits_apart(self) -> bool:
         return True
+
+    def unsaid(self) -> list[EditRecord]:
+        return self.journal.unsaid()
 
     @property
     def gate_block(self) -> int:

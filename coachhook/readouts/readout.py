@@ -11,7 +11,7 @@ from coachhook.config import EditConfig
 from coachhook.hooks.gates import GateReading
 from coachhook.hooks.layer import HookState
 from coachhook.hooks.tensor_parallel import check_agreement
-from coachhook.journal.journal import Journal
+from coachhook.journal.journal import EditRecord, Journal
 from coachhook.models.architecture import Architecture
 from coachhook.models.base import BaseModel
 
@@ -65,6 +65,10 @@ class Readout:
     def tells_edits_apart(self) -> bool:
         """Whether an edit is switched by its gate alone, and stays where it is written."""
         raise NotImplementedError
+
+    def unsaid(self) -> list[EditRecord]:
+        """Edits in force that tokens receive nothing of."""
+        return []
 
     def agree(self, mesh: DeviceMesh) -> None:
         """Raise `AttachError`, in every process of `mesh`, unless all of them attach the same."""

@@ -287,39 +287,6 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         hooks.attach(tiny_model("llama", seed=1))
 
 
-def test_facts_of_one_subject_share_a_row_and_are_switched_with_it() -> None:
-    editor = editor_of()
-    editor.edit([FACTS[0]])
-    other = EditRequest("The name of {} was", FACTS[0].subject, TARGETS[3])
-    editor.edit([other])
-    first, second = editor.hooks.edits
-    assert (first.shares, second.shares) == ((), (0,))
-    assert editor.hooks.journal.served().tolist() == [1, 1]
-    editor.hooks.disable(1)
-    assert editor.hooks.journal.served().tolist() == [0, -1]
-    editor.hooks.enable(1)
-    editor.hooks.disable(0)
-    assert editor.hooks.journal.served().tolist() == [-1, -1]
-    editor.hooks.enable(0)
-    # A correction replaces its own fact, and the row still says the other.
-    corrected = EditRequest("They moved to {}", FACTS[0].subject, TARGETS[2])
-    editor.edit([corrected])
-    assert editor.hooks.edits[2].shares == (1,)
-    assert editor.hooks.journal.served().tolist() == [-1, 2, 2]
-    rows = editor.hooks.journal.rows(GATE, len(WRITES), editor.model.config.hidden_size)
-    assert not torch.equal(rows[1], rows[2])
-
-
-def test_two_facts_of_one_subject_in_one_batch_have_one_row() -> None:
-    editor = editor_of()
-    other = EditRequest("The name of {} was", FACTS[0].subject, TARGETS[3])
-    editor.edit([FACTS[0], FACTS[1], other])
-    rows = editor.hooks.journal.rows(GATE, len(WRITES), editor.model.config.hidden_size)
-    assert torch.equal(rows[0], rows[2])
-    assert not torch.equal(rows[0], rows[1])
-    assert [edit.shares for edit in editor.hooks.edits] == [(2,), (), (0,)]
-
-
 def test_rows_that_cannot_be_read_leave_no_hook_behind(tmp_path: Path) -> None:
     with_rows(editor_of()).save_pretrained(tmp_path / "edits")
     hooks = HookSet.from_pretrained(tmp_path / "edits")

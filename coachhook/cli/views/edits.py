@@ -42,11 +42,16 @@ def batch_document(number: int, edits: Sequence[EditRecord]) -> dict[str, Any]:
 def inspection_document(folder: Path, hooks: HookSet) -> dict[str, Any]:
     """The document of `inspect`; `hooks` are those of `folder`."""
     superseded = hooks.journal.superseded()
+    unsaid = {edit.id for edit in hooks.readout.unsaid()}
     batches = []
     for number, batch in enumerate(hooks.journal.batches, 1):
         batches.append(batch_document(number, batch.edits))
         for edit, entry in zip(batch.edits, batches[-1]["edits"], strict=True):
-            entry |= {"enabled": edit.enabled, "superseded_by": superseded.get(edit.id)}
+            entry |= {
+                "enabled": edit.enabled,
+                "superseded_by": superseded.get(edit.id),
+                "unsaid": edit.id in unsaid,
+            }
     return {
         "folder": str(folder),
         "bytes": folder_bytes(folder),
@@ -106,6 +111,7 @@ def inspection_view(document: Document) -> None:
             remarks = [edit["reason"]] if edit["reason"] else []
             remarks += [] if replaced is None else [f"superseded by edit {replaced}"]
             remarks += [] if edit["enabled"] else ["disabled"]
+            remarks += ["not said: its row says a fact that is off"] if edit["unsaid"] else []
             about = Text("; ".join(remarks))
             table.add_row(str(number), str(batch["batch"]), _verdict(edit), _fact(edit), about)
     if document["batches"]:
