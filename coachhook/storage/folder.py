@@ -374,6 +374,6 @@ def _file(folder: Path, name: str) -> TensorFile:
         return TensorFile(path, path.stat().st_size)
     except OSError as error:
         raise CorruptFolderError(
-            f"{path} cannot be read ({error.strerror}); load the folder again if another process is "
-            "compacting it or rolling it back, else restore it from a copy"
+            f"{path} cannot be read ({error.strerror}); load the folder again if another process "
+            "is compacting it or rolling it back, else restore it from a copy"
         ) from error
