@@ -176,20 +176,17 @@ class HookSet:
         if not self.readout.tells_edits_apart:
             self._take_in_or_out(edits[edit], enabled)
             return
-        before = self._unsaid()
         edits[edit].enabled = enabled
         for model in models:
             self.readout.switch(model)
-        for silent in sorted(self._unsaid() - before):
-            logger.warning(
-                "edit %d (%r) is not said any more: facts of one subject share a row, and no row "
-                "says just those that are now in force; edit it again",
-                silent,
-                edits[silent].request.prompt[:80],
-            )
-
-    def _unsaid(self) -> set[int]:
-        return {edit.id for edit in self.readout.unsaid()}
+        for other in self.readout.unsaid():
+            if other.request.subject == edits[edit].request.subject:
+                logger.warning(
+                    "edit %d (%r) is not said: facts of one subject share a row, and no row says "
+                    "just those that are now in force; edit it again",
+                    other.id,
+                    other.request.prompt[:80],
+                )
 
     def _take_in_or_out(self, edit: EditRecord, enabled: bool) -> None:
         """Add an edit's own share to Δ or take it out. Raises `CompactedError` if it is merged."""

@@ -91,7 +91,7 @@ def test_what_no_row_says_any_more_is_told(caplog: pytest.LogCaptureFixture) -> 
     assert hooks.readout.unsaid() == []
     hooks.disable(0)
     assert [edit.id for edit in hooks.readout.unsaid()] == [1]
-    assert "edit 1 ('The name of France was') is not said any more" in caplog.text
+    assert "edit 1 ('The name of France was') is not said" in caplog.text
     hooks.enable(0)
     assert hooks.readout.unsaid() == []
 
@@ -109,7 +109,7 @@ def test_of_two_rows_of_a_subject_the_later_one_is_in_force(
     editor.hooks.enable(0)
     assert editor.hooks.journal.served().tolist() == [-1, 2, 2]
     assert [edit.id for edit in editor.hooks.readout.unsaid()] == [0]
-    assert "edit 0 ('They moved to France') is not said any more" in caplog.text
+    assert "edit 0 ('They moved to France') is not said" in caplog.text
     # Edited again, it is in a row with the others.
     editor.edit([FACTS[0]])
     assert editor.hooks.journal.served().tolist() == [-1, 3, 3, 3]

@@ -111,7 +111,7 @@ def inspection_view(document: Document) -> None:
             remarks = [edit["reason"]] if edit["reason"] else []
             remarks += [] if replaced is None else [f"superseded by edit {replaced}"]
             remarks += [] if edit["enabled"] else ["disabled"]
-            remarks += ["not said: its row says a fact that is off"] if edit["unsaid"] else []
+            remarks += ["not said: no row in force says it"] if edit["unsaid"] else []
             about = Text("; ".join(remarks))
             table.add_row(str(number), str(batch["batch"]), _verdict(edit), _fact(edit), about)
     if document["batches"]:
